@@ -1,0 +1,1 @@
+"""The command `bll`: data, models, training runs. Needs the extra `blocklocal[lab]`."""
