@@ -1,0 +1,30 @@
+"""Block-local learning: train any network in blocks that learn on their own, each from a local loss."""
+
+from blocklocal.families import Bernoulli, Categorical, Gaussian, GaussianMeanVariance, Poisson
+from blocklocal.feedback import ClosedFormFeedback, GradientFeedback
+from blocklocal.learner import BlockLocal, CollapseWarning
+from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Predictive, Similarity, Variational
+from blocklocal.messages import spatial_max, spatial_mean, spatial_std
+from blocklocal.split import split
+
+__all__ = [
+    "BLL",
+    "BLL_PAPER",
+    "PRED_SIM",
+    "Bernoulli",
+    "BlockLocal",
+    "Categorical",
+    "ClosedFormFeedback",
+    "CollapseWarning",
+    "Gaussian",
+    "GaussianMeanVariance",
+    "GradientFeedback",
+    "Poisson",
+    "Predictive",
+    "Similarity",
+    "Variational",
+    "spatial_max",
+    "spatial_mean",
+    "spatial_std",
+    "split",
+]

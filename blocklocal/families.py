@@ -1,0 +1,180 @@
+"""Exponential families: the distributions that forward and feedback messages are made of.
+
+A message about the latent variable z of one border is a member of a family
+
+    p(z) = h(z) exp(<eta, T(z)> - A(eta)),
+
+independent over latents. A family says how the channel statistics of a border become natural parameters eta, what its
+log-normalizer A is, and what the mean m = grad A of the sufficient statistics T is. Everything that the method needs
+follows from these: the product of two messages adds their natural parameters (Eq. 2), the divergence of two members is
+the Bregman divergence of A, and the entropy is A(eta) - <eta, m(eta)> - E[log h].
+
+Shapes: parameters (..., C) for C channels; eta and m (..., D, P) for D latents of P natural parameters each; A (...,
+D). A feedback message enters as the likelihood exp(<eta, T(z)>) of z, so that the product never leaves the family.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Family(ABC):
+    """An exponential family whose members are independent over latents."""
+
+    @abstractmethod
+    def natural(self, parameters: Tensor) -> Tensor:
+        """Natural parameters (..., D, P) of the channel statistics (..., C)."""
+
+    @abstractmethod
+    def log_normalizer(self, eta: Tensor) -> Tensor:
+        """A(eta), shape (..., D)."""
+
+    @abstractmethod
+    def mean(self, eta: Tensor) -> Tensor:
+        """The expected sufficient statistics grad A(eta), shape (..., D, P)."""
+
+    def expected_log_base(self, eta: Tensor) -> Tensor:
+        """E[log h(z)], shape (..., D); zero where the base measure counts."""
+        return torch.zeros_like(eta[..., 0])
+
+    def product(self, eta_alpha: Tensor, eta_beta: Tensor) -> Tensor:
+        """Natural parameters of the normalised product of two messages (Eq. 2)."""
+        return eta_alpha + eta_beta
+
+    def kl_divergence(self, eta_p: Tensor, eta_q: Tensor) -> Tensor:
+        """KL(p || q) in nats, shape (..., D): the Bregman divergence of the log-normalizer."""
+        inner = ((eta_q - eta_p) * self.mean(eta_p)).sum(-1)
+        return self.log_normalizer(eta_q) - self.log_normalizer(eta_p) - inner
+
+    def entropy(self, eta: Tensor) -> Tensor:
+        """Entropy in nats, shape (..., D)."""
+        inner = (eta * self.mean(eta)).sum(-1)
+        return self.log_normalizer(eta) - inner - self.expected_log_base(eta)
+
+    def evidence(self, eta_alpha: Tensor, eta_beta: Tensor) -> Tensor:
+        """log of the integral of the product of two normalised messages, up to a constant, shape (..., D)."""
+        joint = self.log_normalizer(self.product(eta_alpha, eta_beta))
+        return joint - self.log_normalizer(eta_alpha) - self.log_normalizer(eta_beta)
+
+
+class GaussianNatural(Family):
+    """What all Gaussians share: eta = (mu / v, -1 / 2v), T(z) = (z, z^2), h = 1 / sqrt(2 pi)."""
+
+    def log_normalizer(self, eta: Tensor) -> Tensor:
+        linear, quadratic = eta.unbind(-1)
+        return -(linear**2) / (4 * quadratic) - 0.5 * torch.log(-2 * quadratic)
+
+    def mean(self, eta: Tensor) -> Tensor:
+        linear, quadratic = eta.unbind(-1)
+        mu, variance = -linear / (2 * quadratic), -0.5 / quadratic
+        return torch.stack([mu, mu**2 + variance], -1)
+
+    def expected_log_base(self, eta: Tensor) -> Tensor:
+        return torch.full_like(eta[..., 0], -0.5 * math.log(2 * math.pi))
+
+
+@dataclass(frozen=True)
+class Gaussian(GaussianNatural):
+    """Gaussian of known variance: each channel statistic is the mean of one latent (the paper's case, section 2.2).
+
+    >>> Gaussian(variance=0.5).natural(torch.zeros(8, 16)).shape
+    torch.Size([8, 16, 2])
+    """
+
+    variance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.variance > 0:
+            raise ValueError(f"Gaussian(variance={self.variance}): the variance must be positive")
+
+    def natural(self, parameters: Tensor) -> Tensor:
+        quadratic = torch.full_like(parameters, -0.5 / self.variance)
+        return torch.stack([parameters / self.variance, quadratic], -1)
+
+
+@dataclass(frozen=True)
+class GaussianMeanVariance(GaussianNatural):
+    """Gaussian with its own variance: the first half of the channels are means, the second half log-variances."""
+
+    def natural(self, parameters: Tensor) -> Tensor:
+        mu, log_variance = parameters.unflatten(-1, (2, _latents(parameters, 2, self))).unbind(-2)
+        precision = torch.exp(-log_variance)
+        return torch.stack([mu * precision, -0.5 * precision], -1)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Family):
+    """Bernoulli: each channel statistic is the logit of one binary latent."""
+
+    def natural(self, parameters: Tensor) -> Tensor:
+        return parameters.unsqueeze(-1)
+
+    def log_normalizer(self, eta: Tensor) -> Tensor:
+        return F.softplus(eta.squeeze(-1))
+
+    def mean(self, eta: Tensor) -> Tensor:
+        return torch.sigmoid(eta)
+
+
+@dataclass(frozen=True)
+class Categorical(Family):
+    """Categorical: consecutive groups of `categories` channels are the logits of one latent each."""
+
+    categories: int
+
+    def __post_init__(self) -> None:
+        if self.categories < 2:
+            raise ValueError(f"Categorical(categories={self.categories}): at least 2 categories are needed")
+
+    def natural(self, parameters: Tensor) -> Tensor:
+        return parameters.unflatten(-1, (_latents(parameters, self.categories, self), self.categories))
+
+    def log_normalizer(self, eta: Tensor) -> Tensor:
+        return torch.logsumexp(eta, -1)
+
+    def mean(self, eta: Tensor) -> Tensor:
+        return torch.softmax(eta, -1)
+
+
+@dataclass(frozen=True)
+class Poisson(Family):
+    """Poisson: each channel statistic is the logarithm of the rate of one count."""
+
+    def natural(self, parameters: Tensor) -> Tensor:
+        return parameters.unsqueeze(-1)
+
+    def log_normalizer(self, eta: Tensor) -> Tensor:
+        return torch.exp(eta.squeeze(-1))
+
+    def mean(self, eta: Tensor) -> Tensor:
+        return torch.exp(eta)
+
+    def expected_log_base(self, eta: Tensor) -> Tensor:
+        """-E[log z!]: a sum over the counts that matter below a rate of 32, Stirling's series of the entropy above."""
+        rate = eta.squeeze(-1).exp()
+        small, large = eta.clamp(max=math.log(32.0)), rate.clamp(min=32.0)
+        counts = torch.arange(128, dtype=eta.dtype, device=eta.device)
+        log_factorial = torch.lgamma(counts + 1)
+        log_pmf = counts * small - small.exp() - log_factorial
+        summed = (log_pmf.exp() * log_factorial).sum(-1)
+        series = 1 / (12 * large) + 1 / (24 * large**2) + 19 / (360 * large**3) + 9 / (80 * large**4)
+        entropy = 0.5 * torch.log(2 * math.pi * math.e * large) - series
+        stirling = entropy - large + large * large.log()
+        return -torch.where(rate < 32.0, summed, stirling)
+
+
+def _latents(parameters: Tensor, size: int, family: Family) -> int:
+    """How many latents of `size` parameters the channels hold."""
+    latents, rest = divmod(parameters.shape[-1], size)
+    if rest:
+        raise ValueError(
+            f"{family} needs a number of channels divisible by {size}, and the border has {parameters.shape[-1]}: "
+            "cut the model elsewhere or choose another family"
+        )
+    return latents

@@ -1,0 +1,125 @@
+"""The graph of a model's forward pass, traced through the containers that are to be cut and no deeper.
+
+A module that is not a container stands in the graph as one call, whatever it does inside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph, and for each submodule that it calls the nodes that hold the submodule's output, one per call."""
+
+    graph: fx.Graph
+    outputs: dict[str, list[fx.Node]]
+
+
+class ContainerTracer(fx.Tracer):
+    """Traces through the root and the named containers; every other module is a leaf."""
+
+    def __init__(self, containers: frozenset[str]) -> None:
+        super().__init__()
+        self.containers = containers
+        self.outputs: dict[str, list[fx.Node]] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.containers
+
+    def call_module(self, m, forward, args, kwargs):
+        output = super().call_module(m, forward, args, kwargs)
+        if isinstance(output, fx.Proxy):
+            self.outputs.setdefault(self.path_of_module(m), []).append(output.node)
+        return output
+
+
+def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
+    """Trace `model` through `containers` (qualified names), in training and in evaluation mode.
+
+    ValueError where a forward pass cannot be traced, or where the two modes differ in the functions called, since a
+    traced block could then follow one of them only.
+    """
+    traces = {}
+    for training in (False, True):
+        with mode(model, training=training):
+            tracer = ContainerTracer(containers)
+            try:
+                graph = tracer.trace(model, concrete_args=_defaults(model))
+            except Exception as error:
+                where = ", ".join(sorted(containers)) or type(model).__name__
+                raise ValueError(
+                    f"the forward pass of {where} cannot be traced ({_first_line(error)}): "
+                    "cut outside it, or pass the blocks as a list of modules"
+                ) from error
+            traces[training] = Trace(graph, tracer.outputs)
+    if str(traces[True].graph) != str(traces[False].graph):
+        where = ", ".join(["the model's own forward", *sorted(containers)])
+        raise ValueError(
+            f"the forward pass ({where}) takes another course in training than in evaluation: "
+            "move what depends on self.training into a submodule of its own, such as nn.Dropout, or cut outside it"
+        )
+    return traces[True]
+
+
+def expand(model: nn.Module) -> frozenset[str]:
+    """All containers of `model` that can be traced through, the outermost first refused keeping its inside whole."""
+    containers: set[str] = set()
+    frontier = [name for name, _ in model.named_children()]
+    while frontier:
+        name = frontier.pop()
+        module = model.get_submodule(name)
+        if not _is_container(module):
+            continue
+        try:
+            trace(module, containers=frozenset())
+        except ValueError:
+            continue
+        containers.add(name)
+        frontier += [f"{name}.{child}" for child, _ in module.named_children()]
+    return frozenset(containers)
+
+
+def crossing(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
+    """The values made up to and including `node` that are used after it; parameters and buffers are not values."""
+    values, before = [], True
+    positions = {other: i for i, other in enumerate(graph.nodes)}
+    for other in graph.nodes:
+        if before and other.op != "get_attr" and any(positions[user] > positions[node] for user in other.users):
+            values.append(other)
+        if other is node:
+            before = False
+    return values
+
+
+def _is_container(module: nn.Module) -> bool:
+    builtin = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
+    return not builtin and any(True for _ in module.children())
+
+
+def _defaults(model: nn.Module) -> dict[str, object]:
+    """Arguments of the forward pass that have a default keep it; the others are the inputs."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """All modules in training or evaluation mode; afterwards each in its own again."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = training
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

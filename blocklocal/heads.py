@@ -1,0 +1,129 @@
+"""Prediction at a border: modules that map a Message to logits (B, n), or (B, T, n) per token.
+
+`linear` and `mlp` read the statistics alpha, `conv` and `residual` the feature map itself through two strided stages
+that end in its mean; a deeper head approximates p(y | z_k) better, at more cost. `evidence` has no parameters: the
+messages themselves classify, since log q(y | x) is the logarithm of the integral of alpha_k(z) beta_k(z; y).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from blocklocal.families import Family, Gaussian
+from blocklocal.messages import Message, Site
+
+Head = Callable[[Site], nn.Module]
+
+
+class LinearHead(nn.Module):
+    """One linear layer on alpha (as in Nokland and Eidnes, 2019)."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.linear = nn.Linear(site.channels, site.targets.size)
+
+    def forward(self, message: Message) -> Tensor:
+        return self.linear(message.alpha)
+
+
+class MLPHead(nn.Module):
+    """Two linear layers on alpha, as wide inside as alpha is, at least 64."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        width = max(site.channels, 64)
+        self.layers = nn.Sequential(nn.Linear(site.channels, width), nn.ReLU(), nn.Linear(width, site.targets.size))
+
+    def forward(self, message: Message) -> Tensor:
+        return self.layers(message.alpha)
+
+
+class ConvHead(nn.Module):
+    """Two strided 3x3 convolutions with batch normalisation, the mean over space, one linear layer."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        _require_map(site, head="conv")
+        width = min(site.channels, 128)
+        self.features = nn.Sequential(_conv(site.channels, width, stride=2), _conv(width, width, stride=2))
+        self.linear = nn.Linear(width, site.targets.size)
+
+    def forward(self, message: Message) -> Tensor:
+        return self.linear(self.features(message.h).mean((2, 3)))
+
+
+class ResidualHead(nn.Module):
+    """Two strided residual units that widen as the network does, up to 128 and 256 channels, then mean and linear."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        _require_map(site, head="residual")
+        inner, outer = min(2 * site.channels, 128), min(4 * site.channels, 256)
+        self.features = nn.Sequential(
+            ResidualUnit(site.channels, inner, stride=2), ResidualUnit(inner, outer, stride=2)
+        )
+        self.linear = nn.Linear(outer, site.targets.size)
+
+    def forward(self, message: Message) -> Tensor:
+        return self.linear(self.features(message.h).mean((2, 3)))
+
+
+class ResidualUnit(nn.Module):
+    """relu(conv(conv(h)) + projection of h), the basic unit of residual networks."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            _conv(inputs, outputs, stride=stride),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.relu(self.branch(h) + self.shortcut(h))
+
+
+class EvidenceHead(nn.Module):
+    """Classes scored by the evidence of their feedback message; for the Gaussian -|a - b_y|^2 / (4 s2)."""
+
+    reads_feedback = True
+
+    def __init__(self, site: Site, *, family: Family = Gaussian()) -> None:  # noqa: B008 (frozen settings)
+        super().__init__()
+        if not site.targets.labels:
+            raise ValueError('head="evidence" compares classes: it needs labels (classes=), not dense targets')
+        self.family = family
+        self.classes: Tensor
+        self.register_buffer("classes", torch.arange(site.targets.size), persistent=False)
+
+    def forward(self, message: Message) -> Tensor:
+        assert message.feedback is not None
+        eta_alpha = self.family.natural(message.alpha).unsqueeze(-3)
+        eta_beta = self.family.natural(message.feedback(self.classes).detach())
+        return self.family.evidence(eta_alpha, eta_beta).sum(-1)
+
+
+HEADS: dict[str, Head] = {
+    "linear": LinearHead,
+    "mlp": MLPHead,
+    "conv": ConvHead,
+    "residual": ResidualHead,
+    "evidence": EvidenceHead,
+}
+
+
+def _conv(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def _require_map(site: Site, *, head: str) -> None:
+    if not site.is_map:
+        raise ValueError(
+            f'head="{head}" needs feature maps (B, C, H, W), and a sample at this border has shape {site.shape}: '
+            'use "mlp" or "linear"'
+        )

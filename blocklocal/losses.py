@@ -1,0 +1,171 @@
+"""The local loss of one border, as settings that add and scale: 0.1 * Variational() + Predictive(head="conv").
+
+A term's settings are frozen and know nothing of a model; `build(site)` makes the module of one border, which maps
+(message, y) to a scalar: the mean over samples (and tokens) of the loss in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blocklocal.families import Family, Gaussian
+from blocklocal.heads import HEADS, Head, LinearHead, MLPHead, ResidualHead
+from blocklocal.messages import Message, Site
+
+
+class LocalLoss:
+    """Terms with weights."""
+
+    @property
+    def terms(self) -> tuple[tuple[float, Term], ...]:
+        raise NotImplementedError
+
+    def __add__(self, other: LocalLoss) -> WeightedSum:
+        return WeightedSum(self.terms + other.terms)
+
+    def __mul__(self, weight: float) -> WeightedSum:
+        return WeightedSum(tuple((weight * w, term) for w, term in self.terms))
+
+    __rmul__ = __mul__
+
+
+@dataclass(frozen=True)
+class WeightedSum(LocalLoss):
+    """A sum of weighted terms."""
+
+    weighted: tuple[tuple[float, Term], ...]
+
+    @property
+    def terms(self) -> tuple[tuple[float, Term], ...]:
+        return self.weighted
+
+
+class Term(LocalLoss):
+    """One term of a local loss."""
+
+    @property
+    def terms(self) -> tuple[tuple[float, Term], ...]:
+        return ((1.0, self),)
+
+    def build(self, site: Site) -> nn.Module:
+        """The term's module at one border: forward(message, y) -> scalar."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Variational(Term):
+    """KL(rho || alpha) + H(alpha), summed over latents (Eqs. 5-6), rho being the product of alpha and beta (Eq. 2).
+
+    For the Gaussian of known variance s2 this is |beta - alpha|^2 / (8 s2) and constants. beta is a constant for the
+    block; feedback that has parameters of its own gets their gradient from the same divergence with alpha held fixed.
+    With `fixed_posterior` rho too is held fixed, as in an E-step, which doubles the Gaussian's gradient.
+    """
+
+    family: Family = field(default_factory=Gaussian)
+    fixed_posterior: bool = False
+
+    def build(self, site: Site) -> nn.Module:
+        self.family.natural(torch.empty(1, site.channels, device="meta"))
+        return VariationalTerm(self)
+
+
+class VariationalTerm(nn.Module):
+    reads_feedback = True
+
+    def __init__(self, settings: Variational) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, message: Message, y: Tensor) -> Tensor:
+        assert message.feedback is not None
+        family = self.settings.family
+        beta = message.feedback(y).to(message.alpha.dtype)
+        eta_alpha, eta_beta = family.natural(message.alpha), family.natural(beta)
+        eta_rho = family.product(eta_alpha, eta_beta.detach())  # Eq. 2
+        if self.settings.fixed_posterior:
+            eta_rho = eta_rho.detach()
+        loss = family.kl_divergence(eta_rho, eta_alpha) + family.entropy(eta_alpha)  # Eqs. 5-6
+        if beta.requires_grad:
+            eta_alpha = eta_alpha.detach()
+            fit = family.kl_divergence(family.product(eta_alpha, eta_beta), eta_alpha)
+            loss = loss + fit - fit.detach()
+        return loss.sum(-1).mean()
+
+
+@dataclass(frozen=True)
+class Predictive(Term):
+    """The criterion of the model on a prediction made at the border (paper, section 3).
+
+    head: one of "linear", "mlp", "conv", "residual", "evidence", or a function Site -> nn.Module that maps a Message
+    to logits. By default "residual" at feature maps and "mlp" at vectors and tokens.
+    """
+
+    head: str | Head | None = None
+
+    def build(self, site: Site) -> PredictiveTerm:
+        if self.head is None:
+            head: Head = ResidualHead if site.is_map else MLPHead
+        elif callable(self.head):
+            head = self.head
+        elif self.head in HEADS:
+            head = HEADS[self.head]
+        else:
+            raise ValueError(f"head={self.head!r} is unknown: choose {', '.join(HEADS)}, or pass a function")
+        return PredictiveTerm(head(site), site=site)
+
+
+class PredictiveTerm(nn.Module):
+    def __init__(self, head: nn.Module, *, site: Site) -> None:
+        super().__init__()
+        self.head, self.criterion = head, site.criterion
+
+    def forward(self, message: Message, y: Tensor) -> Tensor:
+        return self.criterion(self.head(message), y)
+
+
+@dataclass(frozen=True)
+class Similarity(Term):
+    """Similarity matching, the "sim" of Pred-Sim (Nokland and Eidnes, 2019).
+
+    Mean squared difference between the similarity matrices of the batch, that of a 3x3 convolution (for vectors: a
+    linear layer) of h and that of the one-hot labels. A similarity matrix is the Gram matrix of one feature vector
+    per sample, centred and of unit length; the features of a map are its channels' standard deviations over space.
+    Pred-Sim is 0.99 * Similarity() + 0.01 * Predictive(head="linear").
+    """
+
+    def build(self, site: Site) -> nn.Module:
+        return SimilarityTerm(site)
+
+
+class SimilarityTerm(nn.Module):
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        if site.tokens:
+            raise ValueError("Similarity() compares samples: it does not apply to targets per token")
+        self.targets = site.targets
+        c = site.channels
+        self.transform = nn.Conv2d(c, c, 3, padding=1, bias=False) if site.is_map else nn.Linear(c, c, bias=False)
+
+    def forward(self, message: Message, y: Tensor) -> Tensor:
+        if message.site.is_map:
+            features = self.transform(message.h).flatten(2).float().std(2)
+        else:
+            features = self.transform(message.alpha)
+        target = F.one_hot(y, self.targets.size) if self.targets.labels else y
+        return F.mse_loss(similarity(features), similarity(target.to(features.dtype)))
+
+
+def similarity(features: Tensor) -> Tensor:
+    """Gram matrix (B, B) of features (B, F), each sample centred and of unit length."""
+    centred = features - features.mean(1, keepdim=True)
+    unit = F.normalize(centred, dim=1)
+    return unit @ unit.T
+
+
+PRED_SIM = 0.99 * Similarity() + 0.01 * Predictive(LinearHead)
+BLL = 0.1 * Variational() + Predictive()
+BLL_PAPER = Variational() + Predictive(LinearHead)

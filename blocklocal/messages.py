@@ -1,0 +1,74 @@
+"""What stands at a border for one batch: the block's output, its channel statistics and the feedback they meet.
+
+A statistic reduces positions, h (B, P, C) -> (B, C): feature maps (B, C, H, W) have P = H W positions, token sequences
+(B, T, D) have P = T, vectors (B, D) one. Where the model predicts per token, every token is a position of its own and
+alpha is (B, T, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from blocklocal.feedback import Targets
+
+Statistic = Callable[[Tensor], Tensor]
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def spatial_mean(positions: Tensor) -> Tensor:
+    """Mean over positions: (B, P, C) -> (B, C)."""
+    return positions.mean(1)
+
+
+def spatial_max(positions: Tensor) -> Tensor:
+    """Maximum over positions: (B, P, C) -> (B, C)."""
+    return positions.amax(1)
+
+
+def spatial_std(positions: Tensor) -> Tensor:
+    """Standard deviation over positions: (B, P, C) -> (B, C). Zero, with gradient zero, where there is one position."""
+    variance = positions.var(1, correction=0)
+    return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * (variance > 0)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a border stands: the shape (C, H, W), (T, D) or (D,) of one sample of h, and what to predict there."""
+
+    shape: tuple[int, ...]
+    targets: Targets
+    tokens: bool
+    criterion: Criterion
+
+    @property
+    def is_map(self) -> bool:
+        return len(self.shape) == 3
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0] if len(self.shape) > 2 else self.shape[len(self.shape) - 1]
+
+
+class Message:
+    """The forward message of one batch at one border.
+
+    h: the block's output. alpha: its statistics, (B, C) or per token (B, T, C), at least in single precision, with
+    gradient. feedback: the border's feedback network, from which a loss gets beta.
+    """
+
+    def __init__(self, h: Tensor, *, site: Site, statistic: Statistic, feedback: nn.Module | None) -> None:
+        self.h, self.site, self.statistic, self.feedback = h, site, statistic, feedback
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        h = self.h
+        if h.dim() > 3:
+            h = self.statistic(h.flatten(2).transpose(1, 2))
+        elif h.dim() == 3 and not self.site.tokens:
+            h = self.statistic(h)
+        return h.to(torch.promote_types(h.dtype, torch.float32))
