@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback
-from blocklocal.losses import LocalLoss, PredictiveTerm
+from blocklocal.losses import LocalLoss, PredictiveTerm, VariationalTerm
 from blocklocal.messages import Message, Site, Statistic
 
 
@@ -23,6 +23,12 @@ class Border(nn.Module):
         self.terms = nn.ModuleList(term.build(site) for _, term in loss.terms)
         reads_feedback = any(getattr(module, "reads_feedback", False) for module in self.terms.modules())
         self.feedback = feedback.build(site.targets, channels=site.channels) if reads_feedback else None
+        learns = self.feedback is not None and any(True for _ in self.feedback.parameters())
+        if learns and not any(isinstance(term, VariationalTerm) for term in self.terms):
+            raise ValueError(
+                f"{feedback} would never learn: only bll.Variational() trains feedback that has parameters; "
+                "add it to the local loss, or use bll.ClosedFormFeedback()"
+            )
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:
         """The local loss, a scalar, of outputs h and targets y."""

@@ -1,6 +1,6 @@
 """What stands at a border for one batch: the block's output, its channel statistics and the feedback they meet.
 
-A statistic reduces positions, h (B, P, C) -> (B, C): feature maps (B, C, H, W) have P = H W positions, token sequences
+A statistic reduces positions, h (B, C, P) -> (B, C): feature maps (B, C, H, W) have P = H W positions, token sequences
 (B, T, D) have P = T, vectors (B, D) one. Where the model predicts per token, every token is a position of its own and
 alpha is (B, T, D).
 """
@@ -21,18 +21,18 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def spatial_mean(positions: Tensor) -> Tensor:
-    """Mean over positions: (B, P, C) -> (B, C)."""
-    return positions.mean(1)
+    """Mean over positions: (B, C, P) -> (B, C)."""
+    return positions.mean(2)
 
 
 def spatial_max(positions: Tensor) -> Tensor:
-    """Maximum over positions: (B, P, C) -> (B, C)."""
-    return positions.amax(1)
+    """Maximum over positions: (B, C, P) -> (B, C)."""
+    return positions.amax(2)
 
 
 def spatial_std(positions: Tensor) -> Tensor:
-    """Standard deviation over positions: (B, P, C) -> (B, C). Zero, with gradient zero, where there is one position."""
-    variance = positions.var(1, correction=0)
+    """Standard deviation over positions: (B, C, P) -> (B, C). Zero, with gradient zero, where there is one position."""
+    variance = positions.var(2, correction=0)
     return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * (variance > 0)
 
 
@@ -68,7 +68,7 @@ class Message:
     def alpha(self) -> Tensor:
         h = self.h
         if h.dim() > 3:
-            h = self.statistic(h.flatten(2).transpose(1, 2))
+            h = self.statistic(h.flatten(2))
         elif h.dim() == 3 and not self.site.tokens:
-            h = self.statistic(h)
+            h = self.statistic(h.transpose(1, 2))
         return h.to(torch.promote_types(h.dtype, torch.float32))
