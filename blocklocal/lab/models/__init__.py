@@ -1,0 +1,110 @@
+"""Models by name: built in, of timm or torchvision, or any function."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import nn
+
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.models.resnet import BasicBlock, Bottleneck, ResNet
+from blocklocal.lab.models.small import cnn, mlp
+from blocklocal.lab.models.vit import VisionTransformer
+
+
+def _resnet(block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], *, width: int) -> Callable[..., nn.Module]:
+    def build(*, channels: int, size: tuple[int, int], classes: int) -> ResNet:
+        return ResNet(block, depths, width=width, channels=channels, classes=classes)
+
+    return build
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet18": _resnet(BasicBlock, (2, 2, 2, 2), width=64),
+    "resnet34": _resnet(BasicBlock, (3, 4, 6, 3), width=64),
+    "resnet50": _resnet(Bottleneck, (3, 4, 6, 3), width=64),
+    "resnet20": _resnet(BasicBlock, (3, 3, 3), width=16),
+    "resnet32": _resnet(BasicBlock, (5, 5, 5), width=16),
+    "resnet56": _resnet(BasicBlock, (9, 9, 9), width=16),
+    "resnet110": _resnet(BasicBlock, (18, 18, 18), width=16),
+    "vit": VisionTransformer,
+}
+
+# Where the recipe for so many blocks cuts; elsewhere the library balances the blocks. The paper's ResNet-50 has four
+# bottlenecks in each block.
+CUTS: dict[tuple[str, int], tuple[str, ...]] = {
+    ("mlp", 4): ("layer1", "layer2", "layer3"),
+    ("cnn", 4): ("layer1", "layer2", "layer3"),
+    ("resnet18", 4): ("layer1", "layer2", "layer3"),
+    ("resnet34", 4): ("layer1", "layer2", "layer3"),
+    ("resnet50", 4): ("layer2.0", "layer3.0", "layer3.4"),
+}
+
+
+def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    """A new model for images of `channels` and `size` (height, width) pixels, with `classes` logits.
+
+    name: one of `MODELS`, `timm:NAME`, `torchvision:NAME`, or `package.module:function`, a function that is called with
+    channels=, size=, classes= and gives the module. UserError: no such model, package or function.
+    """
+    if name in MODELS:
+        return MODELS[name](channels=channels, size=size, classes=classes)
+    source, colon, function = name.partition(":")
+    if not colon:
+        raise UserError(
+            f"unknown model {name!r}: choose {', '.join(MODELS)}, timm:NAME, torchvision:NAME or package.module:function"
+        )
+    if source == "timm":
+        return _timm(function, channels=channels, classes=classes)
+    if source == "torchvision":
+        return _torchvision(function, channels=channels, classes=classes)
+    return _own(source, function)(channels=channels, size=size, classes=classes)
+
+
+def _timm(name: str, *, channels: int, classes: int) -> nn.Module:
+    timm = _package("timm", model=f"timm:{name}")
+    if not timm.is_model(name):
+        raise UserError(f"unknown model 'timm:{name}': timm.list_models() has the names")
+    return timm.create_model(name, in_chans=channels, num_classes=classes)
+
+
+def _torchvision(name: str, *, channels: int, classes: int) -> nn.Module:
+    torchvision = _package("torchvision", model=f"torchvision:{name}")
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise UserError(f"unknown model 'torchvision:{name}': torchvision.models.list_models() has the names")
+    if channels != 3:
+        raise UserError(f"model 'torchvision:{name}' takes colour images, and these have {channels} channel(s)")
+    return torchvision.models.get_model(name, weights=None, num_classes=classes)
+
+
+def _package(name: str, *, model: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UserError(f"model {model!r} needs the package {name}: pip install {name}") from error
+
+
+def _own(module: str, function: str) -> Callable[..., nn.Module]:
+    name = f"{module}:{function}"
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        if not (module == error.name or module.startswith(f"{error.name}.")):
+            raise
+        raise UserError(
+            f"model {name!r}: there is no module {error.name!r} here; a module of your own must be importable (PYTHONPATH)"
+        ) from error
+    if not callable(found):
+        raise UserError(f"model {name!r}: module {module!r} has no function {function!r}")
+    try:
+        inspect.signature(found).bind(channels=1, size=(1, 1), classes=1)
+    except TypeError as error:
+        raise UserError(f"model {name!r} must accept channels=, size=, classes= by name ({error})") from error
+    return found
