@@ -6,8 +6,8 @@ optimum over a mini-batch is ridge least squares from two sufficient statistics 
     S <- g S + Y'Y,   R <- g R + Y'A,   W <- W + (S + r I)^-1 (R - S W),
 
 with forgetting factor g and ridge r. The correction form pulls towards the present W instead of zero, so that
-directions which no target of the batch excites, such as absent classes, keep their weight; from W = 0 it is ordinary
-ridge regression. For one-hot labels S is diagonal and row c of W is the mean of alpha over class c.
+directions which no target excites any more keep their weight; from W = 0 it is ordinary ridge regression. For one-hot
+labels S is diagonal and row c of W is the mean of alpha over class c; classes absent from a batch are left alone.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class Targets:
             if y.shape[-1:] != (self.size,):
                 raise ValueError(f"y has shape {tuple(y.shape)}: dense targets need {self.size} in the last dimension")
             return
-        if y.is_floating_point() or y.dtype == torch.bool:
-            raise ValueError(f"y has dtype {y.dtype}: labels are integers; for dense targets pass outputs= instead")
+        if y.dtype != torch.int64:
+            raise ValueError(
+                f"y has dtype {y.dtype}: labels are integers, pass y.long(); for dense targets pass outputs= instead"
+            )
         if y.device.type == "cpu" and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.size:
             raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}: allowed is 0 to {self.size - 1}")
 
@@ -69,32 +71,38 @@ class LinearFeedback(nn.Module):
         self.register_buffer("cross", torch.zeros(n, channels))
 
     def forward(self, y: Tensor) -> Tensor:
-        return F.embedding(y, self.weight) if self.targets.labels else y.to(self.weight.dtype) @ self.weight
+        if self.targets.labels:
+            return F.embedding(y, self.weight)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return y.to(self.weight.dtype) @ self.weight
 
     @torch.no_grad()
     def update(self, y: Tensor, alpha: Tensor) -> None:
-        """Fit the weight to a batch: y as the targets say, alpha (..., C)."""
+        """Fit the weight to a batch: y as the targets say, alpha (..., C), at least in single precision."""
+        dtype = torch.promote_types(alpha.dtype, self.weight.dtype)
         with torch.autocast(alpha.device.type, enabled=False):
-            second, cross = self._statistics(y, alpha.flatten(0, -2).to(self.weight.dtype))
+            second, cross = self._statistics(y, alpha.flatten(0, -2).to(dtype))
             if self.process_group is not None:
                 dist.all_reduce(second, group=self.process_group)
                 dist.all_reduce(cross, group=self.process_group)
             self.second.mul_(self.forgetting).add_(second)
             self.cross.mul_(self.forgetting).add_(cross)
+            weight = self.weight.to(dtype)
             if self.targets.labels:
-                count = self.second.unsqueeze(-1)
-                self.weight.add_((self.cross - count * self.weight) / (count + self.ridge))
+                count = self.second.to(dtype).unsqueeze(-1)
+                fitted = weight + (self.cross - count * weight) / (count + self.ridge)
+                self.weight.copy_(torch.where(second.unsqueeze(-1) > 0, fitted, weight))
             else:
-                gram = self.second + self.ridge * torch.eye(self.targets.size).to(self.second)
-                residual = self.cross - self.second @ self.weight
-                self.weight.add_(torch.linalg.solve_ex(gram, residual).result)
+                gram = self.second.to(dtype)
+                ridge = self.ridge * torch.eye(len(gram), dtype=dtype, device=gram.device)
+                self.weight.copy_(weight + torch.linalg.solve_ex(gram + ridge, self.cross - gram @ weight).result)
 
     def _statistics(self, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Y'Y (its diagonal for labels) and Y'A of a batch with alpha (M, C)."""
         if self.targets.labels:
-            y = y.flatten()
-            second = torch.zeros_like(self.second).index_add_(0, y, torch.ones_like(alpha[:, 0]))
-            return second, torch.zeros_like(self.cross).index_add_(0, y, alpha)
+            y, n = y.flatten(), self.targets.size
+            second = alpha.new_zeros(n).index_add_(0, y, torch.ones_like(alpha[:, 0]))
+            return second, alpha.new_zeros(n, alpha.shape[1]).index_add_(0, y, alpha)
         dense = y.flatten(0, -2).to(alpha.dtype)
         return dense.T @ dense, dense.T @ alpha
 
