@@ -38,6 +38,12 @@ class Border(nn.Module):
     def parts(self, h: Tensor, y: Tensor) -> list[Tensor]:
         """The terms of the local loss, unweighted."""
         message = self.message(h)
+        rows = y.shape if self.site.targets.labels else y.shape[:-1]
+        if rows != message.alpha.shape[:-1]:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}, and alpha at this border {tuple(message.alpha.shape)}: "
+                f"one target per {'token' if self.site.tokens else 'sample'} is needed"
+            )
         if self.training and isinstance(self.feedback, LinearFeedback):
             self.feedback.update(y, message.alpha.detach())
         return [term(message, y) for term in self.terms]

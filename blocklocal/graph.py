@@ -29,6 +29,13 @@ class ContainerTracer(fx.Tracer):
         self.containers = containers
         self.outputs: dict[str, list[fx.Node]] = {}
 
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        """The inputs of the graph: arguments of the forward pass without a default; the others keep theirs."""
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        _, *parameters = inspect.signature(root_fn).parameters.values()
+        names = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.containers
 
@@ -42,45 +49,55 @@ class ContainerTracer(fx.Tracer):
 def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
     """Trace `model` through `containers` (qualified names), in training and in evaluation mode.
 
-    ValueError where a forward pass cannot be traced, or where the two modes differ in the functions called, since a
-    traced block could then follow one of them only.
+    ValueError where a forward pass cannot be traced, where it makes tensors out of nothing, which tracing would freeze,
+    or where the two modes differ in the functions called, since a traced block could then follow one of them only.
     """
+    where = " or ".join([type(model).__name__, *map(repr, sorted(containers))])
     traces = {}
     for training in (False, True):
         with mode(model, training=training):
             tracer = ContainerTracer(containers)
             try:
-                graph = tracer.trace(model, concrete_args=_defaults(model))
+                graph = tracer.trace(model)
             except Exception as error:
-                where = ", ".join(sorted(containers)) or type(model).__name__
                 raise ValueError(
                     f"the forward pass of {where} cannot be traced ({_first_line(error)}): "
                     "cut outside it, or pass the blocks as a list of modules"
                 ) from error
+            finally:
+                made = [name for name in vars(model) if name.startswith("_tensor_constant")]
+                for name in made:
+                    delattr(model, name)
+            if made:
+                raise ValueError(
+                    f"the forward pass of {where} makes a tensor that does not depend on its input: "
+                    "register it as a buffer, move it into a submodule, or cut outside"
+                )
             traces[training] = Trace(graph, tracer.outputs)
     if str(traces[True].graph) != str(traces[False].graph):
-        where = ", ".join(["the model's own forward", *sorted(containers)])
         raise ValueError(
-            f"the forward pass ({where}) takes another course in training than in evaluation: "
+            f"the forward pass of {where} takes another course in training than in evaluation: "
             "move what depends on self.training into a submodule of its own, such as nn.Dropout, or cut outside it"
         )
     return traces[True]
 
 
 def expand(model: nn.Module) -> frozenset[str]:
-    """All containers of `model` that can be traced through, the outermost first refused keeping its inside whole."""
+    """All containers of `model` that can be traced through; the inside of one that cannot stays whole."""
+    trace(model, containers=frozenset())
     containers: set[str] = set()
     frontier = [name for name, _ in model.named_children()]
     while frontier:
         name = frontier.pop()
         module = model.get_submodule(name)
-        if not _is_container(module):
-            continue
-        try:
-            trace(module, containers=frozenset())
-        except ValueError:
-            continue
-        containers.add(name)
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            if not _is_container(module):
+                continue
+            try:
+                trace(module, containers=frozenset())
+            except ValueError:
+                continue
+            containers.add(name)
         frontier += [f"{name}.{child}" for child, _ in module.named_children()]
     return frozenset(containers)
 
@@ -100,12 +117,6 @@ def crossing(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
 def _is_container(module: nn.Module) -> bool:
     builtin = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
     return not builtin and any(True for _ in module.children())
-
-
-def _defaults(model: nn.Module) -> dict[str, object]:
-    """Arguments of the forward pass that have a default keep it; the others are the inputs."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def _first_line(error: Exception) -> str:

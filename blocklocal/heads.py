@@ -1,6 +1,6 @@
 """Prediction at a border: modules that map a Message to logits (B, n), or (B, T, n) per token.
 
-`linear` and `mlp` read the statistics alpha, `conv` and `residual` the feature map itself through two strided stages
+`linear` and `mlp` read the channel statistics, `conv` and `residual` the feature map itself through two strided stages
 that end in its mean; a deeper head approximates p(y | z_k) better, at more cost. `evidence` has no parameters: the
 messages themselves classify, since log q(y | x) is the logarithm of the integral of alpha_k(z) beta_k(z; y).
 """
@@ -19,18 +19,18 @@ Head = Callable[[Site], nn.Module]
 
 
 class LinearHead(nn.Module):
-    """One linear layer on alpha (as in Nokland and Eidnes, 2019)."""
+    """One linear layer on the statistics (as in Nokland and Eidnes, 2019)."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.linear = nn.Linear(site.channels, site.targets.size)
 
     def forward(self, message: Message) -> Tensor:
-        return self.linear(message.alpha)
+        return self.linear(message.statistics)
 
 
 class MLPHead(nn.Module):
-    """Two linear layers on alpha, as wide inside as alpha is, at least 64."""
+    """Two linear layers on the statistics, as wide inside as there are channels, at least 64."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class MLPHead(nn.Module):
         self.layers = nn.Sequential(nn.Linear(site.channels, width), nn.ReLU(), nn.Linear(width, site.targets.size))
 
     def forward(self, message: Message) -> Tensor:
-        return self.layers(message.alpha)
+        return self.layers(message.statistics)
 
 
 class ConvHead(nn.Module):

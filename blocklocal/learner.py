@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from blocklocal.border import Border
@@ -16,7 +17,7 @@ from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets
 from blocklocal.graph import mode
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Site, Statistic, spatial_mean
-from blocklocal.split import split
+from blocklocal.split import share, split
 
 
 class CollapseWarning(UserWarning):
@@ -204,11 +205,12 @@ class BlockLocal(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLocal:
-        super()._apply(fn, recurse)
-        for block in self.blocks:  # buffers of containers that were cut are shared by name, not by module
-            for name, buffer in block.named_buffers() if isinstance(block, fx.GraphModule) else ():
-                owner, _, attribute = name.rpartition(".")
-                self.model.get_submodule(owner)._buffers[attribute] = buffer
+        self.model._apply(fn, recurse)
+        self.borders._apply(fn, recurse)
+        given = set(self.model.modules())
+        for block in self.blocks:
+            if isinstance(block, fx.GraphModule) and block not in given:
+                share(self.model, block)
         return self
 
     def _border(self, k: int) -> Border:
@@ -227,7 +229,7 @@ class BlockLocal(nn.Module):
         for k in range(len(self.blocks)):
             h = self._forward(k, h)
             logits = self._prediction(k, h)
-            decided = logits.clone() if decided is None else decided.index_copy(0, waiting, logits)
+            decided = logits.clone() if decided is None else decided.index_copy(0, waiting, logits.to(decided.dtype))
             least = logits.softmax(-1).amax(-1).reshape(len(logits), -1).amin(-1)  # over a sample's tokens
             stays = least < confidence
             h, waiting = h[stays], waiting[stays]
@@ -248,7 +250,7 @@ class BlockLocal(nn.Module):
             for k, block in enumerate(self.blocks):
                 before = h._version
                 output = block(h if k else h.clone())
-                writes_input.append(k > 0 and h._version != before)
+                writes_input.append(k > 0 and (h._version != before or _drops_in_place(block)))
                 if not isinstance(output, Tensor) or output.dim() < 2:
                     raise ValueError(
                         f"block {k} gives {_describe(output)}: a block gives one tensor (B, ...) of features"
@@ -262,6 +264,12 @@ class BlockLocal(nn.Module):
                 "the number of classes or outputs"
             )
         tokens = prediction.dim() > 2
+        for k, h in enumerate(outputs):
+            if tokens and h.shape[:-1] != prediction.shape[:-1]:
+                raise ValueError(
+                    f"block {k} gives {_describe(h)}, and the model predicts per token, {_describe(prediction)}: "
+                    "cut where the features are one vector per token"
+                )
         sites = [
             Site(tuple(h.shape[1:]), targets=self.targets, tokens=tokens, criterion=self.criterion) for h in outputs
         ]
@@ -275,6 +283,11 @@ def _targets(classes: int | None, outputs: int | None) -> Targets:
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{'classes' if classes is not None else 'outputs'}={size!r}: a positive integer is needed")
     return Targets(size, labels=classes is not None)
+
+
+def _drops_in_place(block: nn.Module) -> bool:
+    """Whether dropout, which evaluation mode does not show, may write into the block's input."""
+    return any(isinstance(module, _DropoutNd) and module.inplace for module in block.modules())
 
 
 def _describe(value: object) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from blocklocal.families import Family, Gaussian
 from blocklocal.heads import HEADS, Head, LinearHead, MLPHead, ResidualHead
-from blocklocal.messages import Message, Site
+from blocklocal.messages import Message, Site, spatial_std
 
 
 class LocalLoss:
@@ -152,9 +152,9 @@ class SimilarityTerm(nn.Module):
 
     def forward(self, message: Message, y: Tensor) -> Tensor:
         if message.site.is_map:
-            features = self.transform(message.h).flatten(2).float().std(2)
+            features = spatial_std(self.transform(message.h).flatten(2).to(message.alpha.dtype))
         else:
-            features = self.transform(message.alpha)
+            features = self.transform(message.statistics).to(message.alpha.dtype)
         target = F.one_hot(y, self.targets.size) if self.targets.labels else y
         return F.mse_loss(similarity(features), similarity(target.to(features.dtype)))
 

@@ -57,18 +57,22 @@ class Site:
 class Message:
     """The forward message of one batch at one border.
 
-    h: the block's output. alpha: its statistics, (B, C) or per token (B, T, C), at least in single precision, with
-    gradient. feedback: the border's feedback network, from which a loss gets beta.
+    h: the block's output. statistics: its channel statistics, (B, C) or per token (B, T, C), which heads read. alpha:
+    the same, at least in single precision. Both carry the gradient. feedback: the border's feedback network, from which
+    a loss gets beta.
     """
 
     def __init__(self, h: Tensor, *, site: Site, statistic: Statistic, feedback: nn.Module | None) -> None:
         self.h, self.site, self.statistic, self.feedback = h, site, statistic, feedback
 
     @cached_property
+    def statistics(self) -> Tensor:
+        if self.h.dim() > 3:
+            return self.statistic(self.h.flatten(2))
+        if self.h.dim() == 3 and not self.site.tokens:
+            return self.statistic(self.h.transpose(1, 2))
+        return self.h
+
+    @cached_property
     def alpha(self) -> Tensor:
-        h = self.h
-        if h.dim() > 3:
-            h = self.statistic(h.flatten(2))
-        elif h.dim() == 3 and not self.site.tokens:
-            h = self.statistic(h.transpose(1, 2))
-        return h.to(torch.promote_types(h.dtype, torch.float32))
+        return self.statistics.to(torch.promote_types(self.h.dtype, torch.float32))

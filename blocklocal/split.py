@@ -85,6 +85,9 @@ def cut(model: nn.Module, *, at: Sequence[str]) -> nn.Sequential:
             raise ValueError(f"at={name!r}: {type(model).__name__} has no such submodule; it has {_some(modules)}")
     containers = {prefix for name in at for prefix in _prefixes(name)}
     traced = trace(model, containers=frozenset(containers))
+    inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise ValueError(f"{type(model).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}): a chain has one")
     return _checked(_segments(model, traced, borders=_borders(traced, at=at)))
 
 
@@ -132,7 +135,28 @@ def _segments(model: nn.Module, traced: Trace, *, borders: list[fx.Node]) -> nn.
             graph = fx.Graph()
             values = {node: graph.placeholder("h")}
     blocks.append(fx.GraphModule(model, graph, class_name=f"Block{len(blocks)}"))
+    for block in blocks:
+        share(model, block)
     return nn.Sequential(*blocks)
+
+
+def share(model: nn.Module, block: fx.GraphModule) -> None:
+    """Let a block cut from `model` hold the parameters and buffers that the model's containers hold now.
+
+    A module is in its block itself. A container that was cut stands in a block as an empty module with the tensors
+    that the block reads, and these go their own way as soon as the container replaces its own.
+    """
+    for path, stand_in in block.named_modules():
+        container = model.get_submodule(path)
+        if container is stand_in:
+            continue
+        for name in stand_in._parameters:
+            stand_in._parameters[name] = container._parameters[name]
+        for name in stand_in._buffers:
+            if name in container._buffers:  # else a plain attribute
+                stand_in._buffers[name] = container._buffers[name]
+            if name not in container._buffers or name in container._non_persistent_buffers_set:
+                stand_in._non_persistent_buffers_set.add(name)
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:
@@ -185,7 +209,8 @@ def _describe(node: fx.Node) -> str:
         return f"the input {node.name!r}"
     if node.op == "call_module":
         return f"the output of submodule {node.target!r}"
-    return f"the value {node.name!r}"
+    operation = getattr(node.target, "__name__", node.target)
+    return f"the value {operation}({', '.join(map(str, node.args))})"
 
 
 def _some(modules: dict[str, nn.Module], *, most: int = 12) -> str:
