@@ -55,7 +55,7 @@ def training_batches(
     size: int,
     seed: int,
     epoch: int,
-    augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+    augmentation: Augmentation = Augmentation(),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(x, y) of `size` images each, in the epoch's order; images beyond the last full batch are left out."""
     n, _, height, width = split.images.shape
@@ -91,7 +91,9 @@ def _mix(seed: int, epoch: int) -> int:
 def _gather(images: Tensor, index: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """images (N, C, H, W) at index (B,), rows (B, H) and columns (B, W): (B, C, H, W)."""
     channels = torch.arange(images.shape[1], device=images.device)
-    return images[index[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    return images[
+        index[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ]
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

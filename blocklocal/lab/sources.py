@@ -94,7 +94,9 @@ def _from_images(path: Path) -> Dataset:
             if file.suffix.lower() in SUFFIXES
         ]
         if not files:
-            raise UserError(f"no images in {str(path / part)!r}: they are sought in {part}/CLASS/*{{{','.join(SUFFIXES)}}}")
+            raise UserError(
+                f"no images in {str(path / part)!r}: they are sought in {part}/CLASS/*{{{','.join(SUFFIXES)}}}"
+            )
         images = decode((str(file), file.read_bytes()) for file, _ in files)
         return Split(images, torch.tensor([label for _, label in files]))
 
@@ -142,7 +144,9 @@ def _encoded(table: pa.Table, *, origin: str) -> Iterator[tuple[str, bytes]]:
     kind = table.schema.field(column).type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
         raise UserError(f"{origin!r}: column {column!r} must be a struct of bytes and path, it is {kind}")
-    for row, content in enumerate(value for chunk in table[column].chunks for value in chunk.field("bytes").to_pylist()):
+    for row, content in enumerate(
+        value for chunk in table[column].chunks for value in chunk.field("bytes").to_pylist()
+    ):
         if content is None:
             raise UserError(f"{origin!r}: row {row} of column {column!r} holds no image bytes")
         yield f"{origin}, row {row}", content

@@ -18,7 +18,7 @@ def mlp(*, channels: int, size: tuple[int, int], classes: int, width: int = 256,
     return nn.Sequential(layers)
 
 
-def cnn(*, channels: int, size: tuple[int, int], classes: int, width: int = 32) -> nn.Sequential:
+def cnn(*, channels: int, size: tuple[int, int], classes: int, width: int = 16) -> nn.Sequential:
     """Four 3x3 convolutions with batch normalisation and ReLU, the third and fourth at half and quarter resolution.
 
     For images of 16 pixels and more, the first two are at full and half resolution too: layer1, ..., layer4, fc.

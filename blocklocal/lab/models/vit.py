@@ -80,4 +80,6 @@ def _patch(size: tuple[int, int]) -> int:
     for patch in (1, 2, 4, 8, 16, 32):
         if size[0] % patch == size[1] % patch == 0 and (size[0] // patch) * (size[1] // patch) <= 64:
             return patch
-    raise UserError(f"model 'vit' cuts images into equal patches, and {size[1]}x{size[0]} pixels divide into none of 2 to 32")
+    raise UserError(
+        f"model 'vit' cuts images into equal patches, and {size[1]}x{size[0]} pixels divide into none of 2 to 32"
+    )

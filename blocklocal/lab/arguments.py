@@ -1,0 +1,33 @@
+"""Command-line arguments into a dataclass, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+from blocklocal.lab.errors import UserError
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
+    """The arguments as `kind`, absent ones from `default`. With --help it prints and exits. UserError: unusable ones."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(f"{_first_paragraph(complaint.getvalue())} (see {prog} --help)") from None
+
+
+def _first_paragraph(box: str) -> str:
+    """The text of tyro's box down to its first rule, on one line."""
+    lines = [line.strip(" │") for line in box.splitlines()[1:]]
+    end = next((i for i, line in enumerate(lines) if not line.strip("─╰╯")), len(lines))
+    return " ".join(lines[:end]).strip()

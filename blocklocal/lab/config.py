@@ -1,0 +1,130 @@
+"""The settings of a training run. The defaults are the recipe for the digits; see `recipes` for the others."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import FlagCreatePairsOff, Positional
+
+from blocklocal.lab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Train a network on images, in blocks with local losses or whole, and keep everything in one folder."""
+
+    data: Positional[str] = "digits"
+    """digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images"""
+    model: str = "cnn"
+    """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    rule: str = "bll"
+    """how the blocks learn: bll, bll-paper, pred; bp is backpropagation through the whole model"""
+    blocks: int = 4
+    """number of blocks"""
+    at: tuple[str, ...] = ()
+    """submodules after which to cut, instead of --blocks"""
+    epochs: int = 15
+    """passes over the training images"""
+    batch_size: int = 64
+    """images per step"""
+    lr: float = 0.1
+    """highest learning rate"""
+    momentum: float = 0.9
+    """momentum, Nesterov's"""
+    weight_decay: float = 5e-4
+    """weight decay of all parameters"""
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    """course of the learning rate: a fall to zero after the warm-up, or a rise for 30 %% of the steps and a fall"""
+    warmup: float = 1.0
+    """epochs of linear rise before cosine or constant"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all classes"""
+    flip: bool = False
+    """mirror every second training image"""
+    crop: int = 1
+    """shift training images by up to so many pixels"""
+    cutout: int = 0
+    """blank a square of so many pixels in every training image"""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """arithmetic of the forward pass"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    compile: Annotated[bool, FlagCreatePairsOff] = False
+    """compile every block with torch.compile"""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to PyTorch"""
+    seed: int = 0
+    """of initial weights, order and augmentation"""
+    out: str | None = None
+    """folder of the run (default: runs/DATA-MODEL-RULE...)"""
+    resume: Annotated[bool, FlagCreatePairsOff] = False
+    """go on from the last checkpoint in --out, with the settings kept there"""
+
+    def check(self) -> None:
+        """UserError: a number out of its range."""
+        ranges = {
+            "blocks": self.blocks >= 1,
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "lr": 0 < self.lr < float("inf"),
+            "momentum": 0 < self.momentum < 1,
+            "weight_decay": 0 <= self.weight_decay < float("inf"),
+            "warmup": 0 <= self.warmup <= self.epochs,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "crop": self.crop >= 0,
+            "cutout": self.cutout >= 0,
+            "threads": self.threads >= 0,
+            "seed": 0 <= self.seed < 2**63,
+        }
+        for name, fine in ranges.items():
+            if not fine:
+                raise UserError(f"{flag(name)} {getattr(self, name)} is out of range: {RANGES[name]}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        if self.out is not None:
+            return Path(self.out)
+        names = [name.rstrip("/").rpartition("/")[2].rpartition(":")[2] for name in (self.data, self.model)]
+        rule = "bp" if self.rule == "bp" else f"{self.rule}{len(self.at) + 1 if self.at else self.blocks}"
+        return Path("runs", "-".join([*names, rule, f"seed{self.seed}"]))
+
+    def contradictions(self, other: Settings) -> list[str]:
+        """The settings, as flags, in which `other` would be another run."""
+        names = [field.name for field in fields(self) if field.name not in PLACE]
+        return [flag(name) for name in names if getattr(self, name) != getattr(other, name)]
+
+
+PLACE = ("out", "resume")  # they say where a run is and how it was called, not what it computes
+
+RANGES = {
+    "blocks": "1 or more",
+    "epochs": "1 or more",
+    "batch_size": "1 or more",
+    "lr": "more than 0",
+    "momentum": "between 0 and 1",
+    "weight_decay": "0 or more",
+    "warmup": "from 0 to --epochs",
+    "label_smoothing": "from 0 to below 1",
+    "crop": "0 or more pixels",
+    "cutout": "0 or more pixels",
+    "threads": "0 or more",
+    "seed": "0 or more",
+}
+
+
+def flag(name: str) -> str:
+    """The field `batch_size` as it is called on the command line."""
+    return "DATA" if name == "data" else f"--{name.replace('_', '-')}"
+
+
+def encode(settings: Settings) -> dict[str, Any]:
+    """For config.json: what a run computes."""
+    return {name: value for name, value in asdict(settings).items() if name not in PLACE}
+
+
+def restore(stored: dict[str, Any]) -> Settings:
+    """From config.json. TypeError, KeyError: settings of another version."""
+    return Settings(**{**stored, "at": tuple(stored["at"])})

@@ -1,0 +1,59 @@
+"""Where a run computes, and with what: for config.json."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blocklocal.lab.errors import UserError
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one. UserError: there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); choose auto or cpu") from error
+    return device
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Versions, device and git commit, as plain values."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "versions": {
+            "blocklocal": version("blocklocal"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "device": {"type": device.type, "name": name, "threads": torch.get_num_threads()},
+        "git": _commit(),
+    }
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: the most that tensors took on a GPU, or the whole process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _commit() -> str | None:
+    """The commit of this code, "-dirty" where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,86 @@
+"""`bll eval`: the test accuracy of a run, by its last exit, an earlier one, all combined, or early exits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from blocklocal.lab.arguments import parse
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.evaluate import Exits
+from blocklocal.lab.experiment import prepare
+from blocklocal.lab.runs import Run
+
+
+@dataclass(frozen=True)
+class Options:
+    """Test a trained network: every exit, and the accuracy of the one that is asked for."""
+
+    run: Positional[Path]
+    """folder of the run, as `bll train` has named it"""
+    exit: str = "last"
+    """last, all (every exit has a vote), the number of a block, or a threshold between 0 and 1 such as 0.9: each
+    image leaves at the first exit that gives its class that probability"""
+    data: str | None = None
+    """another place of the same data set"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, ..."""
+
+
+def main(args: Sequence[str]) -> None:
+    options = parse(Options, args, prog="bll eval")
+    run = Run(options.run)
+    settings = run.settings()
+    experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
+    checkpoint = run.load_checkpoint()
+    if checkpoint is None:
+        raise UserError(f"{str(run.path)!r} has no checkpoint: not one epoch was finished")
+    experiment.load(checkpoint["learner"])
+    exits = experiment.test()
+    accuracy = choose(exits, options.exit)
+    Console().print(_table(exits, title=f"{options.run}, epoch {checkpoint['epoch']}", exit=options.exit))
+    print(
+        json.dumps({"run": str(options.run), "epoch": checkpoint["epoch"], "exit": options.exit, "accuracy": accuracy})
+    )
+
+
+def choose(exits: Exits, exit: str) -> float:
+    """The accuracy that `--exit` asks for. UserError: no such exit."""
+    last = len(exits.accuracies) - 1
+    if exit == "all":
+        return exits.combined_accuracy
+    if exit == "last":
+        return exits.accuracies[last]
+    if exit.isdecimal() and int(exit) <= last:
+        return exits.accuracies[int(exit)]
+    threshold = _threshold(exit)
+    if threshold is None:
+        raise UserError(f"--exit {exit}: choose last, all, a block from 0 to {last}, or a threshold between 0 and 1")
+    return exits.early_accuracy(threshold)
+
+
+def _threshold(exit: str) -> float | None:
+    try:
+        threshold = float(exit)
+    except ValueError:
+        return None
+    return threshold if "." in exit and 0 <= threshold <= 1 else None
+
+
+def _table(exits: Exits, *, title: str, exit: str) -> Table:
+    table = Table("exit", title=title, title_justify="left")
+    table.add_column("test accuracy", justify="right")
+    threshold = _threshold(exit)
+    if threshold is not None:
+        table.add_column(f"images that leave at {threshold:g}", justify="right")
+    for k, accuracy in enumerate(exits.accuracies):
+        leaving = () if threshold is None else (f"{(exits.leaving(threshold) == k).double().mean().item():.2%}",)
+        table.add_row(str(k), f"{accuracy:.2%}", *leaving)
+    table.add_row("all", f"{exits.combined_accuracy:.2%}")
+    return table

@@ -1,0 +1,96 @@
+"""Data and learner of a run, made from its settings: what training and testing share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from blocklocal import BlockLocal
+from blocklocal.lab import batches, models, rules
+from blocklocal.lab.batches import Augmentation, Normalisation
+from blocklocal.lab.config import Settings
+from blocklocal.lab.data import Dataset, load
+from blocklocal.lab.environment import find_device
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.evaluate import Exits, evaluate
+
+EXAMPLE = 8  # images by which the blocks are balanced and the borders get their shapes
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A data set and a learner with its initial weights, both on `device`."""
+
+    settings: Settings
+    device: torch.device
+    dataset: Dataset
+    normalisation: Normalisation
+    learner: BlockLocal
+
+    def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        settings = self.settings
+        return batches.training_batches(
+            self.dataset.train,
+            normalisation=self.normalisation,
+            size=settings.batch_size,
+            seed=settings.seed,
+            epoch=epoch,
+            augmentation=Augmentation(flip=settings.flip, crop=settings.crop, cutout=settings.cutout),
+        )
+
+    def autocast(self) -> torch.autocast:
+        dtype = DTYPES[self.settings.dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Give the learner these weights. UserError: they are of another model."""
+        try:
+            self.learner.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(
+                f"the checkpoint does not fit model {self.settings.model!r} as it is built now: "
+                f"give back the code that it was trained with, or train anew ({error})"
+            ) from error
+
+    def test(self) -> Exits:
+        """All exits on the test images."""
+        with self.autocast():
+            return evaluate(self.learner, self.dataset.test, normalisation=self.normalisation)
+
+
+def prepare(settings: Settings) -> Experiment:
+    """The experiment of these settings.
+
+    UserError: an unknown device, data set, model or rule; too few images; a model that cannot be cut as asked.
+    """
+    settings.check()
+    rule = rules.find(settings.rule)
+    device = find_device(settings.device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    dataset = load(settings.data).to(device)
+    if len(dataset.train) < settings.batch_size:
+        raise UserError(
+            f"--batch-size {settings.batch_size} is more than the {len(dataset.train)} training images of {settings.data!r}"
+        )
+    normalisation = Normalisation.of(dataset.train.images)
+    torch.manual_seed(settings.seed)
+    model = models.build(settings.model, channels=dataset.channels, size=dataset.size, classes=len(dataset.classes))
+    task = rules.Task(
+        classes=len(dataset.classes),
+        example=normalisation(dataset.train.images[:EXAMPLE]),
+        criterion=partial(cross_entropy, label_smoothing=settings.label_smoothing),
+        blocks=settings.blocks,
+        at=settings.at or models.CUTS.get((settings.model, settings.blocks)),
+    )
+    try:
+        learner = rule(model.to(device), task)
+    except ValueError as error:  # the library's own, for arguments that do not fit the model
+        raise UserError(f"model {settings.model!r}, rule {settings.rule!r}: {error}") from error
+    return Experiment(settings, device, dataset, normalisation, learner.to(device))

@@ -1,0 +1,144 @@
+"""How a run shows itself on standard error: a live table on a terminal, one line per epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a run: `epochs` of `steps` steps, `done` epochs being behind already."""
+
+    epochs: int
+    steps: int
+    batch_size: int
+    blocks: int
+    done: int
+
+
+class Display(Protocol):
+    """Shows a run. Entered for the time of training."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def step(self, epoch: int, step: int, losses: Sequence[float]) -> None:
+        """`step` steps of epoch 1, 2, ... are done; losses: of each block, lately."""
+        ...
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is done and tested; record: its line of metrics.jsonl."""
+        ...
+
+
+def display(console: Console, plan: Plan) -> Display:
+    """The display that suits the console."""
+    return LiveDisplay(console, plan) if console.is_terminal else PlainDisplay(console, plan)
+
+
+class PlainDisplay:
+    """A line per epoch, and one per minute within."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self.console, self.plan = console, plan
+        self.spoke = time.monotonic()
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def step(self, epoch: int, step: int, losses: Sequence[float]) -> None:
+        if time.monotonic() - self.spoke > 60:
+            self._say(f"epoch {epoch}/{self.plan.epochs}, step {step}/{self.plan.steps}: loss {_join(losses, '.3f')}")
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        accuracies = [100 * accuracy for accuracy in record["test_accuracy"]]
+        self._say(
+            f"epoch {record['epoch']}/{self.plan.epochs}: loss {_join(record['train_loss'], '.3f')}, "
+            f"test accuracy {_join(accuracies, '.1f')}, all exits {100 * record['test_accuracy_all']:.1f} %, "
+            f"{record['seconds']:.1f} s"
+        )
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+        self.spoke = time.monotonic()
+
+
+class LiveDisplay:
+    """Loss and test accuracy per block above a bar with rate and remaining time."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self.plan = plan
+        self.losses: Sequence[float | None] = [None] * plan.blocks
+        self.accuracies: Sequence[float | None] = [None] * (plan.blocks + 1)  # the last: all exits combined
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            Rate(plan.batch_size),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self.task = self.bar.add_task(
+            f"epoch {plan.done}/{plan.epochs}", total=plan.epochs * plan.steps, completed=plan.done * plan.steps
+        )
+        self.live = Live(console=console, refresh_per_second=5, get_renderable=self._render)
+
+    def __enter__(self) -> LiveDisplay:
+        self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
+
+    def step(self, epoch: int, step: int, losses: Sequence[float]) -> None:
+        self.losses = losses
+        completed = (epoch - 1) * self.plan.steps + step
+        self.bar.update(self.task, completed=completed, description=f"epoch {epoch}/{self.plan.epochs}")
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.losses = record["train_loss"]
+        self.accuracies = [*record["test_accuracy"], record["test_accuracy_all"]]
+
+    def _render(self) -> Group:
+        table = Table("block", box=None, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("training loss", justify="right")
+        table.add_column("test accuracy", justify="right")
+        for k, (loss, accuracy) in enumerate(zip(self.losses, self.accuracies[:-1], strict=True)):
+            table.add_row(str(k), _show(loss, "{:.4f}"), _show(accuracy, "{:.2%}"))
+        if len(self.losses) > 1:
+            table.add_row("all", "", _show(self.accuracies[-1], "{:.2%}"))
+        return Group(table, self.bar)
+
+
+class Rate(ProgressColumn):
+    """Images per second, where the task counts steps."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed * self.batch_size:,.0f} images/s" if task.speed else "", style="progress.data.speed")
+
+
+def _show(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _join(values: Sequence[float], form: str) -> str:
+    return " ".join(format(value, form) for value in values)

@@ -1,0 +1,106 @@
+"""The folder of a run: config.json, metrics.jsonl, model.safetensors, checkpoint/.
+
+A file is written under another name and renamed, so that a kill at any moment leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+from blocklocal.lab.config import Settings, encode, restore
+from blocklocal.lab.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, which need not exist yet."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint" / "state.pt"
+
+    @property
+    def exists(self) -> bool:
+        return self.config.exists()
+
+    def create(self, settings: Settings, *, facts: dict[str, Any]) -> None:
+        """A new run with these settings; `facts` stand beside them in config.json."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"settings": encode(settings), **facts}, indent=2)
+        _write(self.config, lambda path: path.write_text(content + "\n"))
+
+    def settings(self) -> Settings:
+        """UserError: no run here, or not one of this version."""
+        if not self.exists:
+            raise UserError(f"{str(self.path)!r} holds no run: it has no config.json")
+        try:
+            return restore(json.loads(self.config.read_text())["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{str(self.config)!r} is not a configuration of this version ({error})") from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One more line of metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def rewind(self, *, epochs: int) -> list[dict[str, Any]]:
+        """Forget what metrics.jsonl says of later epochs, which the checkpoint does not know; returns the rest.
+
+        A half line, which a kill may leave at the end, is of such an epoch.
+        """
+        lines = self.metrics.read_text().split("\n")[:-1] if self.metrics.exists() else []
+        records = [record for record in map(json.loads, lines) if record["epoch"] <= epochs]
+        content = "".join(json.dumps(record) + "\n" for record in records)
+        _write(self.metrics, lambda path: path.write_text(content))
+        return records
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        _write(self.checkpoint, lambda path: torch.save(state, path))
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """None where the run was stopped before its first. UserError: an unreadable file."""
+        if not self.checkpoint.exists():
+            return None
+        try:
+            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(
+                f"{str(self.checkpoint)!r} is not a readable checkpoint; start anew with another --out"
+            ) from error
+
+    def save_model(self, model: nn.Module) -> None:
+        """The weights under the model's own names."""
+        _write(self.model, lambda path: save_model(model, str(path)))
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file beside `path`, then let it take the name."""
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
