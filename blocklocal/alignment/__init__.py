@@ -1,0 +1,31 @@
+"""Feedback alignment and its relatives: other backward passes for the Linear and convolution layers of any model.
+
+Backpropagation sends W'δ to the input of a layer with weight W, δ being the gradient at the layer's output. These
+rules send something else and leave the rest: the values of the forward pass, the weight gradient from δ and the
+layer's input, and the true gradient through whatever lies between two layers (norms, activations, pooling, sums).
+
+    FeedbackAlignment              B'δ           B fixed and random, of the shape of W
+    SignSymmetry                   (M sign W)'δ  M positive: uniform, fixed random, or random anew for every batch
+    DirectFeedbackAlignment        B'e           e the gradient of the loss at the model's output
+    DirectRandomTargetProjection   B'y           y the targets
+
+Like an optimizer, a rule is the model's companion: made once the model is on its device and before torch.compile, with
+a state dict of its own. Parameter names and the training loop stay the user's.
+
+>>> alignment = FeedbackAlignment(model, seed=0)
+>>> loss = alignment.backward(x, y)  # or, as ever: criterion(model(x), y).backward()
+>>> alignment.angles(x, y)  # degrees between the rule's gradient and the true one, per layer
+>>> alignment.remove()  # backpropagation again
+"""
+
+from .direct import DirectFeedbackAlignment, DirectRandomTargetProjection
+from .rule import Alignment
+from .weights import FeedbackAlignment, SignSymmetry
+
+__all__ = [
+    "Alignment",
+    "DirectFeedbackAlignment",
+    "DirectRandomTargetProjection",
+    "FeedbackAlignment",
+    "SignSymmetry",
+]

@@ -1,0 +1,118 @@
+"""Rules that send one signal from the model's end straight to every layer: its error (DFA) or the targets (DRTP)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .adjoint import Broadcast, Tap
+from .rule import Alignment, Forward, kaiming_uniform, rehearse
+
+
+class DirectFeedbackAlignment(Alignment):
+    """Direct feedback alignment (Nøkland 2016): each layer sends B'e to its input, e being the error at the output.
+
+    For a chain of Linear layers and activations f this is δ = B'e ⊙ f'(a). In any other model, too, what lies between
+    layers gets its true gradient. B has the shape (n, *features), that of the whole input of the layer, and is
+    Kaiming-uniform with standard deviation gain / √features: the norm of B'e is about gain times that of e.
+
+    `example` is a batch of inputs, to see the shapes by. The model is called as a whole, its output is (batch, n), and
+    a layer is used once in it.
+    """
+
+    def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = math.sqrt(2)) -> None:
+        super().__init__(model)
+        self.taps: list[Tensor] | None = None
+        outputs, features = self._measure(example)
+        generator = torch.Generator().manual_seed(seed)
+        for name, layer in self.layers.items():
+            shape = torch.Size((outputs, *features[name]))
+            self.feedback[name] = kaiming_uniform(shape, gain=gain, generator=generator).to(layer.weight)
+        self.attach()
+        self.replace(model, partial(self._run, model.forward))
+
+    def route(self, name: str, forward: Forward, input: Tensor) -> Tensor:
+        feedback = self.feedback[name]
+        if self.taps is None:
+            raise ValueError(f"{name} ran outside a call of the model, whose output {type(self).__name__} needs")
+        if input.shape[1:] != feedback.shape[1:]:
+            raise ValueError(
+                f"{name} got {tuple(input.shape[1:])} per sample and {tuple(feedback.shape[1:])} in the example"
+            )
+        self.taps.append(Tap.apply(input, feedback))
+        return forward(input.detach())
+
+    def signal(self, prediction: Tensor) -> Tensor | None:
+        """What goes to the layers (batch, n), or None for the error at the prediction."""
+        return None
+
+    def _run(self, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        self.taps = []
+        prediction = forward(*args, **kwargs)
+        taps, self.taps = self.taps, None
+        return Broadcast.apply(prediction, self.signal(prediction), *taps) if taps else prediction
+
+    def _measure(self, example: Tensor) -> tuple[int, dict[str, torch.Size]]:
+        """The number of the model's outputs, and per layer the shape of a sample of its input."""
+        features: dict[str, torch.Size] = {}
+
+        def look(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name in features:
+                raise ValueError(f"{name} is used twice in one forward pass: {type(self).__name__} allows one use")
+            if len(args[0]) != len(example):
+                raise ValueError(
+                    f"{name} gets a batch of {len(args[0])} from one of {len(example)}: keep the batch first"
+                )
+            features[name] = args[0].shape[1:]
+
+        handles = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in self.layers.items()]
+        try:
+            with torch.no_grad():
+                prediction = rehearse(self.model, example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(prediction, Tensor) or prediction.dim() != 2:
+            found = tuple(prediction.shape) if isinstance(prediction, Tensor) else f"a {type(prediction).__name__}"
+            raise ValueError(f"the model's output is {found}: {type(self).__name__} needs a tensor (batch, n)")
+        if unused := self.layers.keys() - features.keys():
+            raise ValueError(f"the model does not use {', '.join(sorted(unused))} on the example: take it out")
+        return prediction.shape[1], features
+
+
+class DirectRandomTargetProjection(DirectFeedbackAlignment):
+    """Direct random target projection (Frenkel, Lefebvre & Bol 2021): each layer sends B'y to its input, y the targets.
+
+    Targets are labels (batch,), as one-hot vectors, or dense (batch, n). They are divided by the batch size, the scale
+    at which a mean criterion has its error; a factor on the loss does not reach them. The last layer learns from
+    its true error. Train with `alignment.backward(x, y)`, or call the model in `with alignment.given(y):`.
+    """
+
+    def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = math.sqrt(2)) -> None:
+        self.targets: Tensor | None = None
+        super().__init__(model, example=example, seed=seed, gain=gain)
+
+    @contextmanager
+    def given(self, y: Tensor) -> Iterator[None]:
+        self.targets = y
+        try:
+            yield
+        finally:
+            self.targets = None
+
+    def signal(self, prediction: Tensor) -> Tensor:
+        if self.targets is None:
+            raise ValueError(
+                "DirectRandomTargetProjection needs the targets: train with alignment.backward(x, y), "
+                "or call the model in `with alignment.given(y):`"
+            )
+        y = self.targets
+        vectors = y if y.is_floating_point() else F.one_hot(y, prediction.shape[1])
+        return vectors.to(prediction.dtype) / len(prediction)

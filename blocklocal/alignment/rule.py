@@ -1,0 +1,147 @@
+"""What the rules share: feedback weights beside a model, attached to its layers, measured, saved and removed."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from .layers import find_layers
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[..., Tensor]
+
+
+class Alignment(ABC):
+    """A backward pass of `model` through feedback weights: `feedback` has one tensor for the name of each layer.
+
+    From construction to `remove()` the gradients of `loss.backward()` are the rule's. One seed gives the same fixed
+    feedback weights on every device and in every process.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = find_layers(model)
+        self.feedback: dict[str, Tensor] = {}
+        self.active = True
+        self.measuring = False
+        self.replaced: list[tuple[nn.Module, Forward | None]] = []
+
+    @abstractmethod
+    def route(self, name: str, forward: Forward, input: Tensor) -> Tensor:
+        """The forward pass of a layer, `forward` being its own, on an input that wants a gradient."""
+
+    def attach(self) -> None:
+        for name, layer in self.layers.items():
+            self.replace(layer, partial(self._enter, name, layer.forward))
+
+    def replace(self, module: nn.Module, forward: Forward) -> None:
+        """Run `forward` in the place of the module's own, until `remove()`."""
+        self.replaced.append((module, vars(module).get("forward")))
+        vars(module)["forward"] = forward
+
+    def remove(self) -> None:
+        """Give the model its own backward pass back. Its parameters stay as they are."""
+        while self.replaced:
+            module, forward = self.replaced.pop()
+            del vars(module)["forward"]
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+    def given(self, y: Tensor) -> AbstractContextManager[None]:
+        """A context for the forward pass of a batch with targets y. Only rules that project targets look at them."""
+        return nullcontext()
+
+    def backward(self, x: Tensor, y: Tensor, *, criterion: Criterion = F.cross_entropy) -> Tensor:
+        """Add the rule's gradients of a batch to those of the parameters. Returns the detached loss."""
+        with self.given(y):
+            loss = criterion(self.model(x), y)
+        loss.backward()
+        return loss.detach()
+
+    def angles(self, x: Tensor, y: Tensor, *, criterion: Criterion = F.cross_entropy) -> dict[str, float]:
+        """Degrees between the rule's gradient and the true one, for the weight of each layer that is trained.
+
+        Below 90 a small step along the rule's gradient lowers the loss. nan where a gradient is zero. The model stays
+        as it is: buffers, parameters, their gradients and the random state.
+        """
+        parameters = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
+        weights = {name: own["weight"] for name, own in parameters.items() if "weight" in own}
+        trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        given = self._gradients(list(trained.values()), x, y, criterion)
+        with self.suspended():
+            true = self._gradients(list(trained.values()), x, y, criterion)
+        return {name: _angle(a, b) for name, a, b in zip(trained, given, true, strict=True)}
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """A context in which the model has its own backward pass."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model's own state dict."""
+        return {"feedback": dict(self.feedback)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        shapes = {name: tensor.shape for name, tensor in state["feedback"].items()}
+        expected = {name: tensor.shape for name, tensor in self.feedback.items()}
+        if shapes != expected:
+            names = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+            raise ValueError(f"the state is of another model or rule: the feedback of {', '.join(names)} differs")
+        for name, tensor in self.feedback.items():
+            tensor.copy_(state["feedback"][name])
+
+    def _enter(self, name: str, forward: Forward, input: Tensor) -> Tensor:
+        if not (self.active and torch.is_grad_enabled() and input.requires_grad):
+            return forward(input)
+        if self.feedback[name].device != input.device:
+            raise ValueError(
+                f"{name} runs on {input.device} and its feedback is on {self.feedback[name].device}: "
+                f"make the {type(self).__name__} once the model is on its device"
+            )
+        return self.route(name, forward, input)
+
+    def _gradients(
+        self, weights: list[Tensor], x: Tensor, y: Tensor, criterion: Criterion
+    ) -> tuple[Tensor | None, ...]:
+        self.measuring = True
+        try:
+            with torch.enable_grad(), self.given(y):
+                loss = criterion(rehearse(self.model, x), y)
+                return torch.autograd.grad(loss, weights, allow_unused=True)
+        finally:
+            self.measuring = False
+
+
+def kaiming_uniform(shape: torch.Size, *, gain: float, generator: torch.Generator) -> Tensor:
+    """Uniform, of standard deviation gain / √fan_in (He et al. 2015), fan_in being the numbers per row of the shape."""
+    bound = gain * math.sqrt(3 / math.prod(shape[1:]))
+    drawn = torch.empty(shape, dtype=torch.float32, device=generator.device)
+    return drawn.uniform_(-bound, bound, generator=generator)
+
+
+def rehearse(model: nn.Module, x: Tensor) -> Tensor:
+    """model(x), leaving the model's buffers and the random state as they are."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        return functional_call(model, buffers, (x,))
+
+
+def _angle(a: Tensor | None, b: Tensor | None) -> float:
+    """Degrees between two tensors, by half-angles: the arc cosine loses half the digits near 0."""
+    if a is None or b is None or not (a.any() and b.any()):
+        return math.nan
+    a, b = F.normalize(a.double().flatten(), dim=0), F.normalize(b.double().flatten(), dim=0)
+    return math.degrees(2 * math.atan2(float((a - b).norm()), float((a + b).norm())))

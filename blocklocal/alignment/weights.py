@@ -1,0 +1,90 @@
+"""Rules whose feedback weights have the shape of the layer's own: feedback alignment and sign symmetry."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .adjoint import connect
+from .rule import Alignment, Forward, kaiming_uniform
+
+Magnitude = Literal["uniform", "fixed", "batchwise"]
+
+
+class FeedbackAlignment(Alignment):
+    """Feedback alignment (Lillicrap et al. 2016): fixed random weights take the true ones' place backward.
+
+    They are Kaiming-uniform with standard deviation gain / √fan_in. The default gain √2 is He's for ReLU; 1 / √3 is
+    that of PyTorch's own initial Linear and convolution weights.
+    """
+
+    def __init__(self, model: nn.Module, *, seed: int = 0, gain: float = math.sqrt(2)) -> None:
+        super().__init__(model)
+        self.gain = gain
+        self.feedback = self.draw(torch.Generator().manual_seed(seed))
+        self.attach()
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Feedback for each layer, in the device, dtype and memory format of its weight."""
+        feedback = {}
+        for name, layer in self.layers.items():
+            drawn = kaiming_uniform(layer.weight.shape, gain=self.gain, generator=generator)
+            feedback[name] = torch.empty_like(layer.weight, requires_grad=False).copy_(drawn)
+        return feedback
+
+    def route(self, name: str, forward: Forward, input: Tensor) -> Tensor:
+        y = forward(input.detach())
+        return connect(input, y, layer=self.layers[name], feedback=self.backward_weight(name))
+
+    def backward_weight(self, name: str) -> Tensor:
+        """What takes the place of the layer's weight in the backward pass."""
+        return self.feedback[name]
+
+
+class SignSymmetry(FeedbackAlignment):
+    """Sign symmetry (Liao, Leibo & Poggio 2016): the signs of the true weights, with other magnitudes, backward.
+
+    The magnitudes are "uniform" (uSF), gain / √fan_in for all of a layer; "fixed" (frSF), the absolute values of
+    feedback alignment's weights; or "batchwise" (brSF), the same drawn anew whenever the model runs forward recording
+    gradients. All three have the same root mean square.
+    """
+
+    def __init__(self, model: nn.Module, *, magnitude: Magnitude, seed: int = 0, gain: float = math.sqrt(2)) -> None:
+        if magnitude not in get_args(Magnitude):
+            raise ValueError(f"magnitude={magnitude!r}: allowed are {', '.join(map(repr, get_args(Magnitude)))}")
+        self.magnitude: Magnitude = magnitude
+        self.next_seed = (seed << 32) + 1  # far from the first draw of any seed and from the later ones of others
+        super().__init__(model, seed=seed, gain=gain)
+        if magnitude == "batchwise":
+            self.replace(model, partial(self._run, model.forward))
+
+    def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
+        drawn = super().draw(generator)
+        if self.magnitude == "uniform":
+            return {name: torch.full_like(w, self.gain / math.sqrt(w[0].numel())) for name, w in drawn.items()}
+        return {name: w.abs_() for name, w in drawn.items()}
+
+    def backward_weight(self, name: str) -> Tensor:
+        return self.feedback[name] * self.layers[name].weight.detach().sign()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "next_seed": self.next_seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.next_seed = state["next_seed"]
+
+    def _run(self, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_grad_enabled() and not self.measuring:
+            self._redraw()
+        return forward(*args, **kwargs)
+
+    @torch.compiler.disable(reason="a random generator cannot be traced")
+    def _redraw(self) -> None:
+        device = next(iter(self.feedback.values())).device
+        self.feedback = self.draw(torch.Generator(device).manual_seed(self.next_seed))
+        self.next_seed += 1
