@@ -62,7 +62,9 @@ class Variational(Term):
 
     For the Gaussian of known variance s2 this is |beta - alpha|^2 / (8 s2) and constants. beta is a constant for the
     block; feedback that has parameters of its own gets their gradient from the same divergence with alpha held fixed.
-    With `fixed_posterior` rho too is held fixed, as in an E-step, which doubles the Gaussian's gradient.
+    With `fixed_posterior` rho too is held fixed, as in an E-step: the gradient in natural parameters is then the mean
+    of alpha less that of rho, twice as much for the Gaussian. Take it with Bernoulli, Categorical and Poisson, which a
+    moving rho can lead away from beta: the surer alpha is, the less a message changes it.
     """
 
     family: Family = field(default_factory=Gaussian)

@@ -1,0 +1,104 @@
+"""Prediction heads: shapes, training of every parameter, and the evidence against its closed form."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import blocklocal as bll
+from blocklocal.feedback import Feedback, Targets
+from blocklocal.heads import HEADS, EvidenceHead, LinearHead
+from blocklocal.messages import Message, Site
+
+CLASSES, CHANNELS, BATCH = 4, 6, 5
+
+
+def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
+    return Site(shape, targets=Targets(CLASSES, labels=labels), tokens=tokens, criterion=F.cross_entropy)
+
+
+def message(h: Tensor, at: Site, feedback: Feedback | None = None) -> Message:
+    built = feedback.build(at.targets, channels=at.channels) if feedback else None
+    return Message(h, site=at, statistic=bll.spatial_mean, feedback=built)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual"])
+@pytest.mark.parametrize("shape", [(CHANNELS, 8, 8), (CHANNELS, 1, 1), (CHANNELS,), (7, CHANNELS)], ids=str)
+def test_heads_give_logits_and_every_parameter_learns(head: str, shape: tuple[int, ...]) -> None:
+    at = site(*shape)
+    if head in ("conv", "residual") and len(shape) < 3:
+        with pytest.raises(ValueError, match=f'head="{head}" needs feature maps .* has shape .*"mlp" or "linear"'):
+            HEADS[head](at)
+        return
+    module = HEADS[head](at)
+    h = torch.randn(BATCH, *shape, requires_grad=True)
+    logits = module(message(h, at))
+    assert logits.shape == (BATCH, CLASSES)
+    F.cross_entropy(logits, torch.arange(BATCH) % CLASSES).backward()
+    assert h.grad is not None
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0 or name.endswith("weight"), name  # a 1x1 map shows a kernel its centre
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_tokens_are_predicted_one_by_one(head: str) -> None:
+    at = site(7, CHANNELS, tokens=True)
+    module, h = HEADS[head](at), torch.randn(BATCH, 7, CHANNELS)
+    logits = module(message(h, at))
+    single = site(CHANNELS)
+    assert_close(logits, torch.stack([module(message(h[:, t], single)) for t in range(7)], 1))
+
+
+def test_linear_head_reads_the_statistics() -> None:
+    at = site(CHANNELS, 3, 3)
+    module, h = LinearHead(at), torch.randn(BATCH, CHANNELS, 3, 3)
+    assert_close(module(message(h, at)), h.mean((2, 3)) @ module.linear.weight.T + module.linear.bias)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual", "evidence"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_heads_in_other_precisions(head: str, dtype: torch.dtype) -> None:
+    at = site(CHANNELS, 4, 4)
+    given = message(torch.randn(BATCH, CHANNELS, 4, 4, dtype=dtype), at, bll.ClosedFormFeedback())
+    assert HEADS[head](at).to(dtype)(given).shape == (BATCH, CLASSES)
+
+
+@pytest.mark.parametrize("s2", [0.5, 1.0])
+def test_evidence_is_minus_the_squared_distance_to_the_prototypes(s2: float) -> None:
+    at = site(CHANNELS)
+    head, h = EvidenceHead(at, family=bll.Gaussian(s2)), torch.randn(BATCH, CHANNELS)
+    given = message(h, at, bll.GradientFeedback())
+    assert given.feedback is not None
+    logits = head(given)
+    prototypes = given.feedback(torch.arange(CLASSES)).detach()
+    expected = -(torch.cdist(h, prototypes) ** 2) / (4 * s2)
+    assert_close(logits, expected - CHANNELS / 2 * math.log(2 * s2), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits.argmax(1), torch.cdist(h, prototypes).argmin(1))
+
+
+def test_evidence_leaves_feedback_to_its_own_fit() -> None:
+    at = site(CHANNELS)
+    h = torch.randn(BATCH, CHANNELS, requires_grad=True)
+    given = message(h, at, bll.GradientFeedback())
+    HEADS["evidence"](at)(given).sum().backward()
+    assert h.grad is not None
+    assert given.feedback is not None
+    assert all(parameter.grad is None for parameter in given.feedback.parameters())
+
+
+def test_evidence_per_token() -> None:
+    at = site(7, CHANNELS, tokens=True)
+    head, h = HEADS["evidence"](at), torch.randn(BATCH, 7, CHANNELS)
+    given = message(h, at, bll.GradientFeedback())
+    flat = Message(h.flatten(0, 1), site=site(CHANNELS), statistic=bll.spatial_mean, feedback=given.feedback)
+    assert_close(head(given).flatten(0, 1), head(flat))
+
+
+def test_evidence_needs_labels() -> None:
+    with pytest.raises(ValueError, match=r"evidence.*needs labels"):
+        HEADS["evidence"](site(CHANNELS, labels=False))
+    assert not HEADS["evidence"](site(CHANNELS)).state_dict()

@@ -1,0 +1,226 @@
+"""Local losses against their closed forms, torch.distributions and NumPy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch import distributions as D
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import blocklocal as bll
+from blocklocal.families import Family
+from blocklocal.feedback import Targets
+from blocklocal.heads import MLPHead, ResidualHead
+from blocklocal.losses import Term, similarity
+from blocklocal.messages import Message, Site
+
+CLASSES, CHANNELS, BATCH = 3, 6, 5
+
+
+def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
+    return Site(shape, targets=Targets(CLASSES, labels=labels), tokens=tokens, criterion=F.cross_entropy)
+
+
+class Fixed(nn.Module):
+    """Feedback that sends a given message, with or without gradient."""
+
+    def __init__(self, beta: Tensor) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(beta) if beta.requires_grad else beta
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.beta
+
+
+def variational(loss: bll.Variational, alpha: Tensor, beta: Tensor, *, tokens: bool = False) -> Tensor:
+    at = site(*alpha.shape[1:], tokens=tokens)
+    message = Message(alpha, site=at, statistic=bll.spatial_mean, feedback=Fixed(beta))
+    return loss.build(at)(message, torch.zeros(alpha.shape[:-1], dtype=torch.long))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(0, 2**31), st.floats(0.2, 5.0))
+def test_gaussian_loss_and_gradient_in_closed_form(seed: int, s2: float) -> None:
+    alpha, beta = random(BATCH, CHANNELS, seed=seed).requires_grad_(), random(BATCH, CHANNELS, seed=seed + 1)
+    moving = variational(bll.Variational(bll.Gaussian(s2)), alpha, beta)
+    fixed = variational(bll.Variational(bll.Gaussian(s2), fixed_posterior=True), alpha, beta)
+    divergence = ((beta - alpha) ** 2).sum(1).mean() / (8 * s2) + CHANNELS * (math.log(2) / 2 - 1 / 4)
+    entropy = CHANNELS * D.Normal(0.0, math.sqrt(s2)).entropy()
+    assert_close(moving, divergence + entropy)
+    assert_close(fixed, divergence + entropy)
+    expected = (alpha - beta).detach() / (4 * s2) / BATCH
+    assert_close(torch.autograd.grad(moving, alpha)[0], expected)
+    assert_close(torch.autograd.grad(fixed, alpha)[0], 2 * expected)
+
+
+@pytest.mark.parametrize("fixed_posterior", [False, True])
+def test_gaussian_loss_pulls_alpha_toward_beta(fixed_posterior: bool) -> None:
+    alpha, beta = random(BATCH, CHANNELS).requires_grad_(), random(BATCH, CHANNELS, seed=1)
+    start = (alpha - beta).norm(dim=1)
+    for _ in range(50):
+        loss = variational(bll.Variational(fixed_posterior=fixed_posterior), alpha, beta)
+        alpha = (alpha - 0.5 * torch.autograd.grad(loss, alpha)[0]).detach().requires_grad_()
+    assert ((alpha - beta).norm(dim=1) < 0.5 * start).all()
+
+
+@pytest.mark.parametrize("family", [bll.Bernoulli(), bll.Categorical(3), bll.Poisson()], ids=str)
+@given(st.integers(0, 2**31))
+def test_fixed_posterior_is_an_em_step(family: Family, seed: int) -> None:
+    """Its gradient is the mean of alpha less that of rho, and so leads alpha along beta, whatever the family."""
+    alpha, beta = random(BATCH, CHANNELS, seed=seed).requires_grad_(), random(BATCH, CHANNELS, seed=seed + 1)
+    loss = variational(bll.Variational(family, fixed_posterior=True), alpha, beta)
+    match = loss - family.entropy(family.natural(alpha)).sum(-1).mean()
+    (gradient,) = torch.autograd.grad(match, alpha)
+    means = (family.mean(family.natural(parameters.detach())).flatten(1) for parameters in (alpha, alpha + beta))
+    assert_close(gradient, torch.sub(*means) / BATCH, atol=1e-8, rtol=1e-6)
+    assert ((gradient * beta).sum(1) < 0).all()
+
+
+@pytest.mark.parametrize("fixed_posterior", [False, True])
+def test_mean_variance_loss_is_that_of_torch_distributions(fixed_posterior: bool) -> None:
+    """Eqs. 5-6 written out: the product of two normals, its divergence from alpha, and alpha's entropy."""
+    alpha, beta = random(BATCH, CHANNELS).requires_grad_(), random(BATCH, CHANNELS, seed=1)
+    (m_a, v_a), (m_b, v_b) = ((m, lv.exp()) for m, lv in (alpha.chunk(2, -1), beta.chunk(2, -1)))
+    variance = 1 / (1 / v_a + 1 / v_b)
+    mean = variance * (m_a / v_a + m_b / v_b)
+    if fixed_posterior:
+        mean, variance = mean.detach(), variance.detach()
+    p = D.Normal(m_a, v_a.sqrt())
+    expected = (D.kl_divergence(D.Normal(mean, variance.sqrt()), p) + p.entropy()).sum(-1).mean()
+    loss = variational(bll.Variational(bll.GaussianMeanVariance(), fixed_posterior=fixed_posterior), alpha, beta)
+    assert_close(loss, expected)
+    assert_close(*(torch.autograd.grad(value, alpha)[0] for value in (loss, expected)))
+
+
+def test_feedback_with_parameters_gets_the_gradient_of_the_divergence_with_alpha_fixed() -> None:
+    alpha = random(BATCH, CHANNELS).requires_grad_()
+    beta = random(BATCH, CHANNELS, seed=1)
+    free = beta.clone().requires_grad_()
+    message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=Fixed(free))
+    loss = bll.Variational().build(site(CHANNELS))(message, torch.zeros(BATCH, dtype=torch.long))
+    constant = variational(bll.Variational(), alpha, beta)
+    assert_close(loss, constant)  # a constant beta has the same value and the same gradient for the block
+    to_alpha, to_beta = torch.autograd.grad(loss, [alpha, *message.feedback.parameters()])  # type: ignore[union-attr]
+    assert_close(to_alpha, torch.autograd.grad(constant, alpha)[0])
+    assert_close(to_beta, (beta - alpha).detach() / 4 / BATCH)
+
+
+def test_tokens_are_averaged_like_samples() -> None:
+    alpha, beta = random(2, 4, CHANNELS), random(2, 4, CHANNELS, seed=1)
+    tokens = variational(bll.Variational(), alpha, beta, tokens=True)
+    samples = variational(bll.Variational(), alpha.flatten(0, 1), beta.flatten(0, 1))
+    assert_close(tokens, samples)
+
+
+def test_family_must_fit_the_channels() -> None:
+    with pytest.raises(ValueError, match="divisible by 4, and the border has 6"):
+        bll.Variational(bll.Categorical(4)).build(site(CHANNELS))
+
+
+def test_terms_add_and_scale() -> None:
+    a, b = bll.Variational(), bll.Predictive("linear")
+    assert (0.1 * a + b).terms == ((0.1, a), (1.0, b))
+    assert (2 * (0.5 * a + b * 3) + a).terms == ((1.0, a), (6.0, b), (1.0, a))
+    assert bll.BLL.terms == ((0.1, bll.Variational()), (1.0, bll.Predictive()))
+    assert [weight for weight, _ in bll.PRED_SIM.terms] == [0.99, 0.01]
+    assert [weight for weight, _ in bll.BLL_PAPER.terms] == [1.0, 1.0]
+
+
+def test_default_heads_follow_the_shape() -> None:
+    assert isinstance(bll.Predictive().build(site(CHANNELS, 8, 8)).head, ResidualHead)
+    assert isinstance(bll.Predictive().build(site(CHANNELS)).head, MLPHead)
+    assert isinstance(bll.Predictive().build(site(7, CHANNELS)).head, MLPHead)
+
+
+def test_predictive_is_the_criterion_of_the_head() -> None:
+    class Double(nn.Module):
+        def forward(self, message: Message) -> Tensor:
+            return 2 * message.alpha[:, :CLASSES]
+
+    alpha, y = random(BATCH, CHANNELS), torch.tensor([0, 1, 2, 1, 0])
+    message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=None)
+    loss = bll.Predictive(lambda at: Double()).build(site(CHANNELS))(message, y)
+    assert_close(loss, -torch.log_softmax(2 * alpha[:, :CLASSES], 1)[torch.arange(BATCH), y].mean())
+    with pytest.raises(ValueError, match="head='fancy' is unknown: choose linear, mlp, conv, residual, evidence"):
+        bll.Predictive("fancy").build(site(CHANNELS))
+
+
+def test_similarity_is_the_correlation_between_samples() -> None:
+    features = random(BATCH, 7)
+    np.testing.assert_allclose(similarity(features).numpy(), np.corrcoef(features.numpy()), atol=1e-12)
+
+
+def similarity_loss(term: Term, h: Tensor, y: Tensor) -> tuple[nn.Module, Tensor]:
+    at = site(*h.shape[1:], labels=not y.is_floating_point())
+    module = term.build(at).to(h.dtype)
+    return module, module(Message(h, site=at, statistic=bll.spatial_mean, feedback=None), y)
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "dense"])
+def test_similarity_of_maps_and_vectors(labels: bool) -> None:
+    y = torch.tensor([0, 1, 2, 1, 0])
+    targets = F.one_hot(y, CLASSES).numpy()
+    for h in (random(BATCH, CHANNELS, 4, 5), random(BATCH, CHANNELS)):
+        module, loss = similarity_loss(bll.Similarity(), h, y if labels else torch.tensor(targets).double())
+        features = module.get_submodule("transform")(h).detach().numpy()
+        if features.ndim == 4:
+            features = features.std(axis=(2, 3), ddof=1)
+        expected = ((np.corrcoef(features) - np.corrcoef(targets)) ** 2).mean()
+        assert loss.dtype == torch.float64
+        np.testing.assert_allclose(loss.item(), expected, atol=1e-12)
+
+
+def test_similarity_of_single_positions_and_dead_maps_is_finite() -> None:
+    for h in (torch.randn(BATCH, CHANNELS, 1, 1), torch.zeros(BATCH, CHANNELS, 4, 4)):
+        h.requires_grad_()
+        _, loss = similarity_loss(bll.Similarity(), h, torch.tensor([0, 1, 2, 1, 0]))
+        (gradient,) = torch.autograd.grad(loss, h)
+        assert torch.isfinite(loss)
+        assert torch.isfinite(gradient).all()
+
+
+def test_similarity_compares_samples_only() -> None:
+    with pytest.raises(ValueError, match="does not apply to targets per token"):
+        bll.Similarity().build(site(4, CHANNELS, tokens=True))
+
+
+@pytest.mark.parametrize(
+    ("statistic", "by_numpy"),
+    [(bll.spatial_mean, np.mean), (bll.spatial_max, np.max), (bll.spatial_std, np.std)],
+    ids=["mean", "max", "std"],
+)
+def test_statistics_of_maps_and_sequences(statistic, by_numpy) -> None:
+    h = random(BATCH, CHANNELS, 3, 4)
+    alpha = Message(h, site=site(CHANNELS, 3, 4), statistic=statistic, feedback=None).alpha
+    np.testing.assert_allclose(alpha.numpy(), by_numpy(h.numpy(), axis=(2, 3)))
+    h = random(BATCH, 9, CHANNELS)
+    alpha = Message(h, site=site(9, CHANNELS), statistic=statistic, feedback=None).alpha
+    np.testing.assert_allclose(alpha.numpy(), by_numpy(h.numpy(), axis=1))
+    tokens = Message(h, site=site(9, CHANNELS, tokens=True), statistic=statistic, feedback=None).alpha
+    assert tokens is h
+
+
+def test_deviation_of_a_constant_is_zero_with_zero_gradient() -> None:
+    h = torch.ones(2, CHANNELS, 3, requires_grad=True)
+    deviation = bll.spatial_std(h)
+    assert torch.equal(deviation, torch.zeros(2, CHANNELS))
+    assert torch.equal(torch.autograd.grad(deviation.sum(), h)[0], torch.zeros_like(h))
+
+
+def test_alpha_is_at_least_in_single_precision() -> None:
+    for dtype, wide in [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ]:
+        h = torch.zeros(2, CHANNELS, 3, 3, dtype=dtype)
+        message = Message(h, site=site(CHANNELS, 3, 3), statistic=bll.spatial_mean, feedback=None)
+        assert (message.statistics.dtype, message.alpha.dtype) == (dtype, wide)
