@@ -3,85 +3,133 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+
+from blocklocal.memory import MemoryTracker
+
+BorderLoss = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
+"""From a segment's output h and the chain's prediction the local loss, h -> scalar, of a border after that segment."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward and backward pass of one segment, or of the local loss that a border after it would have.
+
+    seconds: the best of the repetitions. peak: the most bytes that the two passes have alive, its input's gradient
+    among them, those of parameters not. kept: bytes that the forward pass leaves for the backward pass, its output
+    among them. output: bytes of the output. What crosses no border costs infinitely much.
+    """
+
+    seconds: float
+    peak: float
+    kept: int = 0
+    output: int = 0
+
+
+FREE = Cost(seconds=0.0, peak=0)
+IMPOSSIBLE = Cost(seconds=math.inf, peak=math.inf)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Forward and backward of a chain's segments on one batch.
+    """The costs of a chain's segments, and of a border after each of them; after the last one there is none."""
 
-    seconds: of each segment, forward and backward, the best of the repetitions. storages: for each segment the memory
-    that autograd keeps for its backward pass, as bytes by storage; parameters, buffers and the batch itself are not
-    counted.
-    """
-
-    seconds: tuple[float, ...]
-    storages: tuple[dict[int, int], ...]
+    segments: tuple[Cost, ...]
+    borders: tuple[Cost, ...]
 
     def time(self, first: int, last: int) -> float:
-        """Seconds of the block made of segments first..last (inclusive)."""
-        return sum(self.seconds[first : last + 1])
+        """Seconds of the block made of segments first..last (inclusive), with its border."""
+        return sum(cost.seconds for cost in self.segments[first : last + 1]) + self.borders[last].seconds
 
-    def memory(self, first: int, last: int) -> int:
-        """Bytes of activations of the block made of segments first..last (inclusive); shared storages count once."""
-        union: dict[int, int] = {}
-        for storages in self.storages[first : last + 1]:
-            union |= storages
-        return sum(union.values())
+    def memory(self, first: int, last: int) -> float:
+        """Most bytes alive in the two passes of the block made of segments first..last (inclusive), with its border.
+
+        While a segment is at its own peak, its block's input, what the segments before it keep, and the block's
+        output are alive too.
+        """
+        alive, peaks = self.segments[first - 1].output if first else 0, []
+        for cost in self.segments[first : last + 1]:
+            peaks.append(alive + cost.peak)
+            alive += cost.kept
+        handed_on = self.segments[last].output
+        return max(alive + self.borders[last].peak, peaks[-1], *(peak + handed_on for peak in peaks[:-1]))
 
 
-def measure(segments: Sequence[nn.Module], example: Tensor, *, repetitions: int = 3) -> Profile:
-    """Profile a chain on `example`, on copies: parameters, statistics and random state stay as they are."""
+def measure(
+    segments: Sequence[nn.Module],
+    example: Tensor,
+    *,
+    border: BorderLoss | None = None,
+    repetitions: int = 3,
+) -> Profile:
+    """Profile a chain on `example`, on copies: parameters, statistics and random state stay as they are.
+
+    border: makes the local loss at a border; a ValueError says that no border can stand there. Without it borders are
+    free.
+    """
     segments = copy.deepcopy(list(segments))
     devices = [example.device] if example.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        storages = _storages(segments, example)
-        seconds = [_seconds(segments, example) for _ in range(repetitions)]
-    return Profile(tuple(min(times) for times in zip(*seconds, strict=True)), storages)
+        outputs = _outputs(segments, example)
+        costs = [_cost(segment, h, repetitions) for segment, h in zip(segments, [example, *outputs], strict=False)]
+        borders: dict[torch.Size, Cost] = {}
+        for h in outputs[:-1]:
+            if h.shape not in borders:
+                borders[h.shape] = _border_cost(border, h, prediction=outputs[-1], repetitions=repetitions)
+    return Profile(tuple(costs), (*(borders[h.shape] for h in outputs[:-1]), FREE))
 
 
-def _storages(segments: list[nn.Module], h: Tensor) -> tuple[dict[int, int], ...]:
-    states = (tensor for segment in segments for tensor in (*segment.parameters(), *segment.buffers()))
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in states}
-    ignored.add(h.untyped_storage().data_ptr())
-    kept: list[Tensor] = []  # while these live, no address is used twice
-    found: list[dict[int, int]] = []
+@torch.no_grad()
+def _outputs(segments: Sequence[nn.Module], h: Tensor) -> list[Tensor]:
+    outputs = []
     for segment in segments:
-        storages: dict[int, int] = {}
-
-        def pack(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in ignored:
-                storages[storage.data_ptr()] = storage.nbytes()
-                kept.append(tensor)
-            return tensor
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            h = segment(h)
-        found.append(storages)
-    return tuple(found)
+        h = segment(h.clone())  # a segment may write into its input
+        outputs.append(h)
+    return outputs
 
 
-def _seconds(segments: list[nn.Module], h: Tensor) -> list[float]:
-    seconds = []
-    for segment in segments:
-        h = h.detach()
-        h.requires_grad_(h.is_floating_point())
-        _synchronize(h)
-        start = time.perf_counter()
-        output = segment(h)
-        if output.requires_grad:
-            torch.autograd.backward(output, torch.ones_like(output))
-        _synchronize(output)
-        seconds.append(time.perf_counter() - start)
-        h = output
-    return seconds
+def _border_cost(border: BorderLoss | None, h: Tensor, *, prediction: Tensor, repetitions: int) -> Cost:
+    if border is None:
+        return FREE
+    try:
+        loss = border(h, prediction)
+    except ValueError:
+        return IMPOSSIBLE
+    return _cost(loss, h, repetitions)
+
+
+def _cost(function: Callable[[Tensor], Tensor], h: Tensor, repetitions: int) -> Cost:
+    seconds = min(_seconds(function, h) for _ in range(repetitions))
+    h = _input(h)
+    with MemoryTracker() as tracker:
+        output = function(h)
+        kept = tracker.alive
+        if output.requires_grad and h.requires_grad:
+            total = (1.0 * output).sum()  # so that the gradient which comes in takes memory, and is let go when read
+            torch.autograd.grad(total, h)
+    return Cost(seconds, peak=tracker.timeline.peak, kept=kept, output=output.nbytes)
+
+
+def _seconds(function: Callable[[Tensor], Tensor], h: Tensor) -> float:
+    h = _input(h)
+    _synchronize(h)
+    start = time.perf_counter()
+    output = function(h)
+    if output.requires_grad:
+        torch.autograd.backward(output, torch.ones_like(output))
+    _synchronize(h)
+    return time.perf_counter() - start
+
+
+def _input(h: Tensor) -> Tensor:
+    """A copy, since a segment may write into its input, with gradient, since one inside a block passes it on."""
+    return h.detach().requires_grad_(h.is_floating_point()).clone()
 
 
 def _synchronize(tensor: Tensor) -> None:
@@ -92,9 +140,8 @@ def _synchronize(tensor: Tensor) -> None:
 def partition(cost: Callable[[int, int], float], *, segments: int, blocks: int) -> list[int]:
     """The first segments of all blocks but block 0, such that the dearest block is as cheap as can be.
 
-    cost(first, last) is that of a block made of segments first..last and does not fall when the block grows. Among
-    the optima one with a small sum of squares is taken, so that the other blocks are even too. Exact, by dynamic
-    programming.
+    cost(first, last) is that of a block made of segments first..last. Among the optima one with a small sum of squares
+    is taken, so that the other blocks are even too. Exact, by dynamic programming.
     """
     costs = [[cost(i, j) if i <= j else 0.0 for j in range(segments)] for i in range(segments)]
     best = [(costs[0][j], costs[0][j] ** 2) for j in range(segments)]
@@ -103,7 +150,7 @@ def partition(cost: Callable[[int, int], float], *, segments: int, blocks: int) 
         ranked = [
             min(((max(best[i - 1][0], costs[i][j]), best[i - 1][1] + costs[i][j] ** 2), i) for i in range(block, j + 1))
             if j >= block
-            else ((float("inf"), float("inf")), 0)
+            else ((math.inf, math.inf), 0)
             for j in range(segments)
         ]
         best = [value for value, _ in ranked]

@@ -71,7 +71,14 @@ class BlockLocal(nn.Module):
         if not isinstance(model, nn.Module):
             model = nn.Sequential(*model)
         self._model = (model,)  # in a tuple, since its modules are registered as blocks
-        self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance))
+
+        def border(h: Tensor, prediction: Tensor) -> Callable[[Tensor], Tensor]:
+            site = self._site(h, prediction)
+            y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
+            trial = Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
+            return lambda h: trial(h, y)
+
+        self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
         sites, self._writes_input = self._survey(example)
         self.borders = nn.ModuleList(
             Border(site, loss=loss, feedback=feedback, statistic=statistic).to(device, dtype)
@@ -263,17 +270,16 @@ class BlockLocal(nn.Module):
                 f"the model gives {_describe(prediction)}: its last dimension must be {self.targets.size}, "
                 "the number of classes or outputs"
             )
+        return [(self._site(h, prediction), h.device, h.dtype) for h in outputs], writes_input
+
+    def _site(self, h: Tensor, prediction: Tensor) -> Site:
         tokens = prediction.dim() > 2
-        for k, h in enumerate(outputs):
-            if tokens and h.shape[:-1] != prediction.shape[:-1]:
-                raise ValueError(
-                    f"block {k} gives {_describe(h)}, and the model predicts per token, {_describe(prediction)}: "
-                    "cut where the features are one vector per token"
-                )
-        sites = [
-            Site(tuple(h.shape[1:]), targets=self.targets, tokens=tokens, criterion=self.criterion) for h in outputs
-        ]
-        return [(site, h.device, h.dtype) for site, h in zip(sites, outputs, strict=True)], writes_input
+        if tokens and h.shape[:-1] != prediction.shape[:-1]:
+            raise ValueError(
+                f"a block gives {_describe(h)}, and the model predicts per token, {_describe(prediction)}: "
+                "cut where the features are one vector per token"
+            )
+        return Site(tuple(h.shape[1:]), targets=self.targets, tokens=tokens, criterion=self.criterion)
 
 
 def _targets(classes: int | None, outputs: int | None) -> Targets:

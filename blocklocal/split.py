@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, fx, nn
 
-from blocklocal.balance import Profile, measure, partition
+from blocklocal.balance import BorderLoss, Profile, measure, partition
 from blocklocal.graph import Trace, crossing, expand, trace
 
 
@@ -18,12 +18,14 @@ def split(
     blocks: int | None = None,
     example: Tensor | None = None,
     balance: Literal["time", "memory"] = "time",
+    border: BorderLoss | None = None,
 ) -> nn.Sequential:
     """Cut `model` into blocks; their composition is the model, with the model's own parameters, buffers and names.
 
     at: a border stands after each of these submodules (qualified names). blocks: so many blocks, such that the
-    slowest is as fast ("time") or the largest as small ("memory") as can be, measured on the batch `example`. With
-    neither, a list of modules or an nn.Sequential is a chain as it stands.
+    slowest is as fast ("time") or the largest as small ("memory") as can be, measured on the batch `example`; what the
+    local losses cost counts where `border` makes them. With neither, a list of modules or an nn.Sequential is a chain
+    as it stands.
 
     ValueError: a submodule that is not there or not called exactly once, a value that bypasses a border, parameters
     on both sides of one, more blocks than cuts.
@@ -58,7 +60,7 @@ def split(
             f"blocks={blocks}: {type(model).__name__} can be cut at {len(places)} places only, "
             f"so {len(places) + 1} blocks at most"
         )
-    profile = measure(list(cut(model, at=places)), example)
+    profile = measure(list(cut(model, at=places)), example, border=border)
     return cut(model, at=[places[start - 1] for start in _starts(profile, blocks=blocks, balance=balance)])
 
 
@@ -195,7 +197,7 @@ def _useful(model: nn.Module, traced: Trace, names: list[str]) -> list[str]:
 
 def _starts(profile: Profile, *, blocks: int, balance: str) -> list[int]:
     cost = profile.memory if balance == "memory" else profile.time
-    return partition(cost, segments=len(profile.seconds), blocks=blocks)
+    return partition(cost, segments=len(profile.segments), blocks=blocks)
 
 
 def _prefixes(name: str) -> list[str]:

@@ -1,0 +1,76 @@
+"""Bytes alive while operations run, counted from the operations themselves, alike on every device.
+
+Counted is the storage of every tensor that an operation makes, from then until its last owner lets go: activations,
+what autograd saves for the backward pass, gradients of activations and of parameters, temporaries between operations.
+A storage counts once, however many tensors view it. Not counted: what was there before (parameters, buffers, optimizer
+state, the batch), workspace inside an operation, and what compiled code allocates, since no operation shows it.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Timeline:
+    """Seconds since the start and bytes alive, one pair per change."""
+
+    seconds: list[float] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        return max(self.bytes, default=0)
+
+
+class MemoryTracker(TorchDispatchMode):
+    """While it is active, writes the timeline of the bytes alive.
+
+    >>> with MemoryTracker() as tracker:
+    ...     x = torch.zeros(256) + 1
+    >>> tracker.timeline.peak, tracker.alive
+    (2048, 1024)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timeline = Timeline()
+        self.alive = 0
+        self._start = time.perf_counter()
+        self._storages: dict[int, weakref.finalize] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self._start
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        given = {id(value.untyped_storage()) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and id(value.untyped_storage()) not in given:
+                self._count(value)
+        return output
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._storages:
+            size = storage.nbytes()
+            self._storages[id(storage)] = weakref.finalize(storage, self._release, id(storage), size)
+            self._change(size)
+
+    def _release(self, key: int, size: int) -> None:
+        del self._storages[key]
+        self._change(-size)
+
+    def _change(self, size: int) -> None:
+        self.alive += size
+        self.timeline.seconds.append(self.seconds)
+        self.timeline.bytes.append(self.alive)
