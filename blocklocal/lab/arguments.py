@@ -15,7 +15,7 @@ Arguments = TypeVar("Arguments")
 
 
 def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
-    """The arguments as `kind`, absent ones from `default`. With --help it prints and exits. UserError: unusable ones."""
+    """The arguments as `kind`, absent ones from `default`; --help is printed and exits. UserError: unusable ones."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

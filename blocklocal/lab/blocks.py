@@ -1,21 +1,23 @@
-"""`bll blocks`: where a model is cut, and what every block costs."""
+"""`bll blocks`: where a model is cut, and what every block costs to train."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from tyro.conf import Positional
 
-from blocklocal import split
-from blocklocal.balance import measure
-from blocklocal.lab import models
+from blocklocal import BlockLocal
+from blocklocal.lab import models, rules
 from blocklocal.lab.arguments import parse
+from blocklocal.lab.config import flag
 from blocklocal.lab.errors import UserError
+from blocklocal.memory import MemoryTracker
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Options:
     """number of blocks"""
     at: tuple[str, ...] = ()
     """submodules after which to cut, instead of --blocks"""
+    rule: str = "bll"
+    """how the blocks learn, which says what stands at the borders"""
     channels: int = 3
     """colour channels of the images"""
     size: int = 32
@@ -42,32 +46,36 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll blocks")
     for name in ("blocks", "channels", "size", "classes", "batch_size"):
         if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is out of range: 1 or more")
+            raise UserError(f"{flag(name)} {getattr(options, name)} is out of range: 1 or more")
     size = (options.size, options.size)
     model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
-    example = torch.randn(options.batch_size, options.channels, *size, generator=torch.Generator().manual_seed(0))
-    at = options.at or models.CUTS.get((options.model, options.blocks))
-    try:
-        chain = split(model, at=at, blocks=None if at else options.blocks, example=example, balance="memory")
-    except ValueError as error:
-        raise UserError(f"model {options.model!r}: {error}") from error
-    Console().print(table(model, list(chain), example))
+    x = torch.randn(options.batch_size, options.channels, *size)
+    task = rules.Task(
+        classes=options.classes,
+        example=x,
+        blocks=options.blocks,
+        at=options.at or models.CUTS.get((options.model, options.blocks)),
+    )
+    learner = rules.apply(options.rule, model, task).learner
+    Console().print(table(learner, x, torch.randint(options.classes, (len(x),))))
 
 
-def table(model: nn.Module, blocks: list[nn.Module], example: torch.Tensor) -> Table:
-    """One row per block."""
-    profile = measure(blocks, example)
-    seconds = sum(profile.seconds)
-    rows = Table("block", "submodules", title=f"batch of {len(example)}", title_justify="right")
-    for column in ("parameters", "activation MiB", "time"):
+def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:
+    """One row per block; memory and time are those of one training step on the batch, the border's part included."""
+    costs = _costs(learner, x, y)
+    total = sum(seconds for _, seconds in costs)
+    rows = Table("block", "submodules", title=f"one step on {len(x)} images", title_justify="left")
+    for column in ("parameters", "at its border", "activations", "time"):
         rows.add_column(column, justify="right")
-    for k, block in enumerate(blocks):
+    for k, (kept, seconds) in enumerate(costs):
+        own = _count(learner.blocks[k])
         rows.add_row(
             str(k),
-            ", ".join(submodules(model, block)),
-            f"{sum(parameter.numel() for parameter in block.parameters()):,}",
-            f"{profile.memory(k, k) / 2**20:,.2f}",
-            f"{profile.seconds[k] / seconds:.0%}",
+            ", ".join(submodules(learner.model, learner.blocks[k])),
+            f"{own:,}",
+            f"{sum(parameter.numel() for parameter in learner.block_parameters(k)) - own:,}",
+            f"{kept / 2**20:,.2f} MiB",
+            f"{seconds / total:.0%}",
         )
     return rows
 
@@ -81,4 +89,27 @@ def submodules(model: nn.Module, block: nn.Module) -> list[str]:
         inside = any(name.startswith(f"{whole}.") for whole in names)
         if name and parameters and parameters <= own and not inside:
             names.append(name)
-    return names or ["all"]
+    return names
+
+
+def _costs(learner: BlockLocal, x: Tensor, y: Tensor, *, repetitions: int = 3) -> list[tuple[int, float]]:
+    """Of every block the bytes that its forward pass keeps for the backward pass, and the seconds of both."""
+    costs, h = [], x
+    for k in range(len(learner.blocks)):
+        with MemoryTracker() as tracker:
+            loss, output = learner.local(k, h, y)
+        costs.append((tracker.alive, min(_seconds(learner, k, h, y) for _ in range(repetitions))))
+        h = output
+        del loss
+    return costs
+
+
+def _seconds(learner: BlockLocal, k: int, h: Tensor, y: Tensor) -> float:
+    start = time.perf_counter()
+    loss, _ = learner.local(k, h, y)
+    loss.backward()
+    return time.perf_counter() - start
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

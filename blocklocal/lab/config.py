@@ -20,7 +20,7 @@ class Settings:
     model: str = "cnn"
     """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
-    """how the blocks learn: bll, bll-paper, pred; bp is backpropagation through the whole model"""
+    """in blocks: bll, bll-paper, pred, predsim; whole: bp (backpropagation), fa, usf, brsf, frsf, dfa, drtp"""
     blocks: int = 4
     """number of blocks"""
     at: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Settings:
     seed: int = 0
     """of initial weights, order and augmentation"""
     out: str | None = None
-    """folder of the run (default: runs/DATA-MODEL-RULE...)"""
+    """folder of the run (default: runs/DATA-MODEL-RULE-seedN)"""
     resume: Annotated[bool, FlagCreatePairsOff] = False
     """go on from the last checkpoint in --out, with the settings kept there"""
 
@@ -88,8 +88,9 @@ class Settings:
         if self.out is not None:
             return Path(self.out)
         names = [name.rstrip("/").rpartition("/")[2].rpartition(":")[2] for name in (self.data, self.model)]
-        rule = "bp" if self.rule == "bp" else f"{self.rule}{len(self.at) + 1 if self.at else self.blocks}"
-        return Path("runs", "-".join([*names, rule, f"seed{self.seed}"]))
+        return Path(
+            "runs", "-".join([*names, self.rule, f"{len(self.at) + 1 if self.at else self.blocks}", str(self.seed)])
+        )
 
     def contradictions(self, other: Settings) -> list[str]:
         """The settings, as flags, in which `other` would be another run."""

@@ -41,7 +41,7 @@ def main(args: Sequence[str]) -> None:
     checkpoint = run.load_checkpoint()
     if checkpoint is None:
         raise UserError(f"{str(run.path)!r} has no checkpoint: not one epoch was finished")
-    experiment.load(checkpoint["learner"])
+    experiment.load_state_dict(checkpoint["experiment"])
     exits = experiment.test()
     accuracy = choose(exits, options.exit)
     Console().print(_table(exits, title=f"{options.run}, epoch {checkpoint['epoch']}", exit=options.exit))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Experiment:
-    """A data set and a learner with its initial weights, both on `device`."""
+    """A data set, and a model with its initial weights under a learning rule, both on `device`."""
 
     settings: Settings
     device: torch.device
     dataset: Dataset
     normalisation: Normalisation
-    learner: BlockLocal
+    learning: rules.Learning
+
+    @property
+    def learner(self) -> BlockLocal:
+        return self.learning.learner
 
     def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         settings = self.settings
@@ -48,20 +53,26 @@ class Experiment:
         dtype = DTYPES[self.settings.dtype]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Give the learner these weights. UserError: they are of another model."""
-        try:
-            self.learner.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UserError(
-                f"the checkpoint does not fit model {self.settings.model!r} as it is built now: "
-                f"give back the code that it was trained with, or train anew ({error})"
-            ) from error
-
     def test(self) -> Exits:
         """All exits on the test images."""
         with self.autocast():
             return evaluate(self.learner, self.dataset.test, normalisation=self.normalisation)
+
+    def state_dict(self) -> dict[str, Any]:
+        alignment = self.learning.alignment
+        return {"learner": self.learner.state_dict(), "alignment": alignment.state_dict() if alignment else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """UserError: the state of another model."""
+        try:
+            self.learner.load_state_dict(state["learner"])
+            if self.learning.alignment:
+                self.learning.alignment.load_state_dict(state["alignment"])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint does not fit model {self.settings.model!r} as it is built now: "
+                f"give back the code that it was trained with, or train anew ({error})"
+            ) from error
 
 
 def prepare(settings: Settings) -> Experiment:
@@ -70,27 +81,23 @@ def prepare(settings: Settings) -> Experiment:
     UserError: an unknown device, data set, model or rule; too few images; a model that cannot be cut as asked.
     """
     settings.check()
-    rule = rules.find(settings.rule)
+    rules.find(settings.rule)
     device = find_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     dataset = load(settings.data).to(device)
-    if len(dataset.train) < settings.batch_size:
-        raise UserError(
-            f"--batch-size {settings.batch_size} is more than the {len(dataset.train)} training images of {settings.data!r}"
-        )
+    images = len(dataset.train)
+    if images < settings.batch_size:
+        raise UserError(f"--batch-size {settings.batch_size} is more than the {images} training images")
     normalisation = Normalisation.of(dataset.train.images)
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, channels=dataset.channels, size=dataset.size, classes=len(dataset.classes))
     task = rules.Task(
         classes=len(dataset.classes),
         example=normalisation(dataset.train.images[:EXAMPLE]),
-        criterion=partial(cross_entropy, label_smoothing=settings.label_smoothing),
         blocks=settings.blocks,
         at=settings.at or models.CUTS.get((settings.model, settings.blocks)),
+        criterion=partial(cross_entropy, label_smoothing=settings.label_smoothing),
+        seed=settings.seed,
     )
-    try:
-        learner = rule(model.to(device), task)
-    except ValueError as error:  # the library's own, for arguments that do not fit the model
-        raise UserError(f"model {settings.model!r}, rule {settings.rule!r}: {error}") from error
-    return Experiment(settings, device, dataset, normalisation, learner.to(device))
+    return Experiment(settings, device, dataset, normalisation, rules.apply(settings.rule, model.to(device), task))

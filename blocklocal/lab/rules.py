@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from blocklocal import BLL, BLL_PAPER, BlockLocal, Predictive
+from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, Predictive
+from blocklocal.alignment import (
+    Alignment,
+    DirectFeedbackAlignment,
+    DirectRandomTargetProjection,
+    FeedbackAlignment,
+    SignSymmetry,
+)
 from blocklocal.lab.errors import UserError
 from blocklocal.losses import LocalLoss
 from blocklocal.messages import Criterion
@@ -17,24 +25,37 @@ from blocklocal.messages import Criterion
 class Task:
     """What a model is to learn, and where it may be cut: at submodules, or else into so many blocks.
 
-    example: a batch of images as the model gets them.
+    example: a batch of images as the model gets them. seed: of what a rule draws beside the model's weights.
     """
 
     classes: int
     example: Tensor
-    criterion: Criterion
     blocks: int
     at: Sequence[str] | None
+    criterion: Criterion | None = None
+    seed: int = 0
 
 
-Rule = Callable[[nn.Module, Task], BlockLocal]
+@dataclass(frozen=True)
+class Learning:
+    """A learner, and what stands in for its true backward pass where the rule has such a thing."""
+
+    learner: BlockLocal
+    alignment: Alignment | None = None
+
+    def given(self, y: Tensor) -> AbstractContextManager[None]:
+        """A context for the learner's step on a batch with targets y."""
+        return nullcontext() if self.alignment is None else self.alignment.given(y)
+
+
+Rule = Callable[[nn.Module, Task], Learning]
 
 
 def block_local(loss: LocalLoss) -> Rule:
     """Blocks that learn from the same local loss at every border."""
 
-    def build(model: nn.Module, task: Task) -> BlockLocal:
-        return BlockLocal(
+    def build(model: nn.Module, task: Task) -> Learning:
+        learner = BlockLocal(
             model,
             at=task.at,
             blocks=None if task.at else task.blocks,
@@ -44,20 +65,37 @@ def block_local(loss: LocalLoss) -> Rule:
             loss=loss,
             criterion=task.criterion,
         )
+        return Learning(learner)
 
     return build
 
 
-def backpropagation(model: nn.Module, task: Task) -> BlockLocal:
+def backpropagation(model: nn.Module, task: Task) -> Learning:
     """One block, no border."""
-    return BlockLocal(model, blocks=1, classes=task.classes, criterion=task.criterion)
+    return Learning(BlockLocal(model, blocks=1, classes=task.classes, criterion=task.criterion))
+
+
+def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
+    """One block, through which other feedback weights take the gradient."""
+
+    def build(model: nn.Module, task: Task) -> Learning:
+        return Learning(backpropagation(model, task).learner, align(model, task))
+
+    return build
 
 
 RULES: dict[str, Rule] = {
     "bll": block_local(BLL),
     "bll-paper": block_local(BLL_PAPER),
     "pred": block_local(Predictive()),
+    "predsim": block_local(PRED_SIM),
     "bp": backpropagation,
+    "fa": aligned(lambda model, task: FeedbackAlignment(model, seed=task.seed)),
+    "usf": aligned(lambda model, task: SignSymmetry(model, magnitude="uniform", seed=task.seed)),
+    "brsf": aligned(lambda model, task: SignSymmetry(model, magnitude="batchwise", seed=task.seed)),
+    "frsf": aligned(lambda model, task: SignSymmetry(model, magnitude="fixed", seed=task.seed)),
+    "dfa": aligned(lambda model, task: DirectFeedbackAlignment(model, example=task.example, seed=task.seed)),
+    "drtp": aligned(lambda model, task: DirectRandomTargetProjection(model, example=task.example, seed=task.seed)),
 }
 
 
@@ -66,3 +104,12 @@ def find(name: str) -> Rule:
     if name not in RULES:
         raise UserError(f"unknown rule {name!r}: choose {', '.join(RULES)}")
     return RULES[name]
+
+
+def apply(name: str, model: nn.Module, task: Task) -> Learning:
+    """The model under the rule of that name. UserError: no such rule, or a model that it does not fit."""
+    rule = find(name)
+    try:
+        return rule(model, task)
+    except ValueError as error:  # the library's own, for arguments that do not fit the model
+        raise UserError(f"rule {name!r}: {error}") from error

@@ -29,9 +29,9 @@ def digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8; every fifth image of each class is for testing."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images * 15).to(torch.uint8).unsqueeze(1)  # 0..16 -> 0..240
-    labels = torch.from_numpy(bunch.target).long()
+    pixels, target = load_digits(return_X_y=True)
+    images = (15 * torch.as_tensor(pixels)).to(torch.uint8).reshape(-1, 1, 8, 8)  # 0..16 -> 0..240
+    labels = torch.as_tensor(target).long()
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
         test[(labels == label).nonzero()[4::5]] = True
@@ -46,10 +46,11 @@ def digits() -> Dataset:
 def hub(repository: str) -> Dataset:
     """A data set of the Hugging Face hub, kept in the cache of `datasets`."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         splits = datasets.load_dataset(repository)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"cannot get {repository!r} from the Hugging Face hub ({reason}); "

@@ -47,7 +47,7 @@ class Trainer:
         seen, looked = 0, time.monotonic()
         for step, (x, y) in enumerate(self.experiment.training_batches(epoch)):
             self._set_rate((epoch - 1) * self.steps + step)
-            with self.experiment.autocast():
+            with self.experiment.autocast(), self.experiment.learning.given(y):
                 losses.append(self.learner.backward(x, y, optimizers=self.optimizers))
             if step + 1 == self.steps or time.monotonic() - looked > LOOK:
                 recent = torch.stack(losses[seen:])
@@ -59,7 +59,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "learner": self.learner.state_dict(),
+            "experiment": self.experiment.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -67,7 +67,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """UserError: the state of another model."""
-        self.experiment.load(state["learner"])
+        self.experiment.load_state_dict(state["experiment"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
         torch.set_rng_state(state["random"])
@@ -87,8 +87,8 @@ class Trainer:
         if len(wrong):
             step, block = wrong[0].tolist()
             raise UserError(
-                f"the loss of block {block} is {losses[step, block].item()} at step {first + step + 1} of epoch {epoch}: "
-                f"lower --lr (now {self.settings.lr:g}) or lengthen --warmup"
+                f"the loss of block {block} is {losses[step, block].item()} at step {first + step + 1} "
+                f"of epoch {epoch}: lower --lr (now {self.settings.lr:g}) or lengthen --warmup"
             )
 
     def _check_weights(self, *, epoch: int) -> None:

@@ -57,7 +57,8 @@ def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> n
     source, colon, function = name.partition(":")
     if not colon:
         raise UserError(
-            f"unknown model {name!r}: choose {', '.join(MODELS)}, timm:NAME, torchvision:NAME or package.module:function"
+            f"unknown model {name!r}: choose {', '.join(MODELS)}, "
+            "timm:NAME, torchvision:NAME or package.module:function"
         )
     if source == "timm":
         return _timm(function, channels=channels, classes=classes)
@@ -98,10 +99,8 @@ def _own(module: str, function: str) -> Callable[..., nn.Module]:
     except ModuleNotFoundError as error:
         if not (module == error.name or module.startswith(f"{error.name}.")):
             raise
-        raise UserError(
-            f"model {name!r}: there is no module {error.name!r} here; a module of your own must be importable (PYTHONPATH)"
-        ) from error
-    if not callable(found):
+        raise UserError(f"model {name!r}: there is no module {error.name!r}; put its folder on PYTHONPATH") from error
+    if not isinstance(found, Callable):
         raise UserError(f"model {name!r}: module {module!r} has no function {function!r}")
     try:
         inspect.signature(found).bind(channels=1, size=(1, 1), classes=1)

@@ -76,7 +76,7 @@ class VisionTransformer(nn.Module):
 
 
 def _patch(size: tuple[int, int]) -> int:
-    """The patch side that divides height and width and gives at most 64 tokens, or nearly so."""
+    """The smallest side of square patches of which at most 64 tile the image."""
     for patch in (1, 2, 4, 8, 16, 32):
         if size[0] % patch == size[1] % patch == 0 and (size[0] // patch) * (size[1] // patch) <= 64:
             return patch
