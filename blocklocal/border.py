@@ -62,25 +62,25 @@ class Border(nn.Module):
     def diagnose(self, h: Tensor, y: Tensor) -> dict[str, float]:
         """What one batch shows of the border.
 
-        Every loss term by its name; `agreement`: the mean cosine between alpha and beta over samples, both centred
-        over the batch; `variance_ratio`: the variance of alpha between targets over that within them, from a
-        least-squares fit of alpha to the targets of this batch. It goes to zero where the block's output collapses.
+        Every loss term by its name, with its index where the name recurs; `agreement`: the mean cosine between alpha
+        and beta over samples, both centred over the batch; `variance_ratio`: the variance of alpha between targets over
+        that within them, from a least-squares fit of alpha to the targets of this batch, both centred. It goes to zero
+        where the block's output collapses.
         """
         alpha = self.message(h).alpha.flatten(0, -2)
-        fit = ClosedFormFeedback(ridge=1e-6, forgetting=0.0).build(self.site.targets, channels=alpha.shape[-1])
-        fit.to(alpha).update(y, alpha)
-        explained = fit(y).flatten(0, -2)
-        between, within = _variance(explained), (alpha - explained).square().sum(-1).mean()
         floor = 1e-6 * alpha.square().sum(-1).mean()
+        alpha = alpha - alpha.mean(0)
+        targets = y if self.site.targets.labels else y - y.to(alpha).flatten(0, -2).mean(0)
+        fit = ClosedFormFeedback(ridge=1e-6, forgetting=0.0).build(self.site.targets, channels=alpha.shape[-1])
+        fit.to(alpha).update(targets, alpha)
+        explained = fit(targets).flatten(0, -2)
+        between, within = explained.square().sum(-1).mean(), (alpha - explained).square().sum(-1).mean()
         beta = explained if self.feedback is None else self.feedback(y).flatten(0, -2)
-        agreement = torch.cosine_similarity(alpha - alpha.mean(0), beta - beta.mean(0), dim=-1).mean()
+        agreement = torch.cosine_similarity(alpha, beta - beta.mean(0), dim=-1).mean()
         names = [type(term).__name__.removesuffix("Term").lower() for term in self.terms]
+        names = [name if names.count(name) == 1 else f"{name}{i}" for i, name in enumerate(names)]
         losses = dict(zip(names, (part.item() for part in self.parts(h, y)), strict=True))
         return losses | {
             "agreement": agreement.item(),
             "variance_ratio": (between / (within + floor).clamp(min=1e-30)).item(),
         }
-
-
-def _variance(rows: Tensor) -> Tensor:
-    return (rows - rows.mean(0)).square().sum(-1).mean()
