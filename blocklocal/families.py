@@ -57,6 +57,17 @@ class Family(ABC):
         inner = (eta * self.mean(eta)).sum(-1)
         return self.log_normalizer(eta) - inner - self.expected_log_base(eta)
 
+    def variational_loss(self, alpha: Tensor, beta: Tensor, *, fixed_posterior: bool) -> Tensor:
+        """KL(rho || alpha) + H(alpha) (Eqs. 5-6), shape (..., D), of the messages' channel statistics (..., C).
+
+        rho is the product of alpha and beta (Eq. 2); beta is a constant, and with `fixed_posterior` so is rho.
+        """
+        eta_alpha = self.natural(alpha)
+        eta_rho = self.product(eta_alpha, self.natural(beta.detach()))
+        if fixed_posterior:
+            eta_rho = eta_rho.detach()
+        return self.kl_divergence(eta_rho, eta_alpha) + self.entropy(eta_alpha)
+
     def evidence(self, eta_alpha: Tensor, eta_beta: Tensor) -> Tensor:
         """log of the integral of the product of two normalised messages, up to a constant, shape (..., D)."""
         joint = self.log_normalizer(self.product(eta_alpha, eta_beta))
@@ -96,6 +107,14 @@ class Gaussian(GaussianNatural):
     def natural(self, parameters: Tensor) -> Tensor:
         quadratic = torch.full_like(parameters, -0.5 / self.variance)
         return torch.stack([parameters / self.variance, quadratic], -1)
+
+    def variational_loss(self, alpha: Tensor, beta: Tensor, *, fixed_posterior: bool) -> Tensor:
+        """(beta - alpha)^2 / 8 s2 and constants: the same in a tenth of the operations."""
+        divergence = (beta.detach() - alpha).square() * (0.125 / self.variance)
+        if fixed_posterior:
+            divergence = 2 * divergence - divergence.detach()
+        constant = 0.5 * math.log(2) - 0.25 + 0.5 * math.log(2 * math.pi * math.e * self.variance)
+        return divergence + constant
 
 
 @dataclass(frozen=True)

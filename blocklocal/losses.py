@@ -86,13 +86,9 @@ class VariationalTerm(nn.Module):
         assert message.feedback is not None
         family = self.settings.family
         beta = message.feedback(y).to(message.alpha.dtype)
-        eta_alpha, eta_beta = family.natural(message.alpha), family.natural(beta)
-        eta_rho = family.product(eta_alpha, eta_beta.detach())  # Eq. 2
-        if self.settings.fixed_posterior:
-            eta_rho = eta_rho.detach()
-        loss = family.kl_divergence(eta_rho, eta_alpha) + family.entropy(eta_alpha)  # Eqs. 5-6
+        loss = family.variational_loss(message.alpha, beta, fixed_posterior=self.settings.fixed_posterior)
         if beta.requires_grad:
-            eta_alpha = eta_alpha.detach()
+            eta_alpha, eta_beta = family.natural(message.alpha.detach()), family.natural(beta)
             fit = family.kl_divergence(family.product(eta_alpha, eta_beta), eta_alpha)
             loss = loss + fit - fit.detach()
         return loss.sum(-1).mean()

@@ -21,8 +21,12 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def spatial_mean(positions: Tensor) -> Tensor:
-    """Mean over positions: (B, C, P) -> (B, C)."""
-    return positions.mean(2)
+    """Mean over positions: (B, C, P) -> (B, C).
+
+    A sum that is divided after, since the gradient of torch.mean is written out for every position.
+    """
+    total = positions.sum(2, dtype=torch.promote_types(positions.dtype, torch.float32))
+    return (total / positions.shape[2]).to(positions.dtype)
 
 
 def spatial_max(positions: Tensor) -> Tensor:
