@@ -21,6 +21,10 @@ class Settings:
     """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
     """in blocks: bll, bll-paper, pred, predsim; whole: bp (backpropagation), fa, usf, brsf, frsf, dfa, drtp"""
+    train_size: int = 0
+    """train on a sample of so many images, always the same; 0: on all"""
+    test_size: int = 0
+    """test on such a sample; 0: on all"""
     blocks: int = 4
     """number of blocks"""
     at: tuple[str, ...] = ()
@@ -49,6 +53,8 @@ class Settings:
     """blank a square of so many pixels in every training image"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """arithmetic of the forward pass"""
+    channels_last: Annotated[bool, FlagCreatePairsOff] = False
+    """channels innermost in memory, which convolutions may like"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     compile: Annotated[bool, FlagCreatePairsOff] = False
@@ -65,6 +71,8 @@ class Settings:
     def check(self) -> None:
         """UserError: a number out of its range."""
         ranges = {
+            "train_size": self.train_size >= 0,
+            "test_size": self.test_size >= 0,
             "blocks": self.blocks >= 1,
             "epochs": self.epochs >= 1,
             "batch_size": self.batch_size >= 1,
@@ -101,6 +109,8 @@ class Settings:
 PLACE = ("out", "resume")  # they say where a run is and how it was called, not what it computes
 
 RANGES = {
+    "train_size": "0 or more",
+    "test_size": "0 or more",
     "blocks": "1 or more",
     "epochs": "1 or more",
     "batch_size": "1 or more",

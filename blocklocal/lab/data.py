@@ -21,6 +21,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def sample(self, size: int) -> Split:
+        kept = sample(len(self), size=size)
+        return Split(self.images[kept], self.labels[kept])
+
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
@@ -47,21 +51,43 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-def load(name: str) -> Dataset:
+@dataclass(frozen=True)
+class Sizes:
+    """How many images of a split to keep, 0 being all. They are drawn before any image is decoded."""
+
+    train: int = 0
+    test: int = 0
+
+
+def sample(images: int, *, size: int) -> Tensor:
+    """Which of so many images a sample of `size` keeps, in their order: always the same ones, all for size 0.
+
+    UserError: fewer images than that.
+    """
+    if size > images:
+        raise UserError(f"a sample of {size} images from {images}: lower --train-size or --test-size")
+    if not size:
+        return torch.arange(images)
+    return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:size].sort().values
+
+
+def load(name: str, *, train_size: int = 0, test_size: int = 0) -> Dataset:
     """The data set of that name: `digits`, a hub name of `sources.HUB`, `hf:OWNER/NAME`, or a folder.
 
+    train_size, test_size: keep a sample of so many images, see `sample`.
     UserError: no such data set or folder, files that cannot be read, images or labels that do not fit together.
     """
     from blocklocal.lab import sources  # here, since reading files and hub needs packages that `Dataset` does not
 
+    sizes = Sizes(train_size, test_size)
     if name == "digits":
-        dataset = sources.digits()
+        dataset = sources.digits(sizes)
     elif name in sources.HUB:
-        dataset = sources.hub(sources.HUB[name])
+        dataset = sources.hub(sources.HUB[name], sizes)
     elif name.startswith("hf:"):
-        dataset = sources.hub(name.removeprefix("hf:"))
+        dataset = sources.hub(name.removeprefix("hf:"), sizes)
     elif Path(name).is_dir():
-        dataset = sources.folder(Path(name))
+        dataset = sources.folder(Path(name), sizes)
     elif Path(name).exists():
         raise UserError(f"data {name!r} is a file: name the folder that holds train-*.parquet or train/CLASS/ images")
     else:

@@ -85,7 +85,7 @@ def prepare(settings: Settings) -> Experiment:
     device = find_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dataset = load(settings.data).to(device)
+    dataset = load(settings.data, train_size=settings.train_size, test_size=settings.test_size).to(device)
     images = len(dataset.train)
     if images < settings.batch_size:
         raise UserError(f"--batch-size {settings.batch_size} is more than the {images} training images")
@@ -100,4 +100,9 @@ def prepare(settings: Settings) -> Experiment:
         criterion=partial(cross_entropy, label_smoothing=settings.label_smoothing),
         seed=settings.seed,
     )
-    return Experiment(settings, device, dataset, normalisation, rules.apply(settings.rule, model.to(device), task))
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    learning = rules.apply(settings.rule, model.to(device), task)
+    if settings.channels_last:  # the heads at the borders too
+        learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return Experiment(settings, device, dataset, normalisation, learning)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
-from blocklocal.lab.data import Dataset, Split
+from blocklocal.lab.data import Dataset, Sizes, Split, sample
 from blocklocal.lab.decode import decode
 from blocklocal.lab.errors import UserError
 
@@ -25,7 +26,7 @@ TEST_NAMES = ("test", "validation", "val")  # the first one that is there
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-def digits() -> Dataset:
+def digits(sizes: Sizes) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8; every fifth image of each class is for testing."""
     from sklearn.datasets import load_digits
 
@@ -38,12 +39,12 @@ def digits() -> Dataset:
     return Dataset(
         name="digits",
         classes=tuple(map(str, range(10))),
-        train=Split(images[~test], labels[~test]),
-        test=Split(images[test], labels[test]),
+        train=Split(images[~test], labels[~test]).sample(sizes.train),
+        test=Split(images[test], labels[test]).sample(sizes.test),
     )
 
 
-def hub(repository: str) -> Dataset:
+def hub(repository: str, sizes: Sizes) -> Dataset:
     """A data set of the Hugging Face hub, kept in the cache of `datasets`."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -62,23 +63,24 @@ def hub(repository: str) -> Dataset:
             if isinstance(split.features[column], datasets.Image):
                 split = split.cast_column(column, datasets.Image(decode=False))
         tables[str(name)] = [(f"{repository} ({name})", split.with_format("arrow")[:])]
-    return _from_tables(tables, name=repository)
+    return _from_tables(tables, sizes, name=repository)
 
 
-def folder(path: Path) -> Dataset:
+def folder(path: Path, sizes: Sizes) -> Dataset:
     """A folder of Parquet files train-*.parquet and test-*.parquet, or of images train/CLASS/* and test/CLASS/*."""
     if any(path.rglob("*.parquet")):
         files = {name: sorted(path.rglob(f"{name}*.parquet")) for name in ("train", *TEST_NAMES)}
         return _from_tables(
             {name: [(str(file), _read(file)) for file in found] for name, found in files.items() if found},
+            sizes,
             name=str(path),
         )
     if (path / "train").is_dir():
-        return _from_images(path)
+        return _from_images(path, sizes)
     raise UserError(f"folder {str(path)!r} holds neither train-*.parquet files nor train/CLASS/ folders of images")
 
 
-def _from_images(path: Path) -> Dataset:
+def _from_images(path: Path, sizes: Sizes) -> Dataset:
     test = next((name for name in TEST_NAMES if (path / name).is_dir()), None)
     if test is None:
         raise UserError(f"folder {str(path)!r} has train/ but none of {', '.join(TEST_NAMES)}: add test/CLASS/ images")
@@ -87,7 +89,7 @@ def _from_images(path: Path) -> Dataset:
     if strangers:
         raise UserError(f"{str(path / test)!r} has class {strangers[0]!r}, which train/ has not")
 
-    def split(part: str) -> Split:
+    def split(part: str, *, size: int) -> Split:
         files = [
             (file, label)
             for label, name in enumerate(classes)
@@ -98,10 +100,16 @@ def _from_images(path: Path) -> Dataset:
             raise UserError(
                 f"no images in {str(path / part)!r}: they are sought in {part}/CLASS/*{{{','.join(SUFFIXES)}}}"
             )
+        files = [files[i] for i in sample(len(files), size=size)]
         images = decode((str(file), file.read_bytes()) for file, _ in files)
         return Split(images, torch.tensor([label for _, label in files]))
 
-    return Dataset(name=str(path), classes=classes, train=split("train"), test=split(test))
+    return Dataset(
+        name=str(path),
+        classes=classes,
+        train=split("train", size=sizes.train),
+        test=split(test, size=sizes.test),
+    )
 
 
 def _read(file: Path) -> pa.Table:
@@ -112,24 +120,30 @@ def _read(file: Path) -> pa.Table:
         raise UserError(f"{str(file)!r} is not a readable Parquet file ({reason}); get it anew") from error
 
 
-def _from_tables(tables: dict[str, list[tuple[str, pa.Table]]], *, name: str) -> Dataset:
+def _from_tables(tables: dict[str, list[tuple[str, pa.Table]]], sizes: Sizes, *, name: str) -> Dataset:
     """From the tables of each split, each with the name of its origin."""
     test = next((part for part in TEST_NAMES if part in tables), None)
     if "train" not in tables or test is None:
         raise UserError(f"data {name!r} has the splits {', '.join(tables) or 'none'}: train and test are needed")
-    train = _split(tables["train"])
     origin, table = tables["train"][0]
     classes = _class_names(table, column=_column(table, LABEL_COLUMNS, origin=origin))
     return Dataset(
         name=name,
-        classes=classes or tuple(map(str, range(int(train.labels.max()) + 1))),
-        train=train,
-        test=_split(tables[test]),
+        classes=classes or tuple(map(str, range(int(_labels(tables["train"]).max()) + 1))),
+        train=_split(tables["train"], size=sizes.train),
+        test=_split(tables[test], size=sizes.test),
     )
 
 
-def _split(tables: Sequence[tuple[str, pa.Table]]) -> Split:
-    images = decode(pair for origin, table in tables for pair in _encoded(table, origin=origin))
+def _split(tables: Sequence[tuple[str, pa.Table]], *, size: int) -> Split:
+    labels = _labels(tables)
+    kept = sample(len(labels), size=size)
+    rows = set(kept.tolist())
+    encoded = (pair for origin, table in tables for pair in _encoded(table, origin=origin))
+    return Split(decode(pair for row, pair in enumerate(encoded) if row in rows), labels[kept])
+
+
+def _labels(tables: Sequence[tuple[str, pa.Table]]) -> Tensor:
     labels = []
     for origin, table in tables:
         column = _column(table, LABEL_COLUMNS, origin=origin)
@@ -137,7 +151,7 @@ def _split(tables: Sequence[tuple[str, pa.Table]]) -> Split:
         if not pa.types.is_integer(values.type) or values.null_count:
             raise UserError(f"{origin!r}: column {column!r} must hold an integer for every image, it is {values.type}")
         labels.append(torch.from_numpy(values.to_numpy()).long())
-    return Split(images, torch.cat(labels))
+    return torch.cat(labels)
 
 
 def _encoded(table: pa.Table, *, origin: str) -> Iterator[tuple[str, bytes]]:
