@@ -95,7 +95,7 @@ class Settings:
         """Where the run is kept."""
         if self.out is not None:
             return Path(self.out)
-        names = [name.rstrip("/").rpartition("/")[2].rpartition(":")[2] for name in (self.data, self.model)]
+        names = [last_name(name) for name in (self.data, self.model)]
         return Path(
             "runs", "-".join([*names, self.rule, f"{len(self.at) + 1 if self.at else self.blocks}", str(self.seed)])
         )
@@ -124,6 +124,11 @@ RANGES = {
     "threads": "0 or more",
     "seed": "0 or more",
 }
+
+
+def last_name(name: str) -> str:
+    """What stands at the end of a path, a hub name or package.module:function."""
+    return name.rstrip("/").rpartition("/")[2].rpartition(":")[2]
 
 
 def flag(name: str) -> str:
