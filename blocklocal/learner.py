@@ -237,7 +237,7 @@ class BlockLocal(nn.Module):
             h = self._forward(k, h)
             logits = self._prediction(k, h)
             decided = logits.clone() if decided is None else decided.index_copy(0, waiting, logits.to(decided.dtype))
-            least = logits.softmax(-1).amax(-1).reshape(len(logits), -1).amin(-1)  # over a sample's tokens
+            least = logits.softmax(-1).amax(-1, keepdim=True).flatten(1).amin(1)  # over a sample's tokens
             stays = least < confidence
             h, waiting = h[stays], waiting[stays]
             if not len(waiting):
