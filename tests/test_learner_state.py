@@ -1,0 +1,257 @@
+"""A learner as a module: state, precision, memory format, compilation, modes and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+import blocklocal as bll
+
+CLASSES = 4
+
+
+def transformer(**options) -> tuple[bll.BlockLocal, zoo.Transformer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model, x = zoo.Transformer(pooled=True), torch.randint(11, (6, 5))
+    learner = bll.BlockLocal(model, at=["embedding", "layers.0"], classes=CLASSES, example=x, **options)
+    return learner, model, x, torch.arange(6) % CLASSES
+
+
+def vision(**options) -> tuple[bll.BlockLocal, nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model, x = zoo.residual()
+    learner = bll.BlockLocal(model, at=["stem", "stages.1.0"], classes=CLASSES, example=x, **options)
+    return learner, model, x, torch.arange(5) % CLASSES
+
+
+def train(learner: bll.BlockLocal, x: Tensor, y: Tensor, *, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD(learner.parameters(), lr=0.05)
+    for _ in range(steps):
+        learner.backward(x, y)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [transformer, vision])
+def test_state_goes_to_another_learner(make) -> None:
+    torch.manual_seed(0)
+    learner, model, x, y = make()
+    keys = list(model.state_dict())
+    train(learner, x, y)
+    state = learner.state_dict()
+    mine = {name.split(".", 2)[2] for name in state if name.startswith("blocks.")}
+    assert mine == set(keys)
+    assert all(name.startswith(("blocks.", "borders.")) for name in state)
+    assert list(model.state_dict()) == keys
+    assert "borders.0.feedback.second" in state  # the feedback's statistics go on where they were
+    other, _, _, _ = make()
+    other.load_state_dict(state)
+    assert_close(other.eval().exits(x), learner.eval().exits(x), rtol=0, atol=0)
+    assert torch.equal(other.model(x), model(x))
+    learner.train()
+    other.train()
+    torch.manual_seed(1)
+    losses = learner.backward(x, y)
+    torch.manual_seed(1)
+    assert torch.equal(other.backward(x, y), losses)
+
+
+@pytest.mark.parametrize("make", [transformer, vision])
+def test_the_model_passed_in_is_the_trained_one(make) -> None:
+    learner, model, x, y = make()
+    names = {p: name for name, p in model.named_parameters()}
+    for k, block in enumerate(learner.blocks):
+        for name, p in block.named_parameters():
+            assert names[p] == name, k
+    before = copy.deepcopy(model.state_dict())
+    train(learner, x, y)
+    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters() if p.dim() > 1)
+    learner.eval()
+    assert torch.equal(model(x), learner.predict(x))
+
+
+@pytest.mark.parametrize("make", [transformer, vision])
+def test_conversion_keeps_everything_shared(make) -> None:
+    learner, model, x, y = make()
+    keys = list(learner.state_dict()), list(model.state_dict())
+    for dtype in (torch.float64, torch.float32):
+        learner.to(dtype)
+        assert (list(learner.state_dict()), list(model.state_dict())) == keys
+        assert {value.dtype for value in learner.state_dict().values()} <= {dtype, torch.int64}
+        shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        assert {id(t) for block in learner.blocks for t in (*block.parameters(), *block.buffers())} == shared
+        inputs = x.to(dtype) if x.is_floating_point() else x
+        train(learner, inputs, y, steps=1)
+        learner.eval()
+        assert torch.equal(model(inputs), learner.predict(inputs))
+        learner.train()
+
+
+def test_conversion_through_the_meta_device_keeps_everything_shared() -> None:
+    learner, model, _, _ = transformer()
+    learner.to("meta").to_empty(device="cpu")
+    shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    assert {id(t) for block in learner.blocks for t in (*block.parameters(), *block.buffers())} == shared
+
+
+def test_single_and_double_precision_agree() -> None:
+    for make in (transformer, vision):
+        learner, _, x, y = make()
+        double = copy.deepcopy(learner).double()
+        learner.eval()
+        double.eval()
+        losses = learner.backward(x, y)
+        exact = double.backward(x.double() if x.is_floating_point() else x, y)
+        assert exact.dtype == torch.float64
+        assert_close(losses, exact.float(), rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(learner.parameters(), double.parameters(), strict=True):
+            assert_close(ours.grad, None if theirs.grad is None else theirs.grad.float(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_given_chain_of_cut_blocks_converts() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES))
+    chain = bll.split(model, at=["1"])
+    learner = bll.BlockLocal(chain, classes=CLASSES, example=torch.randn(2, 6)).double()
+    assert "running_mean" not in dict(learner.blocks[1].named_buffers())
+    learner.backward(torch.randn(8, 6).double(), torch.arange(8) % CLASSES)
+    assert model[1].running_mean.dtype == torch.float64
+
+
+def test_a_copy_is_a_learner_of_its_own() -> None:
+    learner, model, x, y = vision()
+    twin = copy.deepcopy(learner)
+    before = copy.deepcopy(model.state_dict())
+    assert set(twin.model.parameters()) == {p for block in twin.blocks for p in block.parameters()}
+    train(twin, x, y)
+    twin.double()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not set(twin.parameters()) & set(learner.parameters())
+
+
+def test_modes_reach_every_module() -> None:
+    learner, model, _, _ = vision()
+    for training in (False, True):
+        learner.train(training)
+        assert all(module.training is training for owner in (learner, model) for module in owner.modules())
+
+
+@pytest.mark.parametrize("make", [transformer, vision])
+def test_autocast_learns_the_same_within_rounding(make) -> None:
+    learner, _, x, y = make(loss=bll.BLL + 0.5 * bll.Similarity())
+    cast = copy.deepcopy(learner)
+    learner.eval()  # no dropout
+    cast.eval()
+    losses = learner.backward(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = cast.backward(x, y)
+    assert_close(rounded.float(), losses, rtol=0.05, atol=0.05)
+    ours, theirs = (
+        torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]) for m in (learner, cast)
+    )
+    assert theirs.dtype == torch.float32
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("make", [transformer, vision])
+def test_a_half_precision_model_learns(make) -> None:
+    learner, model, x, y = make(loss=bll.BLL + bll.Similarity() + bll.Predictive("evidence"))
+    learner.to(torch.bfloat16)
+    half = x.bfloat16() if x.is_floating_point() else x
+    train(learner, half, y, steps=2)
+    assert model(half).isfinite().all()
+    assert all(exit.isfinite().all() for exit in learner.exits(half))
+
+
+def test_channels_last() -> None:
+    learner, _, x, y = vision()
+    last = copy.deepcopy(learner).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    losses = learner.eval().backward(x, y)
+    assert_close(last.eval().backward(x.to(memory_format=torch.channels_last), y), losses)
+    for ours, theirs in zip(learner.parameters(), last.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+    kernel = last.get_parameter("blocks.0.stem.0.weight")
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiled_blocks_learn_the_same() -> None:
+    torch.manual_seed(0)
+    learner = bll.BlockLocal(zoo.perceptron()[0], at=["1", "4"], classes=CLASSES, example=torch.randn(2, 6)).eval()
+    compiled = copy.deepcopy(learner)
+    frames = []
+
+    def backend(graph: fx.GraphModule, inputs):
+        frames.append(graph)
+        return graph
+
+    compiled.compile(backend=backend)
+    x, y = torch.randn(8, 6), torch.arange(8) % CLASSES
+    assert_close(compiled.backward(x, y), learner.backward(x, y))
+    assert len(frames) == 3
+    for ours, theirs in zip(learner.parameters(), compiled.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad)
+    assert list(compiled.state_dict()) == list(learner.state_dict())
+
+
+def test_a_step_draws_no_random_numbers_but_the_models() -> None:
+    learner, _, x, y = transformer(loss=bll.BLL + bll.Similarity() + bll.Predictive("evidence"))
+    learner.eval()
+    before = torch.get_rng_state()
+    learner.train()
+    for module in learner.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    learner.backward(x, y)
+    learner.predict(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def chain() -> list[nn.Module]:
+    return [nn.Linear(6, 8), nn.Linear(8, CLASSES)]
+
+
+X = torch.randn(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (chain(), {"classes": 4}, "pass example=, a batch of inputs"),
+        (chain(), {"example": X}, r"pass either classes= \(integer labels\) or outputs="),
+        (chain(), {"classes": 4, "outputs": 4, "example": X}, "pass either classes="),
+        (chain(), {"classes": 0, "example": X}, "classes=0: a positive integer is needed"),
+        (chain(), {"outputs": 2.5, "criterion": F.mse_loss, "example": X}, "outputs=2.5: a positive integer"),
+        (chain(), {"outputs": 4, "example": X}, "dense targets have no loss of their own: pass criterion="),
+        (chain(), {"classes": 7, "example": X}, r"gives a tensor of shape \(4, 4\): its last dimension must be 7"),
+        (chain(), {"classes": 4, "example": X, "at": ["0"], "blocks": 2}, "at= and blocks= both say"),
+        (chain(), {"classes": 4, "example": X, "loss": bll.Predictive("conv")}, "conv.* needs feature maps"),
+        (
+            chain(),
+            {"classes": 4, "example": X, "loss": bll.Variational(bll.Categorical(3))},
+            "divisible by 3, .* has 8",
+        ),
+        ([nn.LSTM(6, 8), nn.Linear(8, 4)], {"classes": 4, "example": X}, "block 0 gives a tuple: a block gives one"),
+        ([nn.Linear(6, 4), nn.Flatten(0)], {"classes": 4, "example": X}, r"block 1 gives a tensor of shape \(16,\)"),
+        (
+            [nn.Flatten(1), nn.Unflatten(1, (2, 3)), nn.Linear(3, 4)],
+            {"classes": 4, "example": X},
+            r"a block gives a tensor of shape \(4, 6\), and the model predicts per token.*one vector per token",
+        ),
+    ],
+)
+def test_mistakes_are_told(model, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bll.BlockLocal(model, **options)
+
+
+def test_labels_out_of_range_are_told_before_anything_moves() -> None:
+    for blocks in (1, None):
+        learner = bll.BlockLocal(nn.Sequential(*chain()), blocks=blocks, classes=CLASSES, example=X)
+        before = copy.deepcopy(learner.state_dict())
+        for step in (learner, learner.backward, learner.diagnose):
+            with pytest.raises(ValueError, match="labels run from 0 to 4: allowed is 0 to 3"):
+                step(X, torch.tensor([0, 1, 4, 2]))
+        assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
