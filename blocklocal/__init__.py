@@ -5,6 +5,7 @@ from blocklocal.feedback import ClosedFormFeedback, GradientFeedback
 from blocklocal.learner import BlockLocal, CollapseWarning
 from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Predictive, Similarity, Variational
 from blocklocal.messages import spatial_max, spatial_mean, spatial_std
+from blocklocal.recompute import recompute
 from blocklocal.split import split
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Predictive",
     "Similarity",
     "Variational",
+    "recompute",
     "spatial_max",
     "spatial_mean",
     "spatial_std",
