@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import blocklocal as bll
+from blocklocal.lab.models import MODELS, build
 from blocklocal.split import candidates, cut
 
 Zoo = Callable[[], tuple[nn.Module, Tensor]]
@@ -49,6 +50,15 @@ def test_random_cuts_compose_to_the_model(make: Zoo, data: st.DataObject) -> Non
     parts = results(chain, x)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_built_in_models(name: str) -> None:
+    model, x = build(name, channels=3, size=(8, 8), classes=10).eval(), torch.randn(2, 3, 8, 8)
+    places = candidates(model)
+    assert len(places) >= 4
+    for at in (places[::2], places[1::2]):
+        assert torch.equal(cut(model, at=at)(x), model(x))
 
 
 @each_model
