@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from blocklocal import BlockLocal
 from blocklocal.lab import models, rules
@@ -24,7 +25,7 @@ from blocklocal.memory import MemoryTracker
 class Options:
     """Show the blocks of a model: what is in them, their parameters, the memory of their activations, their time."""
 
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     blocks: int = 4
     """number of blocks"""

@@ -6,6 +6,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from blocklocal.lab.errors import UserError
 
@@ -31,6 +32,9 @@ def main(args: Sequence[str]) -> int:
     """Run `bll ARGS`. Returns the exit code."""
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP)
+        return 0
+    if args[0] == "--version":
+        print(f"blocklocal {version('blocklocal')}")
         return 0
     warnings.showwarning = _show_warning
     try:

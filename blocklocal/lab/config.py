@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import Positional, arg
 
 from blocklocal.lab.errors import UserError
 
@@ -15,7 +15,7 @@ from blocklocal.lab.errors import UserError
 class Settings:
     """Train a network on images, in blocks with local losses or whole, and keep everything in one folder."""
 
-    data: Positional[str] = "digits"
+    data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"
     """digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images"""
     model: str = "cnn"
     """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
@@ -53,11 +53,11 @@ class Settings:
     """blank a square of so many pixels in every training image"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """arithmetic of the forward pass"""
-    channels_last: Annotated[bool, FlagCreatePairsOff] = False
+    channels_last: bool = False
     """channels innermost in memory, which convolutions may like"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
-    compile: Annotated[bool, FlagCreatePairsOff] = False
+    compile: bool = False
     """compile every block with torch.compile"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch"""
@@ -65,7 +65,7 @@ class Settings:
     """of initial weights, order and augmentation"""
     out: str | None = None
     """folder of the run (default: runs/DATA-MODEL-RULE-seedN)"""
-    resume: Annotated[bool, FlagCreatePairsOff] = False
+    resume: bool = False
     """go on from the last checkpoint in --out, with the settings kept there"""
 
     def check(self) -> None:

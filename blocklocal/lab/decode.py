@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from blocklocal.lab.errors import UserError
@@ -39,6 +39,8 @@ def _arrays(encoded: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 grey = image.mode in ("1", "L", "LA")
                 picture = np.asarray(image.convert("L" if grey else "RGB"))
+        except UnidentifiedImageError as error:
+            raise UserError(f"{name} is not an image ({', '.join(FORMATS)} can be read)") from error
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{name} is not a readable image ({error})") from error
         first = first or picture.shape[:2]

@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
@@ -22,7 +23,7 @@ from blocklocal.lab.runs import Run
 class Options:
     """Test a trained network: every exit, and the accuracy of the one that is asked for."""
 
-    run: Positional[Path]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """folder of the run, as `bll train` has named it"""
     exit: str = "last"
     """last, all (every exit has a vote), the number of a block, or a threshold between 0 and 1 such as 0.9: each

@@ -48,7 +48,9 @@ def hub(repository: str, sizes: Sizes) -> Dataset:
     """A data set of the Hugging Face hub, kept in the cache of `datasets`."""
     import datasets
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries, where there is no connection, say nothing that the error does not
     try:
         splits = datasets.load_dataset(repository)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -150,7 +152,7 @@ def _labels(tables: Sequence[tuple[str, pa.Table]]) -> Tensor:
         values = table[column]
         if not pa.types.is_integer(values.type) or values.null_count:
             raise UserError(f"{origin!r}: column {column!r} must hold an integer for every image, it is {values.type}")
-        labels.append(torch.from_numpy(values.to_numpy()).long())
+        labels.append(torch.tensor(values.to_numpy(), dtype=torch.int64))
     return torch.cat(labels)
 
 
