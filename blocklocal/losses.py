@@ -71,7 +71,7 @@ class Variational(Term):
     fixed_posterior: bool = False
 
     def build(self, site: Site) -> nn.Module:
-        self.family.natural(torch.empty(1, site.channels, device="meta"))
+        self.family.natural(torch.zeros(1, site.channels))  # refuses channels that do not fit
         return VariationalTerm(self)
 
 
