@@ -70,25 +70,25 @@ class Settings:
 
     def check(self) -> None:
         """UserError: a number out of its range."""
-        ranges = {
-            "train_size": self.train_size >= 0,
-            "test_size": self.test_size >= 0,
-            "blocks": self.blocks >= 1,
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
-            "lr": 0 < self.lr < float("inf"),
-            "momentum": 0 < self.momentum < 1,
-            "weight_decay": 0 <= self.weight_decay < float("inf"),
-            "warmup": 0 <= self.warmup <= self.epochs,
-            "label_smoothing": 0 <= self.label_smoothing < 1,
-            "crop": self.crop >= 0,
-            "cutout": self.cutout >= 0,
-            "threads": self.threads >= 0,
-            "seed": 0 <= self.seed < 2**63,
+        allowed = {
+            "train_size": (self.train_size >= 0, "0 or more"),
+            "test_size": (self.test_size >= 0, "0 or more"),
+            "blocks": (self.blocks >= 1, "1 or more"),
+            "epochs": (self.epochs >= 1, "1 or more"),
+            "batch_size": (self.batch_size >= 2, "2 or more"),
+            "lr": (0 < self.lr < float("inf"), "more than 0"),
+            "momentum": (0 < self.momentum < 1, "between 0 and 1"),
+            "weight_decay": (0 <= self.weight_decay < float("inf"), "0 or more"),
+            "warmup": (0 <= self.warmup <= self.epochs, "from 0 to --epochs"),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "from 0 to below 1"),
+            "crop": (self.crop >= 0, "0 or more pixels"),
+            "cutout": (self.cutout >= 0, "0 or more pixels"),
+            "threads": (self.threads >= 0, "0 or more"),
+            "seed": (0 <= self.seed < 2**63, "0 or more"),
         }
-        for name, fine in ranges.items():
+        for name, (fine, what) in allowed.items():
             if not fine:
-                raise UserError(f"{flag(name)} {getattr(self, name)} is out of range: {RANGES[name]}")
+                raise UserError(f"{flag(name)} {getattr(self, name)} is out of range: {what}")
 
     @property
     def folder(self) -> Path:
@@ -96,9 +96,7 @@ class Settings:
         if self.out is not None:
             return Path(self.out)
         names = [last_name(name) for name in (self.data, self.model)]
-        return Path(
-            "runs", "-".join([*names, self.rule, f"{len(self.at) + 1 if self.at else self.blocks}", str(self.seed)])
-        )
+        return Path("runs", "-".join([*names, self.rule, f"seed{self.seed}"]))
 
     def contradictions(self, other: Settings) -> list[str]:
         """The settings, as flags, in which `other` would be another run."""
@@ -107,23 +105,6 @@ class Settings:
 
 
 PLACE = ("out", "resume")  # they say where a run is and how it was called, not what it computes
-
-RANGES = {
-    "train_size": "0 or more",
-    "test_size": "0 or more",
-    "blocks": "1 or more",
-    "epochs": "1 or more",
-    "batch_size": "1 or more",
-    "lr": "more than 0",
-    "momentum": "between 0 and 1",
-    "weight_decay": "0 or more",
-    "warmup": "from 0 to --epochs",
-    "label_smoothing": "from 0 to below 1",
-    "crop": "0 or more pixels",
-    "cutout": "0 or more pixels",
-    "threads": "0 or more",
-    "seed": "0 or more",
-}
 
 
 def last_name(name: str) -> str:

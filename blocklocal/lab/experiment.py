@@ -89,6 +89,8 @@ def prepare(settings: Settings) -> Experiment:
     images = len(dataset.train)
     if images < settings.batch_size:
         raise UserError(f"--batch-size {settings.batch_size} is more than the {images} training images")
+    if settings.crop >= min(dataset.size):
+        raise UserError(f"--crop {settings.crop} is not less than the {min(dataset.size)} pixels of an image's side")
     normalisation = Normalisation.of(dataset.train.images)
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, channels=dataset.channels, size=dataset.size, classes=len(dataset.classes))
