@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,25 +12,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .adjoint import Broadcast, Tap
-from .rule import Alignment, Forward, kaiming_uniform, rehearse
+from .rule import DEFAULT_GAIN, Alignment, Forward, feedback_seed, kaiming_uniform, rehearse
 
 
 class DirectFeedbackAlignment(Alignment):
     """Direct feedback alignment (Nøkland 2016): each layer sends B'e to its input, e being the error at the output.
 
     For a chain of Linear layers and activations f this is δ = B'e ⊙ f'(a). In any other model, too, what lies between
-    layers gets its true gradient. B has the shape (n, *features), that of the whole input of the layer, and is
-    Kaiming-uniform with standard deviation gain / √features: the norm of B'e is about gain times that of e.
+    layers gets its true gradient. B has the shape (n, *features), that of the whole input of the layer, and standard
+    deviation gain / √features: the norm of B'e is about gain times that of e.
 
     `example` is a batch of inputs, to see the shapes by. The model is called as a whole, its output is (batch, n), and
     a layer is used once in it.
     """
 
-    def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = math.sqrt(2)) -> None:
+    def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:
         super().__init__(model)
         self.taps: list[Tensor] | None = None
         outputs, features = self._measure(example)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(feedback_seed(seed))
         for name, layer in self.layers.items():
             shape = torch.Size((outputs, *features[name]))
             self.feedback[name] = kaiming_uniform(shape, gain=gain, generator=generator).to(layer.weight)
@@ -91,17 +90,19 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
     """Direct random target projection (Frenkel, Lefebvre & Bol 2021): each layer sends B'y to its input, y the targets.
 
     Targets are labels (batch,), as one-hot vectors, or dense (batch, n). They are divided by the batch size, the scale
-    at which a mean criterion has its error; a factor on the loss does not reach them. The last layer learns from
-    its true error. Train with `alignment.backward(x, y)`, or call the model in `with alignment.given(y):`.
+    at which a mean criterion has its error. The last layer learns from its true error. Train with
+    `alignment.backward(x, y)`, or call the model in `with alignment.given(y):`; a factor on the loss goes to either.
+    Targets never fade as errors do: hidden activations must be bounded or normalised (tanh, batch norm), since plain
+    ReLU layers run away.
     """
 
-    def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = math.sqrt(2)) -> None:
-        self.targets: Tensor | None = None
+    def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:
+        self.targets: tuple[Tensor, float | Tensor] | None = None
         super().__init__(model, example=example, seed=seed, gain=gain)
 
     @contextmanager
-    def given(self, y: Tensor) -> Iterator[None]:
-        self.targets = y
+    def given(self, y: Tensor, *, scale: float | Tensor = 1.0) -> Iterator[None]:
+        self.targets = y, scale
         try:
             yield
         finally:
@@ -113,6 +114,6 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
                 "DirectRandomTargetProjection needs the targets: train with alignment.backward(x, y), "
                 "or call the model in `with alignment.given(y):`"
             )
-        y = self.targets
+        y, scale = self.targets
         vectors = y if y.is_floating_point() else F.one_hot(y, prediction.shape[1])
-        return vectors.to(prediction.dtype) / len(prediction)
+        return vectors.to(prediction.dtype) * scale / len(prediction)

@@ -19,6 +19,8 @@ from .layers import find_layers
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Forward = Callable[..., Tensor]
 
+DEFAULT_GAIN = 1 / math.sqrt(3)  # PyTorch's for Linear and convolutions, and Nøkland's (2016) for direct feedback
+
 
 class Alignment(ABC):
     """A backward pass of `model` through feedback weights: `feedback` has one tensor for the name of each layer.
@@ -56,15 +58,21 @@ class Alignment(ABC):
             if forward is not None:
                 vars(module)["forward"] = forward
 
-    def given(self, y: Tensor) -> AbstractContextManager[None]:
-        """A context for the forward pass of a batch with targets y. Only rules that project targets look at them."""
+    def given(self, y: Tensor, *, scale: float | Tensor = 1.0) -> AbstractContextManager[None]:
+        """A context for the forward pass of a batch with targets y, whose loss will be multiplied by `scale`.
+
+        Only rules that project targets need it.
+        """
         return nullcontext()
 
-    def backward(self, x: Tensor, y: Tensor, *, criterion: Criterion = F.cross_entropy) -> Tensor:
-        """Add the rule's gradients of a batch to those of the parameters. Returns the detached loss."""
-        with self.given(y):
+    def backward(
+        self, x: Tensor, y: Tensor, *, criterion: Criterion = F.cross_entropy, scale: float | Tensor = 1.0
+    ) -> Tensor:
+        """Add the rule's gradients of scale * loss to those of the parameters. Returns the detached loss."""
+        with self.given(y, scale=scale):
             loss = criterion(self.model(x), y)
-        loss.backward()
+        with torch.autocast(loss.device.type, enabled=False):
+            (loss * scale).backward()
         return loss.detach()
 
     def angles(self, x: Tensor, y: Tensor, *, criterion: Criterion = F.cross_entropy) -> dict[str, float]:
@@ -94,6 +102,7 @@ class Alignment(ABC):
         """What a resumed run needs besides the model's own state dict."""
         return {"feedback": dict(self.feedback)}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         shapes = {name: tensor.shape for name, tensor in state["feedback"].items()}
         expected = {name: tensor.shape for name, tensor in self.feedback.items()}
@@ -123,6 +132,11 @@ class Alignment(ABC):
                 return torch.autograd.grad(loss, weights, allow_unused=True)
         finally:
             self.measuring = False
+
+
+def feedback_seed(seed: int) -> int:
+    """Another seed: from this one the model may have been drawn, whose initial weights would be its feedback again."""
+    return 1_000_003 * (seed + 1)
 
 
 def kaiming_uniform(shape: torch.Size, *, gain: float, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adjoint import connect
-from .rule import Alignment, Forward, kaiming_uniform
+from .rule import DEFAULT_GAIN, Alignment, Forward, feedback_seed, kaiming_uniform
 
 Magnitude = Literal["uniform", "fixed", "batchwise"]
 
@@ -18,14 +18,13 @@ Magnitude = Literal["uniform", "fixed", "batchwise"]
 class FeedbackAlignment(Alignment):
     """Feedback alignment (Lillicrap et al. 2016): fixed random weights take the true ones' place backward.
 
-    They are Kaiming-uniform with standard deviation gain / √fan_in. The default gain √2 is He's for ReLU; 1 / √3 is
-    that of PyTorch's own initial Linear and convolution weights.
+    They are Kaiming-uniform with standard deviation gain / √fan_in, by default as PyTorch draws a layer's own weights.
     """
 
-    def __init__(self, model: nn.Module, *, seed: int = 0, gain: float = math.sqrt(2)) -> None:
+    def __init__(self, model: nn.Module, *, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:
         super().__init__(model)
         self.gain = gain
-        self.feedback = self.draw(torch.Generator().manual_seed(seed))
+        self.feedback = self.draw(torch.Generator().manual_seed(feedback_seed(seed)))
         self.attach()
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -53,11 +52,11 @@ class SignSymmetry(FeedbackAlignment):
     gradients. All three have the same root mean square.
     """
 
-    def __init__(self, model: nn.Module, *, magnitude: Magnitude, seed: int = 0, gain: float = math.sqrt(2)) -> None:
+    def __init__(self, model: nn.Module, *, magnitude: Magnitude, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:
         if magnitude not in get_args(Magnitude):
             raise ValueError(f"magnitude={magnitude!r}: allowed are {', '.join(map(repr, get_args(Magnitude)))}")
         self.magnitude: Magnitude = magnitude
-        self.next_seed = (seed << 32) + 1  # far from the first draw of any seed and from the later ones of others
+        self.next_seed = feedback_seed(seed) + 1
         super().__init__(model, seed=seed, gain=gain)
         if magnitude == "batchwise":
             self.replace(model, partial(self._run, model.forward))
