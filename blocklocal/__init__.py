@@ -1,5 +1,6 @@
 """Block-local learning: train any network in blocks that learn on their own, each from a local loss."""
 
+from blocklocal import alignment
 from blocklocal.families import Bernoulli, Categorical, Gaussian, GaussianMeanVariance, Poisson
 from blocklocal.feedback import ClosedFormFeedback, GradientFeedback
 from blocklocal.learner import BlockLocal, CollapseWarning
@@ -24,6 +25,7 @@ __all__ = [
     "Predictive",
     "Similarity",
     "Variational",
+    "alignment",
     "recompute",
     "spatial_max",
     "spatial_mean",
