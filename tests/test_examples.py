@@ -1,0 +1,23 @@
+"""The examples do what they say."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_own_loop() -> None:
+    assert runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"](epochs=6) > 0.9
+
+
+@pytest.mark.filterwarnings("default")  # Lightning's own
+def test_lightning_module(tmp_path: Path) -> None:
+    pytest.importorskip("lightning", reason="Lightning is no dependency of blocklocal, not even of its tests")
+    assert runpy.run_path(str(EXAMPLES / "lightning_module.py"))["main"](root=tmp_path) > 0.9
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 60
