@@ -78,7 +78,7 @@ def training_batches(
         yield x, split.labels[order[batch]]
 
 
-def test_batches(split: Split, *, normalisation: Normalisation, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def ordered_batches(split: Split, *, normalisation: Normalisation, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(x, y) of all images in their own order; the last batch may be smaller."""
     for first in range(0, len(split), size):
         yield normalisation(split.images[first : first + size]), split.labels[first : first + size]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blocklocal import BlockLocal
-from blocklocal.lab.batches import Normalisation, test_batches
+from blocklocal.lab.batches import Normalisation, ordered_batches
 from blocklocal.lab.data import Split
 
 
@@ -50,7 +50,7 @@ def evaluate(learner: BlockLocal, split: Split, *, normalisation: Normalisation,
     training = learner.training
     learner.eval()
     correct, confidence, combined = [], [], []
-    for x, y in test_batches(split, normalisation=normalisation, size=size):
+    for x, y in ordered_batches(split, normalisation=normalisation, size=size):
         scores = torch.stack([logits.float().log_softmax(-1) for logits in learner.exits(x)])
         best, classes = scores.max(-1)
         correct.append(classes == y)
