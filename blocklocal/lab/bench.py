@@ -1,0 +1,134 @@
+"""`bll bench`: time and memory of one training step, rule by rule, on the same model, batch and machine."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from blocklocal.lab import models, scaling
+from blocklocal.lab.arguments import parse
+from blocklocal.lab.bench_options import Options
+from blocklocal.lab.contenders import IN_BLOCKS, contender
+from blocklocal.lab.environment import describe, find_device
+from blocklocal.lab.measurement import Measurement, Watch, measure_all, ratio
+from blocklocal.lab.memory_plot import plot
+
+
+def main(args: Sequence[str]) -> None:
+    options = parse(Options, args, prog="bll bench")
+    run, show = (scaling.scale, scaling.table) if options.scale else (bench, table)
+    with Console(stderr=True).status("measuring") as status:
+        result = run(options, watch=lambda what: status.update(f"measuring {what}"))
+    Console().print(show(result))
+    if options.json:
+        print(json.dumps(result))
+
+
+def bench(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
+    """What `bll bench --json` prints: the options, the machine, and under "rules" one record per rule.
+
+    A rule in several numbers of blocks K has a record each, named RULE/K. UserError: options that cannot be used.
+    """
+    options.check()
+    device = find_device(options.device)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    size = (options.size, options.size)
+    model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
+    work = options.workload(model, batch_size=options.batch_size, device=device)
+    contenders = {}
+    for rule in dict.fromkeys(["bp", *options.rules.split(",")]):
+        for k in options.ks if rule in IN_BLOCKS else [1]:
+            label = f"{rule}/{k}" if rule in IN_BLOCKS and len(options.ks) > 1 else rule
+            watch(f"blocks of {label}")
+            contenders[label] = contender(rule, work, blocks=k)
+    measured = measure_all(
+        contenders, device=device, rounds=options.steps, warmup=options.warmup, compiled=options.compile, watch=watch
+    )
+    if options.plot:
+        shown = {label: m.footprint for label, m in measured.items() if label == "bp" or m.contender.rule == "bll"}
+        plot(shown, Path(options.plot), title=f"{options.model}, {options.batch_size} images")
+    records = {label: record(m, bp=measured["bp"], images=options.batch_size) for label, m in measured.items()}
+    return {"options": asdict(options), **describe(device), "rules": records}
+
+
+def record(measurement: Measurement, *, bp: Measurement, images: int) -> dict[str, Any]:
+    """Time and memory as plain values, with ratios to backpropagation.
+
+    time_ratio: the median over rounds of the quotient within a round, so that a machine which is slow for a while is so
+    for both. memory_bytes, memory_ratio: what a step adds to what is there before it, see `Footprint`. state_bytes:
+    parameters, buffers, optimizer state. total_ratio: of memory_bytes + state_bytes.
+    """
+    footprint, reference = measurement.footprint, bp.footprint
+    return {
+        "rule": measurement.contender.rule,
+        "blocks": measurement.contender.blocks,
+        "seconds_per_step": measurement.median,
+        "seconds_min": min(measurement.seconds),
+        "seconds_max": max(measurement.seconds),
+        "images_per_second": images / measurement.median,
+        "time_ratio": ratio(measurement.seconds, bp.seconds),
+        "processor_seconds_per_step": statistics.median(measurement.processor_seconds),
+        "processor_time_ratio": ratio(measurement.processor_seconds, bp.processor_seconds),
+        "compile_seconds": measurement.compile_seconds,
+        "memory_bytes": footprint.bytes,
+        "memory_ratio": footprint.bytes / reference.bytes,
+        "state_bytes": measurement.state_bytes,
+        "total_ratio": (footprint.bytes + measurement.state_bytes) / (reference.bytes + bp.state_bytes),
+        "resident_peak_bytes": footprint.resident_peak,
+        "resident_growth_bytes": footprint.resident_growth,
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """One row per rule."""
+    options, device = result["options"], result["device"]
+    place = f"cpu, {device['threads']} threads" if device["type"] == "cpu" else device["name"]
+    rows = Table(
+        title=f"{options['model']}, {options['batch_size']} images per step, {options['dtype']}, {place}",
+        caption=_caption(result["rules"]),
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    rows.add_column("rule", no_wrap=True)
+    for column in ("s/step", "least-most", "img/s", "time", "MiB", "memory", "state", "process"):
+        rows.add_column(column, justify="right", no_wrap=True)
+    for label, found in result["rules"].items():
+        growth = found["resident_growth_bytes"]
+        rows.add_row(
+            label,
+            f"{found['seconds_per_step']:.3g}",
+            f"{found['seconds_min']:.2g}-{found['seconds_max']:.2g}",
+            f"{found['images_per_second']:,.0f}",
+            f"{found['time_ratio']:.2f}",
+            f"{found['memory_bytes'] / 2**20:,.1f}",
+            f"{found['memory_ratio']:.3f}",
+            f"{found['state_bytes'] / 2**20:,.1f}",
+            "" if growth is None else f"+{growth / 2**20:,.0f}",
+        )
+    return rows
+
+
+def _caption(records: dict[str, Any]) -> str:
+    lines = [
+        "time, memory: ratios to bp; MiB: the most that a step adds; "
+        "state: MiB of parameters, buffers and optimizer state; process: MiB of resident memory that a step adds"
+    ]
+    for label, found in records.items():
+        whole = records.get(label.replace("bll", "bll-sum", 1)) if found["rule"] == "bll" else None
+        if whole:
+            share = found["memory_bytes"] / whole["memory_bytes"]
+            lines.append(f"{label}: {share:.3f} of the memory of one backward pass of the sum of its losses")
+    return "\n".join(lines)

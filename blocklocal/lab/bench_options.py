@@ -1,0 +1,107 @@
+"""The options of `bll bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+from tyro.conf import FlagCreatePairsOff
+
+from blocklocal.lab.config import flag
+from blocklocal.lab.contenders import RULES, Workload
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.experiment import DTYPES
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure one training step under several rules in turn: seconds, images per second, peak memory.
+
+    bp-checkpoint keeps the inputs of residual units (or other smallest segments) alone and computes the rest again;
+    bp-accumulate takes the batch in parts; bll-checkpoint is blocks with checkpointing inside; bll-sum is one backward
+    pass of the sum of all local losses. The other rules are those of bll train.
+    """
+
+    model: str = "resnet20"
+    """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    blocks: str = "4"
+    """number of blocks, or several: 2,4,8,16"""
+    batch_size: int = 128
+    """images per step"""
+    rules: str = "bp,bp-checkpoint,bp-accumulate,bll,bll-checkpoint,bll-sum"
+    """what to compare with bp"""
+    head: str | None = None
+    """prediction at borders, instead of the rule's: linear, mlp, conv, residual, evidence"""
+    balance: Literal["time", "memory"] = "memory"
+    """what makes blocks even"""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """arithmetic of the forward pass"""
+    compile: Annotated[bool, FlagCreatePairsOff] = False
+    """torch.compile each model or block; on a CPU memory is that of the step before compilation"""
+    channels_last: Annotated[bool, FlagCreatePairsOff] = False
+    """images and kernels with the channels last in memory"""
+    accumulate: int = 4
+    """parts of the batch for bp-accumulate"""
+    steps: int = 10
+    """measured rounds of one step per rule"""
+    warmup: int = 2
+    """rounds before them that do not count"""
+    scale: Annotated[bool, FlagCreatePairsOff] = False
+    """instead: how time and memory of bp and bll grow with the batch and with depth"""
+    plot: str | None = None
+    """file (.png or .svg) for a picture of memory over one step"""
+    json: Annotated[bool, FlagCreatePairsOff] = False
+    """print one JSON object as the last line"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to PyTorch"""
+    channels: int = 3
+    """colour channels of the images, which are noise"""
+    size: int = 32
+    """height and width of the images in pixels"""
+    classes: int = 10
+    """number of classes"""
+
+    def check(self) -> None:
+        """UserError: an option out of its range, an unknown rule."""
+        for name in ("batch_size", "accumulate", "steps", "channels", "size", "classes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{flag(name)} {getattr(self, name)} is out of range: 1 or more")
+        if self.warmup < 0 or self.threads < 0:
+            raise UserError("--warmup and --threads are 0 or more")
+        if min(self.ks) < 1:
+            raise UserError(f"--blocks {self.blocks} is out of range: 1 or more")
+        for rule in self.rules.split(","):
+            if rule not in RULES:
+                raise UserError(f"unknown rule {rule!r}: choose {', '.join(RULES)}")
+
+    @property
+    def ks(self) -> list[int]:
+        """The numbers of blocks."""
+        try:
+            return [int(k) for k in self.blocks.split(",")]
+        except ValueError:
+            raise UserError(f"--blocks {self.blocks!r}: a number is needed, or several such as 2,4,8") from None
+
+    def workload(self, model: nn.Module, *, batch_size: int, device: torch.device) -> Workload:
+        """The model, moved to the device and laid out as the options say, and a batch of noise for it."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(batch_size, self.channels, self.size, self.size, generator=generator).to(device)
+        y = torch.randint(self.classes, (batch_size,), generator=generator).to(device)
+        model = model.to(device)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Workload(
+            model,
+            x,
+            y,
+            classes=self.classes,
+            dtype=DTYPES[self.dtype],
+            balance=self.balance,
+            head=self.head,
+            accumulate=self.accumulate,
+        )
