@@ -1,0 +1,199 @@
+"""Pipeline: the blocks of a learner over processes, each learning on its own while messages flow one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from blocklocal.border import Border
+from blocklocal.learner import BlockLocal
+from blocklocal.pipeline.replicas import DataParallel, replicate, sum_feedback
+from blocklocal.pipeline.runtime import Inlet, Runtime
+from blocklocal.pipeline.schedule import Action, Placement, schedule
+from blocklocal.pipeline.stage import LocalStep, Stage, Travel
+from blocklocal.pipeline.trace import Trace
+
+Batch = tuple[Tensor | None, Tensor]
+
+
+class Pipeline:
+    """Trains a learner whose blocks are spread over processes: no rank ever waits for the gradient of another.
+
+    Every rank builds the same learner, makes a pipeline of it and goes through the same minibatches (x, y): all of
+    them read y, the rank of block 0 alone reads x. The weights are those of `learner.backward`, to the bit where the
+    arithmetic is the same.
+
+    optimizer: makes one from a block's parameters. placement: the rank of each block, by default nearly as many blocks
+    on each. mesh: with a dimension "block" and, for replicas, "data"; by default all processes are one pipeline.
+    data_parallel: what makes replicas of a block, `replicate` (DDP) or `shard` (FSDP2). message: dtype of what travels
+    between blocks, by default that of the parameters. window: so many minibatches are handed in and out at once; a rank
+    is never further ahead of the next one. ahead: so many minibatches early a receive is posted. seed: of random draws
+    inside the blocks. trace: record what this rank does when.
+
+    >>> pipeline = Pipeline(learner, optimizer=lambda parameters: SGD(parameters, lr=0.1))
+    >>> for losses in pipeline.train(batches):
+    ...     print(pipeline.blocks, losses.mean(0))
+    """
+
+    def __init__(
+        self,
+        learner: BlockLocal,
+        *,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer],
+        placement: Sequence[int] | None = None,
+        mesh: DeviceMesh | None = None,
+        data_parallel: DataParallel = replicate,
+        device: torch.device | str = "cpu",
+        message: torch.dtype | None = None,
+        window: int = 8,
+        ahead: int = 2,
+        seed: int = 0,
+        trace: bool = False,
+    ) -> None:
+        if not dist.is_initialized():
+            raise ValueError("a pipeline needs processes: call torch.distributed.init_process_group() first")
+        if window < 1 or ahead < 1:
+            raise ValueError(f"window={window}, ahead={ahead}: both count minibatches, from 1 on")
+        self.learner, self.device, self.window = learner, torch.device(device), window
+        group, replicas = _dimensions(mesh)
+        self.rank = dist.get_rank(group)
+        self.placement = _place(placement, blocks=len(learner.blocks), ranks=dist.get_world_size(group))
+        self.trace = Trace(rank=dist.get_rank(), device=self.device) if trace else None
+        self.minibatches = 0
+        """So many minibatches this rank has learnt from."""
+        travel = _travel(learner, message)
+        self.steps = [LocalStep(learner, k).to(self.device) for k in self.blocks]
+        """The blocks of this rank with their borders."""
+        self.stages = [
+            Stage(
+                step if replicas is None else _replicas(step, replicas, data_parallel),
+                k,
+                optimizer=_optimizer(optimizer, step),
+                travel=travel,
+                last=k == len(learner.blocks) - 1,
+                seed=seed if replicas is None else seed * replicas.size() + replicas.get_local_rank(),
+                trace=self.trace,
+            )
+            for k, step in zip(self.blocks, self.steps, strict=True)
+        ]
+        self._runtime = Runtime(
+            self.stages,
+            inlets={k: _inlet(learner, k, travel) for k in self.blocks if self.placement.receives(k)},
+            blocks=len(learner.blocks),
+            device=self.device,
+            group=group,
+            window=window,
+            ahead=ahead,
+            finish=lambda stage: self._results.append(stage.finish()),
+        )
+        self._ahead = ahead
+        self._schedules: dict[int, Mapping[int, Sequence[Action]]] = {}
+        self._results: list[Tensor] = []
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks of this rank."""
+        return self.placement.blocks(self.rank)
+
+    def train(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """Learn from minibatches; window by window the local losses (minibatches, blocks of this rank).
+
+        All ranks pass the same number of minibatches. Between two windows every rank has finished the same minibatches,
+        though not at the same time: what is saved there by each fits together.
+        """
+        self._set_mode(training=True)
+        if self.trace:
+            self.trace.start()
+        for results in self._run(batches):
+            self.minibatches += len(results) // len(self.blocks)
+            yield torch.stack(results).view(-1, len(self.blocks))
+
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """Minibatch by minibatch, the predictions (blocks of this rank, B, n) of this rank's exits."""
+        self._set_mode(training=False)
+        for results in self._run(batches):
+            for m in range(0, len(results), len(self.blocks)):
+                yield torch.stack(results[m : m + len(self.blocks)])
+
+    def _run(self, batches: Iterable[Batch]) -> Iterator[list[Tensor]]:
+        """Window by window what the stages' `finish` gave."""
+        remaining = iter(batches)
+        while window := list(islice(remaining, self.window)):
+            self._results = []
+            self._runtime.run(
+                self._schedule(len(window)),
+                rows=[len(y) for _, y in window],
+                inputs=[self._input(x) for x, _ in window],
+                keywords=[
+                    {"y": y.to(self.device, non_blocking=True), "minibatch": self.minibatches + m}
+                    for m, (_, y) in enumerate(window)
+                ],
+            )
+            if self.trace and self.learner.training:
+                self.trace.lap("wait", block=self.blocks[-1], minibatch=self.minibatches + len(window) - 1)
+            yield self._results
+
+    def _set_mode(self, *, training: bool) -> None:
+        self.learner.train(training)
+        for stage in self.stages:
+            stage.train(training)
+
+    def _schedule(self, minibatches: int) -> Mapping[int, Sequence[Action]]:
+        if minibatches not in self._schedules:
+            self._schedules[minibatches] = schedule(self.placement, minibatches=minibatches, ahead=self._ahead)
+        return self._schedules[minibatches]
+
+    def _input(self, x: Tensor | None) -> Tensor | None:
+        if self.blocks[0] > 0:
+            return None
+        if x is None:
+            raise ValueError("a minibatch without x: the rank of block 0 reads the inputs")
+        return x.to(self.device, non_blocking=True)
+
+
+def _dimensions(mesh: DeviceMesh | None) -> tuple[dist.ProcessGroup | None, DeviceMesh | None]:
+    """The group of one pipeline, and the mesh of the replicas of a block where there are any."""
+    if mesh is None:
+        return None, None
+    names = mesh.mesh_dim_names or ()
+    if "block" not in names or not set(names) <= {"block", "data"}:
+        raise ValueError(f'mesh with dimensions {names}: a pipeline needs "block", and may have "data"')
+    replicas = mesh["data"] if "data" in names and mesh["data"].size() > 1 else None
+    return mesh.get_group("block"), replicas
+
+
+def _place(placement: Sequence[int] | None, *, blocks: int, ranks: int) -> Placement:
+    if placement is None:
+        return Placement.even(blocks, ranks=ranks)
+    placed = Placement(tuple(placement))
+    if len(placed.ranks) != blocks or placed.size != ranks:
+        raise ValueError(f"placement {list(placement)} is not one of {blocks} blocks on {ranks} ranks")
+    return placed
+
+
+def _travel(learner: BlockLocal, message: torch.dtype | None) -> Travel:
+    compute = next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return Travel(message=message or compute, compute=compute)
+
+
+def _replicas(step: LocalStep, mesh: DeviceMesh, data_parallel: DataParallel) -> nn.Module:
+    sum_feedback(step, mesh.get_group())
+    return data_parallel(step, mesh)
+
+
+def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: LocalStep) -> Optimizer | None:
+    parameters = [parameter for parameter in step.parameters() if parameter.requires_grad]
+    return optimizer(parameters) if parameters else None
+
+
+def _inlet(learner: BlockLocal, k: int, travel: Travel) -> Inlet:
+    border = learner.borders[k - 1]
+    assert isinstance(border, Border)
+    return Inlet(border.site.shape, travel.message)

@@ -1,0 +1,36 @@
+"""Replicas of a block over the `data` dimension of the mesh: how their gradients, weights and feedback are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from blocklocal.feedback import LinearFeedback
+
+DataParallel = Callable[[nn.Module, DeviceMesh], nn.Module]
+"""From a block with its local loss, and the mesh of its replicas, the module to call in its place."""
+
+
+def replicate(step: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Every replica holds the whole block (DDP)."""
+    if not any(parameter.requires_grad for parameter in step.parameters()):
+        return step
+    return DistributedDataParallel(step, process_group=mesh.get_group())
+
+
+def shard(step: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Every replica holds a share of the block's parameters, gradients and optimizer state (FSDP2)."""
+    fully_shard(step, mesh=mesh)
+    return step
+
+
+def sum_feedback(step: nn.Module, group: dist.ProcessGroup) -> None:
+    """Fit the closed-form feedback to the batches of all replicas, so that each holds the same."""
+    for module in step.modules():
+        if isinstance(module, LinearFeedback):
+            module.process_group = group

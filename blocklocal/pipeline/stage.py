@@ -1,0 +1,125 @@
+"""One block where it is trained: forward pass with the local loss, then local backward pass and optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from blocklocal.learner import BlockLocal
+from blocklocal.pipeline.trace import Doing, Trace
+
+
+class LocalStep(nn.Module):
+    """Block k of a learner and its border as one module, which can be replicated or sharded as a whole.
+
+    (h, y) -> (local loss, output detached); without y -> (prediction of exit k, output).
+    """
+
+    def __init__(self, learner: BlockLocal, k: int) -> None:
+        super().__init__()
+        self.block = learner.blocks[k]
+        self.border = learner.borders[k] if k < len(learner.borders) else None
+        self._learner, self._k = (learner,), k  # in a tuple: the other blocks are no part of this one
+
+    def forward(self, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        (learner,) = self._learner
+        if y is not None:
+            return learner.local(self._k, h, y)
+        h = learner._forward(self._k, h)
+        return learner._prediction(self._k, h), h
+
+
+@dataclass(frozen=True)
+class Travel:
+    """What crosses a border: `message` is its dtype under way, `compute` that in which the next block takes it.
+
+    Every border rounds to `message`, also one between two blocks of the same rank: a placement changes no result.
+    """
+
+    message: torch.dtype
+    compute: torch.dtype
+
+    def send(self, h: Tensor) -> Tensor:
+        return h.to(self.message).contiguous()
+
+    def receive(self, h: Tensor) -> Tensor:
+        return h if torch.is_autocast_enabled(h.device.type) else h.to(self.compute)
+
+
+class Stage(nn.Module):
+    """Block k on its device, between its two borders. step: a LocalStep, or what replicates or shards one.
+
+    In training mode `finish` learns from the minibatch whose forward pass was the last; in evaluation mode it only lets
+    go of it. Random draws, such as those of dropout, follow from `seed`, the minibatch and the block: they are the same
+    wherever the block is placed, and whenever the minibatch is repeated.
+    """
+
+    def __init__(
+        self,
+        step: nn.Module,
+        k: int,
+        *,
+        optimizer: Optimizer | None,
+        travel: Travel,
+        last: bool,
+        seed: int,
+        trace: Trace | None,
+    ) -> None:
+        super().__init__()
+        self.step, self.k, self.last = step, k, last
+        self.optimizer, self.travel, self.seed, self.trace = optimizer, travel, seed, trace
+        self.minibatch = 0
+        self.result: Tensor | None = None
+
+    def forward(self, h: Tensor, *, y: Tensor, minibatch: int) -> Tensor:
+        """The message to the next block; of the last block the prediction."""
+        self.minibatch = minibatch
+        self._lap("wait")
+        if self.k > 0:
+            h = self.travel.receive(h)
+        with _draws((self.seed * 1_000_003 + minibatch) * 1_009 + self.k, h.device):
+            self.result, h = self.step(h, y if self.training else None)
+        if not self.last:
+            h = self.travel.send(h)
+        self._lap("forward")
+        return h
+
+    def finish(self) -> Tensor:
+        """The local loss, after learning from it; in evaluation mode the prediction of exit k."""
+        result, self.result = self.result, None
+        assert result is not None
+        if not self.training:
+            return result
+        self._lap("send")
+        with torch.autocast(result.device.type, enabled=False):
+            result.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._lap("backward")
+        return result.detach()
+
+    def _lap(self, doing: Doing) -> None:
+        if self.trace and self.training:
+            self.trace.lap(doing, block=self.k, minibatch=self.minibatch)
+
+
+@contextmanager
+def _draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Random draws from a seed of their own, without touching the draws of anybody else."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

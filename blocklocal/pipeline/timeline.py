@@ -1,0 +1,83 @@
+"""What the records of a run say: who was busy, who waited, and what the slowest stage allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+from blocklocal.pipeline.trace import Doing, Record
+
+BUSY: tuple[Doing, ...] = ("forward", "backward", "send")
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The records of all ranks of one run; times in seconds."""
+
+    records: Sequence[Record]
+
+    def __post_init__(self) -> None:
+        if not self.records:
+            raise ValueError("a timeline needs records: was the pipeline made with trace=True?")
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({record.rank for record in self.records})
+
+    @property
+    def fill(self) -> float:
+        """From the first forward pass anywhere until the last rank begins its own first one."""
+        begins = [min(r.start for r in self._of(rank, lambda r: r.doing == "forward")) for rank in self.ranks]
+        return max(begins) - min(begins)
+
+    @property
+    def stage_seconds(self) -> list[float]:
+        """Of each rank, the median time that it is busy with a minibatch."""
+        return [median(self._busy_by_minibatch(rank).values()) for rank in self.ranks]
+
+    @property
+    def imbalance(self) -> float:
+        """Longest over mean stage time: 1 where all are equal."""
+        return max(self.stage_seconds) / mean(self.stage_seconds)
+
+    @property
+    def predicted_throughput(self) -> float:
+        """Minibatches per second once the pipeline is full: the slowest stage sets the pace."""
+        return 1 / max(self.stage_seconds)
+
+    @property
+    def throughput(self) -> float:
+        """Minibatches per second that the last rank finished, from its second on."""
+        ends = sorted(max(r.end for r in records) for records in self._by_minibatch(self.ranks[-1]).values())
+        if len(ends) < 2:
+            raise ValueError("the throughput needs at least two minibatches")
+        return (len(ends) - 1) / (ends[-1] - ends[0])
+
+    def utilisation(self, rank: int) -> float:
+        """Share of the time from a rank's first forward pass to its last record in which it was busy."""
+        records = self._running(rank)
+        return sum(r.seconds for r in records if r.doing in BUSY) / (records[-1].end - records[0].start)
+
+    def waiting(self, rank: int) -> float:
+        """The rest of that time: waiting for a message, for data, or for a message to be taken."""
+        return 1 - self.utilisation(rank)
+
+    def _running(self, rank: int) -> list[Record]:
+        """From the first forward pass of a rank to its last backward pass: without fill and drain."""
+        records = self._of(rank, lambda r: True)
+        first = next(i for i, record in enumerate(records) if record.doing == "forward")
+        last = max(i for i, record in enumerate(records) if record.doing == "backward")
+        return records[first : last + 1]
+
+    def _of(self, rank: int, which: Callable[[Record], bool]) -> list[Record]:
+        return sorted((r for r in self.records if r.rank == rank and which(r)), key=lambda r: r.start)
+
+    def _by_minibatch(self, rank: int) -> dict[int, list[Record]]:
+        found: dict[int, list[Record]] = {}
+        for record in self._of(rank, lambda r: r.doing in BUSY):
+            found.setdefault(record.minibatch, []).append(record)
+        return found
+
+    def _busy_by_minibatch(self, rank: int) -> dict[int, float]:
+        return {minibatch: sum(r.seconds for r in records) for minibatch, records in self._by_minibatch(rank).items()}

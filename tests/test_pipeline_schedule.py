@@ -1,0 +1,98 @@
+"""Action lists: every rank does all of its work, in an order that can run, with messages forward only."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.pipelining.schedules import _Action, _simulate_comms_compute
+
+from blocklocal import pipeline
+from blocklocal.pipeline import Placement, schedule
+
+placements = st.lists(st.integers(1, 3), min_size=1, max_size=5).map(
+    lambda counts: Placement(tuple(rank for rank, count in enumerate(counts) for _ in range(count)))
+)
+
+
+def test_the_schedule_of_two_ranks_with_two_blocks_each() -> None:
+    first, second = schedule(Placement((0, 0, 1, 1)), minibatches=3, ahead=2).values()
+    assert " ".join(map(str, first)) == "0F0 0B0 1F0 1SEND_F0 1B0 0F1 0B1 1F1 1SEND_F1 1B1 0F2 0B2 1F2 1SEND_F2 1B2"
+    assert " ".join(map(str, second)) == "2RECV_F0 2RECV_F1 2F0 2B0 2RECV_F2 3F0 3B0 2F1 2B1 3F1 3B1 2F2 2B2 3F2 3B2"
+
+
+@given(placements, st.integers(1, 9), st.integers(1, 4))
+def test_every_list_is_complete_and_can_run(placement: Placement, minibatches: int, ahead: int) -> None:
+    lists = schedule(placement, minibatches=minibatches, ahead=ahead)
+    blocks = len(placement.ranks)
+    done = [(k, kind, m) for actions in lists.values() for k, kind, m in actions]
+    assert len(done) == len(set(done))
+    for kind in ("F", "B"):
+        assert {(k, m) for k, action, m in done if action == kind} == {
+            (k, m) for k in range(blocks) for m in range(minibatches)
+        }
+    assert {(k + 1, m) for k, kind, m in done if kind == "SEND_F"} == {
+        (k, m) for k, kind, m in done if kind == "RECV_F"
+    }
+    assert {kind for _, kind, _ in done} <= {"F", "B", "SEND_F", "RECV_F"}
+    # torch's own simulator refuses a list that would wait for ever; it wants to see the backward messages of a
+    # schedule with backward passes, so it gets this one without them
+    forward = {rank: [_Action.from_str(str(a)) for a in actions if a.kind != "B"] for rank, actions in lists.items()}
+    if placement.size > 1:
+        _simulate_comms_compute(forward, lambda k: placement.ranks[k], blocks)
+
+
+@given(placements, st.integers(1, 9), st.integers(1, 4))
+def test_a_message_leaves_before_the_local_backward_and_is_expected_ahead(
+    placement: Placement, minibatches: int, ahead: int
+) -> None:
+    for actions in schedule(placement, minibatches=minibatches, ahead=ahead).values():
+        at = {(kind, k, m): i for i, (k, kind, m) in enumerate(actions)}
+        for (kind, k, m), i in at.items():
+            if kind == "SEND_F":
+                assert at["F", k, m] == i - 1
+                assert at["B", k, m] == i + 1
+            if kind == "RECV_F" and m >= ahead:
+                assert at["B", k, m - ahead] == i - 1
+                assert at["F", k, m - ahead + 1] > i
+
+
+@pytest.mark.parametrize("ranks", [(), (1, 1), (0, 2), (0, 1, 0), (0, 0, 2)])
+def test_a_placement_is_consecutive(ranks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="consecutive blocks"):
+        Placement(ranks)
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_even_placements(blocks: int, ranks: int) -> None:
+    if ranks > blocks:
+        with pytest.raises(ValueError, match="every rank needs a block"):
+            Placement.even(blocks, ranks=ranks)
+        return
+    counts = [len(Placement.even(blocks, ranks=ranks).blocks(rank)) for rank in range(ranks)]
+    assert sum(counts) == blocks
+    assert max(counts) - min(counts) <= 1
+
+
+FOLDER = Path(pipeline.__file__).parent
+
+
+def test_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.12.1")
+    spec = importlib.util.spec_from_file_location("another_runtime", FOLDER / "runtime.py")
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(ImportError, match=r"torch 2\.13, and this is torch 2\.12\.1"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("*.py")))
+def test_private_names_of_torch_are_in_one_file(file: str) -> None:
+    source = (FOLDER / file).read_text()
+    private = re.findall(
+        r"^from torch\S* import .*\b_\w+|^from torch\S*\._|\b(?:torch|dist)(?:\.\w+)*\._\w+", source, re.M
+    )
+    assert not private or file == "runtime.py"
