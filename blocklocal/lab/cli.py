@@ -15,6 +15,9 @@ COMMANDS = {
     "train": ("blocklocal.lab.train", "train a network, in blocks or whole"),
     "eval": ("blocklocal.lab.eval", "test a trained network: last exit, an earlier one, all combined"),
     "blocks": ("blocklocal.lab.blocks", "show where a model is cut, and what each block costs"),
+    "compare": ("blocklocal.lab.compare", "several rules with several seeds, laid side by side"),
+    "table1": ("blocklocal.lab.table", "the paper's Table 1, or a smaller stand-in for it"),
+    "report": ("blocklocal.lab.report", "tables, plots and a page of runs"),
     "demo": ("blocklocal.lab.demo", "train four local blocks and plain backpropagation side by side"),
 }
 
@@ -52,9 +55,13 @@ def main(args: Sequence[str]) -> int:
 
 
 def _fail(message: str, *, code: int) -> int:
-    print(f"bll: {' '.join(message.split())}", file=sys.stderr)
+    _say(message)
     return code
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    print(f"bll: warning: {message}", file=sys.stderr)
+    _say(f"warning: {message}")
+
+
+def _say(message: str) -> None:
+    print(f"bll: {' '.join(message.split())}", file=sys.stderr)

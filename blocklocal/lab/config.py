@@ -18,7 +18,7 @@ class Settings:
     data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"
     """digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images"""
     model: str = "cnn"
-    """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    """mlp, cnn, vit, resnet18/34/50, resnet8/20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
     """in blocks: bll, bll-paper, pred, predsim; whole: bp (backpropagation), fa, usf, brsf, frsf, dfa, drtp"""
     train_size: int = 0
@@ -40,7 +40,7 @@ class Settings:
     weight_decay: float = 5e-4
     """weight decay of all parameters"""
     schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
-    """course of the learning rate: a fall to zero after the warm-up, or a rise for 30 %% of the steps and a fall"""
+    """course of the learning rate: a fall to zero after the warm-up, or a rise for 30 % of the steps and a fall"""
     warmup: float = 1.0
     """epochs of linear rise before cosine or constant"""
     label_smoothing: float = 0.0

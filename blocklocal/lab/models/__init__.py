@@ -28,6 +28,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": _resnet(BasicBlock, (2, 2, 2, 2), width=64),
     "resnet34": _resnet(BasicBlock, (3, 4, 6, 3), width=64),
     "resnet50": _resnet(Bottleneck, (3, 4, 6, 3), width=64),
+    "resnet8": _resnet(BasicBlock, (1, 1, 1), width=16),
     "resnet20": _resnet(BasicBlock, (3, 3, 3), width=16),
     "resnet32": _resnet(BasicBlock, (5, 5, 5), width=16),
     "resnet56": _resnet(BasicBlock, (9, 9, 9), width=16),

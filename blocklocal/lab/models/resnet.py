@@ -1,8 +1,8 @@
 """Residual networks for small images, with torchvision's names (conv1, bn1, layer1.0.conv1, ..., fc).
 
 resnet18, 34, 50: the widths of He et al. (2016) for ImageNet with a 3x3 stem of stride 1 and no pooling, for 32x32
-pixels. resnet20, 32, 56, 110: those for CIFAR, three stages of width 16, 32, 64; where a stage changes the shape, the
-shortcut is a 1x1 convolution (option B of the paper).
+pixels. resnet8, 20, 32, 56, 110: those for CIFAR, three stages of width 16, 32, 64; where a stage changes the shape,
+the shortcut is a 1x1 convolution (option B of the paper).
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""`bll compare`: the same model on the same data under several rules, with several seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Suppress
+
+from blocklocal.lab.arguments import parse
+from blocklocal.lab.config import Settings, last_name
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.groups import gather
+from blocklocal.lab.recipes import recipe
+from blocklocal.lab.series import complete
+from blocklocal.lab.summary import Reference, rich_table, summarise
+
+
+@dataclass(frozen=True)
+class Options(Settings):
+    """Train a model under several rules with several seeds, one run after another, and lay the results side by side.
+
+    All other settings are those of every run. The same command goes on where it was stopped.
+    """
+
+    rule: Suppress[str] = "bp"
+    resume: Suppress[bool] = False
+    rules: str = "bp,bll"
+    """rules, with commas between them"""
+    seeds: int = 3
+    """runs of every rule: the first with --seed, each further one with one more"""
+    out: str | None = None
+    """folder of all runs (default: runs/compare-DATA-MODEL)"""
+
+    @property
+    def home(self) -> Path:
+        return Path(self.out or f"runs/compare-{last_name(self.data)}-{last_name(self.model)}")
+
+    @property
+    def series(self) -> list[Settings]:
+        """All rules with the first seed, then with the next: a series that is stopped compares what it has."""
+        shared = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+        return [
+            replace(shared, rule=rule, seed=seed, out=str(self.home / f"{rule}-seed{seed}"))
+            for seed in seed_range(self.seed, self.seeds)
+            for rule in listed(self.rules, flag="--rules")
+        ]
+
+
+def main(args: Sequence[str]) -> None:
+    unhelped = [arg for arg in args if arg not in ("-h", "--help")]
+    data = parse(Options, unhelped, prog="bll compare", default=_default("digits")).data
+    options = parse(Options, args, prog="bll compare", default=_default(data))
+    lay_side_by_side(options.series, folder=options.home, title=f"{options.model} on {options.data}")
+
+
+def lay_side_by_side(
+    series: Sequence[Settings], *, folder: Path, title: str, reference: Reference | None = None
+) -> None:
+    """Complete the series, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
+    finished = complete(series, folder=folder, console=Console(stderr=True))
+    rows = summarise(gather(finished), reference=reference)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    console.print(rich_table(rows, title=title))
+    print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
+    if len(finished) < len(series):
+        missing = sorted({str(settings.folder) for settings in series} - {str(run.path) for run in finished})
+        raise UserError(
+            f"{len(missing)} of {len(series)} runs failed: {', '.join(missing)}; the same command tries them again"
+        )
+
+
+def listed(names: str, *, flag: str) -> list[str]:
+    """The names between commas. UserError: none, or one twice."""
+    found = [name.strip() for name in names.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise UserError(f"{flag} {names!r}: name each once, with one comma between two")
+    return found
+
+
+def seed_range(first: int, count: int) -> range:
+    """UserError: less than one."""
+    if count < 1:
+        raise UserError(f"--seeds {count} is out of range: 1 or more")
+    return range(first, first + count)
+
+
+def _default(data: str) -> Options:
+    return Options(**asdict(recipe(data)))

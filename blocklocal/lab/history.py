@@ -1,0 +1,80 @@
+"""What the folder of a run tells, whether the run is finished, under way or broken off."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blocklocal.lab.config import Settings
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.runs import Run
+
+
+@dataclass(frozen=True)
+class History:
+    """A run as far as it has come.
+
+    facts: what config.json says beside the settings. records: the lines of metrics.jsonl, one per epoch. finished: the
+    weights are there, after all epochs.
+    """
+
+    path: Path
+    settings: Settings
+    facts: dict[str, Any]
+    records: tuple[dict[str, Any], ...]
+    finished: bool
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Of the last exit on the test images after each epoch, as fractions."""
+        return [record["test_accuracy"][-1] for record in self.records]
+
+    @property
+    def blocks(self) -> int | None:
+        """None before the first epoch is done."""
+        return len(self.records[-1]["test_accuracy"]) if self.records else None
+
+    @property
+    def seconds(self) -> float:
+        """Training alone, without tests."""
+        return sum(record["seconds"] for record in self.records)
+
+    @property
+    def peak_memory(self) -> float:
+        """MiB: on a GPU of tensors, elsewhere of the whole process."""
+        return max((record["peak_memory_mib"] for record in self.records), default=0.0)
+
+
+def read(path: Path) -> History:
+    """The run in a folder. UserError: no run there, or files that no run has written."""
+    run = Run(path)
+    settings = run.settings()
+    facts = {name: fact for name, fact in json.loads(run.config.read_text()).items() if name != "settings"}
+    lines = run.metrics.read_text().split("\n")[:-1] if run.metrics.exists() else []  # the last may be half a line
+    records = tuple(_record(line, file=run.metrics, number=number) for number, line in enumerate(lines, start=1))
+    finished = run.model.exists() and len(records) == settings.epochs
+    return History(path, settings, facts, records, finished)
+
+
+def find(path: Path) -> list[Path]:
+    """The folder if it holds a run, else the runs in folders below it, in the order of their names.
+
+    UserError: neither.
+    """
+    if Run(path).exists:
+        return [path]
+    found = sorted(config.parent for config in path.rglob("config.json") if Run(config.parent).exists)
+    if not found:
+        what = "holds no run: it has no config.json, and no folder in it has" if path.is_dir() else "is not a folder"
+        raise UserError(f"{str(path)!r} {what}; a run is what bll train writes, in runs/ by default")
+    return found
+
+
+def _record(line: str, *, file: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        return record | {name: record[name] for name in ("epoch", "test_accuracy", "seconds", "peak_memory_mib")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"line {number} of {str(file)!r} is no epoch's record ({error!r})") from error
