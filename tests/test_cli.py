@@ -1,0 +1,195 @@
+"""The command `bll`: what it prints, where, and its exit codes."""
+
+import importlib.metadata
+import json
+import re
+import sys
+import warnings
+from importlib.metadata import requires
+
+import pytest
+
+import blocklocal.__main__ as entry
+from blocklocal.lab import cli
+from blocklocal.lab.blocks import submodules
+from blocklocal.lab.cli import COMMANDS, main
+from blocklocal.lab.models import build
+from blocklocal.split import split
+
+TINY = ["--model=mlp", "--epochs=2", "--train-size=256", "--test-size=100"]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Commands write below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    assert main(["train", *TINY, "--out=run"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_alone_it_says_what_it_can_do(capsys):
+    assert main([]) == main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"bll {name}" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert not stop.value.code
+    text = capsys.readouterr().out
+    assert f"usage: bll {command}" in text
+    assert "%%" not in text
+
+
+def test_the_help_shows_the_recipe_of_the_data(capsys):
+    for data, model in [("digits", "cnn"), ("cifar10", "resnet18")]:
+        with pytest.raises(SystemExit):
+            main(["train", data, "--help"])
+        assert f"(default: {model})" in " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+
+
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.split()[-1] == importlib.metadata.version("blocklocal")
+
+
+def test_training_ends_with_one_json_object(capsys):
+    assert main(["train", *TINY]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1
+    summary = json.loads(captured.out)
+    assert {"rule", "blocks", "accuracy", "seconds", "out"} <= summary.keys()
+    assert (summary["rule"], summary["blocks"], summary["out"]) == ("bll", 4, "runs/digits-mlp-bll-seed0")
+    epochs = [line for line in captured.err.splitlines() if line.startswith("epoch")]
+    assert len(epochs) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["sing"], ["'sing'", "train"]),
+        (["train", "nowhere"], ["nowhere", "cifar10"]),
+        (["train", "--rule=hebb"], ["hebb", "bll-paper"]),
+        (["train", "--model=resnet19"], ["resnet19", "resnet20"]),
+        (["train", "--at", "layer9"], ["layer9", "layer1"]),
+        (["train", "--blocks=40"], ["blocks=40", "at most"]),
+        (["train", "--lr=fast"], ["--lr", "fast"]),
+        (["train", "--lr=1e30"], ["block 0", "step", "--lr"]),
+        (["train", "--speed=3"], ["--speed"]),
+        (["train", "--dtype=fp8"], ["fp8", "bf16"]),
+        (["train", "--resume"], ["no run", "digits-cnn-bll-seed0"]),
+        (["eval"], ["RUN"]),
+        (["eval", "nowhere"], ["nowhere", "no run"]),
+        (["blocks"], ["MODEL"]),
+        (["blocks", "resnet20", "--blocks=99"], ["blocks=99"]),
+        (["blocks", "resnet20", "--size=0"], ["--size 0"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, args, words):
+    assert main(args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    complaint = captured.err.splitlines()[-1]
+    assert complaint.startswith("bll: ")
+    assert all(word in complaint for word in words), complaint
+    assert len([line for line in captured.err.splitlines() if not line.startswith("digits: ")]) == 1
+
+
+def test_a_run_is_not_overwritten(run, capsys):
+    assert main(["train", *TINY, "--out=run"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out=run"]) == 0
+    assert json.loads(capsys.readouterr().out) == run
+
+
+def test_eval_gives_the_exit_that_is_asked_for(run, capsys):
+    def accuracy(*options: str) -> float:
+        assert main(["eval", "run", *options]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"]
+
+    exits = [accuracy(f"--exit={k}") for k in range(4)]
+    assert accuracy() == exits[3] == run["accuracy"]
+    assert accuracy("--exit=all") == run["accuracy_all"]
+    assert accuracy("--exit=0.0") == exits[0]
+    assert accuracy("--exit=1.0") == exits[3]
+    for exit in ("4", "some", "1.5", "-1"):
+        assert main(["eval", "run", f"--exit={exit}"]) == 2
+        assert f"--exit {exit}" in capsys.readouterr().err
+
+
+def test_blocks_shows_each_block(capsys):
+    assert main(["blocks", "cnn", "--size=8", "--channels=1", "--batch-size=4"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+    model = build("cnn", channels=1, size=(8, 8), classes=10)
+    assert [row[:3] for row in cells[:2]] == [["0", "layer1", "176"], ["1", "layer2", "4,672"]]
+    assert sum(int(row[2].replace(",", "")) for row in cells) == sum(p.numel() for p in model.parameters())
+    assert sum(int(row[-1].rstrip("%")) for row in cells) == pytest.approx(100, abs=2)
+
+
+def test_submodules_name_every_parameter_once():
+    model = build("resnet20", channels=3, size=(32, 32), classes=10)
+    chain = split(model, at=["layer1.1", "layer2"])
+    assert [submodules(model, block) for block in chain] == [
+        ["conv1", "bn1", "layer1.0", "layer1.1"],
+        ["layer1.2", "layer2"],
+        ["layer3", "fc"],
+    ]
+
+
+def test_the_demo_compares_two_runs(capsys, own_folder):
+    assert main(["demo", "--epochs=1", "--out=demo"]) == 0
+    out = capsys.readouterr().out
+    assert [row.split("│")[1].strip() for row in out.splitlines() if row.startswith("│ b")] == ["bll", "bp"]
+    for rule, blocks in [("bll", 4), ("bp", 1)]:
+        record = json.loads((own_folder / "demo" / rule / "metrics.jsonl").read_text())
+        assert len(record["test_accuracy"]) == blocks
+
+
+def test_interruption_and_failures_have_their_own_codes(monkeypatch, capsys):
+    def stop(args):
+        raise KeyboardInterrupt("'run' keeps the checkpoint of epoch 3")
+
+    def fail(args):
+        raise OSError(28, "No space left on device", "run/config.json")
+
+    for function, code, words in [(stop, 130, "checkpoint of epoch 3"), (fail, 1, "No space left")]:
+        monkeypatch.setattr("blocklocal.lab.blocks.main", function)
+        assert main(["blocks"]) == code
+        assert re.fullmatch(f"bll: .*{words}.*\n", capsys.readouterr().err)
+
+
+def test_without_the_lab_extra_it_says_which(monkeypatch, capsys):
+    monkeypatch.setattr(entry, "LAB", ("torch", "no_such_package"))
+    assert entry.main() == 2
+    assert "no_such_package" in (line := capsys.readouterr().err)
+    assert "pip install 'blocklocal[lab]'" in line
+
+
+def test_the_lab_extra_brings_what_the_command_imports():
+    names = {"PIL": "pillow", "sklearn": "scikit-learn"}
+    extra = {re.split(r"[^\w-]", need)[0] for need in requires("blocklocal") or [] if "lab" in need.partition(";")[2]}
+    assert {names.get(package, package) for package in entry.LAB} == extra
+
+
+def test_the_module_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["blocklocal", "--version"])
+    assert entry.main() == 0
+    assert cli.version("blocklocal") in capsys.readouterr().out
+
+
+def test_warnings_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(
+        "blocklocal.lab.blocks.main", lambda args: warnings.warn("block 1 has\ncollapsed", stacklevel=2)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["blocks"]) == 0
+    assert capsys.readouterr().err == "bll: warning: block 1 has collapsed\n"
