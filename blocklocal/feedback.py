@@ -70,6 +70,10 @@ class LinearFeedback(nn.Module):
         self.register_buffer("second", torch.zeros(n) if targets.labels else torch.zeros(n, n))
         self.register_buffer("cross", torch.zeros(n, channels))
 
+    def reset_parameters(self) -> None:
+        for buffer in self.buffers():
+            buffer.zero_()
+
     def forward(self, y: Tensor) -> Tensor:
         if self.targets.labels:
             return F.embedding(y, self.weight)

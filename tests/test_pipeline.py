@@ -250,3 +250,40 @@ def test_misuse_is_named(tmp_path: Path) -> None:
     processes.run(misused, processes=1, folder=tmp_path)
     with pytest.raises(ValueError, match="init_process_group"):
         Pipeline(learner(), optimizer=optimizer)
+
+
+def built_on_meta(rank: int) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        mine = learner()
+    pipeline = Pipeline(mine, optimizer=optimizer, seed=5)
+    list(pipeline.train(as_rank(minibatches(3), rank)))
+    on_meta = {name.split(".")[1] for name, tensor in mine.state_dict().items() if tensor.is_meta}
+    assert on_meta == {str(k) for k in range(BLOCKS) if k not in pipeline.blocks}
+    return state(mine, pipeline.blocks)
+
+
+def test_a_rank_makes_its_own_blocks_only_and_the_same_under_every_placement(tmp_path: Path) -> None:
+    one, two = (together(processes.run(built_on_meta, processes=count, folder=tmp_path)) for count in (1, 2))
+    assert one.keys() == one_process().keys() - {f"loss{k}" for k in range(BLOCKS)}
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert one["blocks.0.0.weight"].std() > 0.05
+
+
+def without_initialisation(rank: int) -> dict[str, Tensor]:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h * self.scale
+
+    with torch.device("meta"):
+        mine = bll.BlockLocal([Scale(), nn.Linear(8, CLASSES)], classes=CLASSES, example=torch.randn(2, 8))
+    with pytest.raises(ValueError, match="'block' of block 0, a Scale, is on the meta device"):
+        Pipeline(mine, optimizer=optimizer)
+    return {}
+
+
+def test_a_module_that_cannot_be_initialised_is_named(tmp_path: Path) -> None:
+    processes.run(without_initialisation, processes=1, folder=tmp_path)

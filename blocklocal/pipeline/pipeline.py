@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from blocklocal.border import Border
 from blocklocal.learner import BlockLocal
+from blocklocal.pipeline.materialize import materialize
 from blocklocal.pipeline.replicas import DataParallel, replicate, sum_feedback
 from blocklocal.pipeline.runtime import Inlet, Runtime
 from blocklocal.pipeline.schedule import Action, Placement, schedule
@@ -27,7 +28,8 @@ class Pipeline:
 
     Every rank builds the same learner, makes a pipeline of it and goes through the same minibatches (x, y): all of
     them read y, the rank of block 0 alone reads x. The weights are those of `learner.backward`, to the bit where the
-    arithmetic is the same.
+    arithmetic is the same. A learner built on the meta device takes memory on a rank for the rank's own blocks only,
+    which then are initialised from `seed`.
 
     optimizer: makes one from a block's parameters. placement: the rank of each block, by default nearly as many blocks
     on each. mesh: with a dimension "block" and, for replicas, "data"; by default all processes are one pipeline.
@@ -68,7 +70,7 @@ class Pipeline:
         self.minibatches = 0
         """So many minibatches this rank has learnt from."""
         travel = _travel(learner, message)
-        self.steps = [LocalStep(learner, k).to(self.device) for k in self.blocks]
+        self.steps = [materialize(LocalStep(learner, k), device=self.device, seed=seed) for k in self.blocks]
         """The blocks of this rank with their borders."""
         self.stages = [
             Stage(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blocklocal.learner import BlockLocal
+from blocklocal.pipeline.draws import seeded
 from blocklocal.pipeline.trace import Doing, Trace
 
 
@@ -24,14 +23,14 @@ class LocalStep(nn.Module):
         super().__init__()
         self.block = learner.blocks[k]
         self.border = learner.borders[k] if k < len(learner.borders) else None
-        self._learner, self._k = (learner,), k  # in a tuple: the other blocks are no part of this one
+        self._learner, self.k = (learner,), k  # in a tuple: the other blocks are no part of this one
 
     def forward(self, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         (learner,) = self._learner
         if y is not None:
-            return learner.local(self._k, h, y)
-        h = learner._forward(self._k, h)
-        return learner._prediction(self._k, h), h
+            return learner.local(self.k, h, y)
+        h = learner._forward(self.k, h)
+        return learner._prediction(self.k, h), h
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Stage(nn.Module):
         self._lap("wait")
         if self.k > 0:
             h = self.travel.receive(h)
-        with _draws((self.seed * 1_000_003 + minibatch) * 1_009 + self.k, h.device):
+        with seeded(self.seed, minibatch, self.k, device=h.device):
             self.result, h = self.step(h, y if self.training else None)
         if not self.last:
             h = self.travel.send(h)
@@ -107,19 +106,3 @@ class Stage(nn.Module):
     def _lap(self, doing: Doing) -> None:
         if self.trace and self.training:
             self.trace.lap(doing, block=self.k, minibatch=self.minibatch)
-
-
-@contextmanager
-def _draws(seed: int, device: torch.device) -> Iterator[None]:
-    """Random draws from a seed of their own, without touching the draws of anybody else."""
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
