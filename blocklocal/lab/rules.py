@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, Predictive
+from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, ClosedFormFeedback, Predictive
 from blocklocal.alignment import (
     Alignment,
     DirectFeedbackAlignment,
@@ -16,6 +16,7 @@ from blocklocal.alignment import (
     FeedbackAlignment,
     SignSymmetry,
 )
+from blocklocal.feedback import Feedback
 from blocklocal.lab.errors import UserError
 from blocklocal.losses import LocalLoss
 from blocklocal.messages import Criterion
@@ -51,7 +52,7 @@ class Learning:
 Rule = Callable[[nn.Module, Task], Learning]
 
 
-def block_local(loss: LocalLoss) -> Rule:
+def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -> Rule:  # noqa: B008 (frozen settings)
     """Blocks that learn from the same local loss at every border."""
 
     def build(model: nn.Module, task: Task) -> Learning:
@@ -63,6 +64,7 @@ def block_local(loss: LocalLoss) -> Rule:
             example=task.example,
             balance="memory",  # which, unlike time, is the same at every measurement
             loss=loss,
+            feedback=feedback,
             criterion=task.criterion,
         )
         return Learning(learner)
@@ -86,7 +88,7 @@ def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
 
 RULES: dict[str, Rule] = {
     "bll": block_local(BLL),
-    "bll-paper": block_local(BLL_PAPER),
+    "bll-paper": block_local(BLL_PAPER, feedback=ClosedFormFeedback(forgetting=0.0)),  # the optimum of each batch alone
     "pred": block_local(Predictive()),
     "predsim": block_local(PRED_SIM),
     "bp": backpropagation,
