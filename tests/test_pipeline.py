@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import processes
@@ -217,11 +218,14 @@ def predicted(rank: int) -> dict[str, Tensor]:
     mine = learner()
     pipeline = Pipeline(mine, optimizer=optimizer, trace=True)
     list(pipeline.train(as_rank(minibatches(5), rank)))
-    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+    learnt = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
     exits = torch.cat(list(pipeline.predict(as_rank(minibatches(), rank))), 1)
-    assert all(torch.equal(before[name], tensor) for name, tensor in mine.state_dict().items())
+    assert all(torch.equal(learnt[name], tensor) for name, tensor in mine.state_dict().items())
     assert pipeline.trace is not None
-    assert {record.minibatch for record in pipeline.trace.records} == set(range(5))
+    records = pipeline.trace.records
+    assert {record.minibatch for record in records} == set(range(5))
+    assert all(before.end == after.start for before, after in pairwise(records))
+    assert sum(record.doing == "backward" for record in records) == 5 * len(pipeline.blocks)
     return state(mine, pipeline.blocks) | {f"exit{k}": exits[i] for i, k in enumerate(pipeline.blocks)}
 
 

@@ -31,7 +31,7 @@ def _holds_tensors(module: nn.Module) -> bool:
     return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
-def _reset(name: str, module: nn.Module, *, k: int) -> Callable[[], None]:
+def _reset(name: str, module: nn.Module, *, k: int) -> Callable[[], object]:
     reset = getattr(module, "reset_parameters", None)
     if not callable(reset):
         raise ValueError(

@@ -66,7 +66,8 @@ class Pipeline:
         group, replicas = _dimensions(mesh)
         self.rank = dist.get_rank(group)
         self.placement = _place(placement, blocks=len(learner.blocks), ranks=dist.get_world_size(group))
-        self.trace = Trace(rank=dist.get_rank(), device=self.device) if trace else None
+        replica = 0 if replicas is None else replicas.get_local_rank()
+        self.trace = Trace(rank=dist.get_rank(), replica=replica, device=self.device) if trace else None
         self.minibatches = 0
         """So many minibatches this rank has learnt from."""
         travel = _travel(learner, message)
@@ -79,7 +80,7 @@ class Pipeline:
                 optimizer=_optimizer(optimizer, step),
                 travel=travel,
                 last=k == len(learner.blocks) - 1,
-                seed=seed if replicas is None else seed * replicas.size() + replicas.get_local_rank(),
+                seed=seed + replica,
                 trace=self.trace,
             )
             for k, step in zip(self.blocks, self.steps, strict=True)

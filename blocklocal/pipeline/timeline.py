@@ -25,6 +25,15 @@ class Timeline:
     def ranks(self) -> list[int]:
         return sorted({record.rank for record in self.records})
 
+    def blocks(self, rank: int) -> list[int]:
+        return sorted({record.block for record in self.records if record.rank == rank})
+
+    def messages(self) -> list[tuple[Record, Record]]:
+        """Of every message between ranks the record of its sending and that of the forward pass that it let begin."""
+        forward = {(r.replica, r.block, r.minibatch): r for r in self.records if r.doing == "forward"}
+        sent = [(r, forward.get((r.replica, r.block + 1, r.minibatch))) for r in self.records if r.doing == "send"]
+        return [(message, arrival) for message, arrival in sent if arrival is not None and arrival.rank != message.rank]
+
     @property
     def fill(self) -> float:
         """From the first forward pass anywhere until the last rank begins its own first one."""

@@ -24,6 +24,7 @@ class Record:
     """
 
     rank: int
+    replica: int
     block: int
     minibatch: int
     doing: Doing
@@ -41,8 +42,8 @@ class Trace:
     On a GPU every lap waits for the device: a traced run shows where time goes, and takes a little more of it.
     """
 
-    def __init__(self, *, rank: int, device: torch.device) -> None:
-        self.rank, self.device = rank, device
+    def __init__(self, *, rank: int, replica: int, device: torch.device) -> None:
+        self.rank, self.replica, self.device = rank, replica, device
         self.records: list[Record] = []
         self._last = 0.0
 
@@ -55,7 +56,7 @@ class Trace:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.time()
-        self.records.append(Record(self.rank, block, minibatch, doing, self._last, now))
+        self.records.append(Record(self.rank, self.replica, block, minibatch, doing, self._last, now))
         self._last = now
 
     def save(self, path: Path) -> None:
