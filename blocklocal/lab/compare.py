@@ -16,7 +16,7 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.groups import gather
 from blocklocal.lab.recipes import recipe
 from blocklocal.lab.series import complete
-from blocklocal.lab.summary import Reference, rich_table, summarise
+from blocklocal.lab.summary import Reference, print_table, summarise
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def main(args: Sequence[str]) -> None:
     unhelped = [arg for arg in args if arg not in ("-h", "--help")]
     data = parse(Options, unhelped, prog="bll compare", default=_default("digits")).data
     options = parse(Options, args, prog="bll compare", default=_default(data))
-    lay_side_by_side(options.series, folder=options.home, title=f"{options.model} on {options.data}")
+    lay_side_by_side(
+        options.series, folder=options.home, title=f"{last_name(options.data)}, {last_name(options.model)}"
+    )
 
 
 def lay_side_by_side(
@@ -63,10 +65,7 @@ def lay_side_by_side(
     """Complete the series, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
     finished = complete(series, folder=folder, console=Console(stderr=True))
     rows = summarise(gather(finished), reference=reference)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    console.print(rich_table(rows, title=title))
+    print_table(rows, title=title)
     print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
     if len(finished) < len(series):
         missing = sorted({str(settings.folder) for settings in series} - {str(run.path) for run in finished})

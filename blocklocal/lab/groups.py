@@ -35,7 +35,7 @@ class Group:
     @property
     def subject(self) -> str:
         """What is learned by what: groups of one subject are compared."""
-        return f"{self.dataset}, {self.settings.model}"
+        return f"{self.dataset}, {last_name(self.settings.model)}"
 
     @property
     def label(self) -> str:
@@ -46,6 +46,11 @@ class Group:
         """The finished runs, and where none is, those that have begun."""
         finished = tuple(run for run in self.runs if run.finished)
         return finished or tuple(run for run in self.runs if run.records)
+
+    @property
+    def blocks(self) -> int:
+        """Of a group in which an epoch is done."""
+        return len(self.counted[0].records[0]["test_accuracy"])
 
     def matches(self, other: Group) -> bool:
         """Whether only the rule differs, and with it where the model is cut."""

@@ -32,11 +32,6 @@ class History:
         return [record["test_accuracy"][-1] for record in self.records]
 
     @property
-    def blocks(self) -> int | None:
-        """None before the first epoch is done."""
-        return len(self.records[-1]["test_accuracy"]) if self.records else None
-
-    @property
     def seconds(self) -> float:
         """Training alone, without tests."""
         return sum(record["seconds"] for record in self.records)

@@ -1,4 +1,4 @@
-"""Mean, standard deviation and difference to backpropagation of groups of runs, as a table in several dresses."""
+"""Mean, standard deviation and difference to backpropagation of groups of runs, as rows of a table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from rich.console import Console
 from rich.table import Table
 
+from blocklocal.lab.config import last_name
 from blocklocal.lab.groups import Group
 
 # Accuracy, mean and standard deviation, of a rule on a data set: by (data set, rule).
@@ -50,53 +52,43 @@ def summarise(groups: Sequence[Group], *, reference: Reference | None = None) ->
     return [_row(group, groups, reference=reference or {}) for group in groups if group.counted]
 
 
-def rich_table(rows: Sequence[Row], *, title: str) -> Table:
-    """For a terminal."""
-    columns = _columns(rows)
+def print_table(rows: Sequence[Row], *, title: str) -> None:
+    """To standard output, wide enough where that is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    columns = tabulate(rows)
     table = Table(title=title, title_justify="left")
-    for name, cells in columns.items():
+    for name in columns:
         table.add_column(name, justify="left" if name in TEXT else "right", no_wrap=True)
-        assert len(cells) == len(rows)
     for k, row in enumerate(rows):
-        last = k + 1 < len(rows) and rows[k + 1].dataset != row.dataset
-        table.add_row(*(cells[k] for cells in columns.values()), end_section=last)
-    return table
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    columns = _columns(rows)
-    lines = [list(columns), ["---" if name in TEXT else "---:" for name in columns]]
-    lines += [list(cells) for cells in zip(*columns.values(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Heading and body, for other dresses."""
-    columns = _columns(rows)
-    return list(columns), [list(body) for body in zip(*columns.values(), strict=True)]
+        ends = k + 1 < len(rows) and rows[k + 1].dataset != row.dataset
+        table.add_row(*(cells[k] for cells in columns.values()), end_section=ends)
+    console.print(table)
 
 
 TEXT = ("data", "model", "rule", "variant")
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Heading -> cells, without columns in which nothing stands."""
+def tabulate(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Heading -> the cells of a column, without columns that say nothing. `TEXT` names those of words."""
     columns = {
         "data": [row.dataset for row in rows],
         "model": [row.model for row in rows],
         "rule": [row.rule for row in rows],
         "variant": [row.variant for row in rows],
-        "blocks": [str(row.blocks) for row in rows],
-        "epochs": [_of(row.epochs, row.epochs_planned) for row in rows],
-        "runs": [_of(row.runs, row.runs_planned) for row in rows],
         "accuracy %": [_percent(row.accuracy_mean, row.accuracy_std) for row in rows],
         "paper": ["" if row.paper is None else f"{100 * row.paper[0]:.1f} ± {100 * row.paper[1]:.2f}" for row in rows],
-        "- BP": [_percent(row.difference_to_bp, row.difference_stderr, sign="+") for row in rows],
+        "− BP": [_percent(row.difference_to_bp, row.difference_stderr, sign="+") for row in rows],
         "all exits %": [_percent(row.accuracy_all_mean) if row.blocks > 1 else "" for row in rows],
+        "runs": [_of(row.runs, row.runs_planned) for row in rows],
+        "epochs": [_of(row.epochs, row.epochs_planned) for row in rows],
+        "blocks": [str(row.blocks) for row in rows],
         "seconds": [f"{row.seconds:,.0f}" if row.seconds >= 10 else f"{row.seconds:.1f}" for row in rows],
         "MiB": [f"{row.peak_memory_mib:,.0f}" for row in rows],
     }
-    return {name: column for name, column in columns.items() if any(column)}
+    said = [name for name in ("data", "model") if len(set(columns[name])) == 1]  # the title says it
+    return {name: column for name, column in columns.items() if any(column) and name not in said}
 
 
 def _row(group: Group, groups: Sequence[Group], *, reference: Reference) -> Row:
@@ -108,10 +100,10 @@ def _row(group: Group, groups: Sequence[Group], *, reference: Reference) -> Row:
         difference, stderr = _difference(accuracies, [run.accuracies[-1] for run in whole.counted])
     return Row(
         dataset=group.dataset,
-        model=settings.model,
+        model=last_name(settings.model),
         rule=settings.rule,
         variant=group.variant,
-        blocks=runs[0].blocks or 1,
+        blocks=group.blocks,
         epochs=min(len(run.records) for run in runs),
         epochs_planned=settings.epochs,
         runs=len(runs),
@@ -144,7 +136,7 @@ def _deviation(values: Sequence[float]) -> float | None:
 def _percent(value: float | None, spread: float | None = None, *, sign: str = "") -> str:
     if value is None:
         return ""
-    return f"{100 * value:{sign}.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+    return f"{100 * value:{sign}.2f}".replace("-", "−") + ("" if spread is None else f" ± {100 * spread:.2f}")
 
 
 def _of(done: int, planned: int) -> str:

@@ -59,4 +59,6 @@ class Options:
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll table1")
-    lay_side_by_side(options.series, folder=options.home, title=f"Table 1, {options.scale}", reference=PAPER)
+    series = options.series
+    title = f"Table 1, {options.scale}: {series[0].model}; the paper: resnet50"
+    lay_side_by_side(series, folder=options.home, title=title, reference=PAPER)

@@ -1,0 +1,84 @@
+"""What runs have shown, before it is written down in any form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from blocklocal.lab.config import PLACE
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.groups import Group, gather
+from blocklocal.lab.history import History
+from blocklocal.lab.plots import Plot, choose_colours, compare_groups, show_blocks
+from blocklocal.lab.summary import Row, summarise
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and the plots below it."""
+
+    title: str
+    plots: tuple[Plot, ...]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """unfinished: how far the runs are that are not done. settings, versions: every value that occurs, by name."""
+
+    title: str
+    rows: tuple[Row, ...]
+    sections: tuple[Section, ...]
+    unfinished: tuple[str, ...]
+    settings: dict[str, str]
+    versions: dict[str, str]
+
+    @property
+    def plots(self) -> list[Plot]:
+        return [plot for section in self.sections for plot in section.plots]
+
+
+def compose(runs: Sequence[History]) -> Findings:
+    """The findings of runs. UserError: none of them has done an epoch."""
+    groups = gather(runs)
+    begun = [group for group in groups if group.counted]
+    if not begun:
+        raise UserError("no epoch is done yet in any of these runs: there is nothing to report")
+    colours = choose_colours(begun)
+    subjects = list(dict.fromkeys(group.subject for group in begun))
+    return Findings(
+        title=f"{'; '.join(subjects)} ({len(runs)} run{'s' if len(runs) > 1 else ''})",
+        rows=tuple(summarise(groups)),
+        sections=tuple(section for subject in subjects for section in _sections(subject, begun, colours=colours)),
+        unfinished=tuple(
+            f"{run.path}: {len(run.records)} of {run.settings.epochs} epochs" for run in runs if not run.finished
+        ),
+        settings=_settings(runs),
+        versions=_versions(runs),
+    )
+
+
+def _sections(subject: str, groups: Sequence[Group], *, colours: Mapping[str, str]) -> list[Section]:
+    members = [group for group in groups if group.subject == subject]
+    divided = [group for group in members if group.blocks > 1]
+    return [
+        Section(subject, tuple(compare_groups(members, colours=colours))),
+        *(Section(f"{subject}: {group.label}", tuple(show_blocks(group))) for group in divided),
+    ]
+
+
+def _settings(runs: Sequence[History]) -> dict[str, str]:
+    names = [field.name for field in fields(runs[0].settings) if field.name not in PLACE]
+    return {name.replace("_", " "): _distinct(getattr(run.settings, name) for run in runs) for name in names}
+
+
+def _versions(runs: Sequence[History]) -> dict[str, str]:
+    names = dict.fromkeys(name for run in runs for name in run.facts["versions"])
+    versions = {name: _distinct(run.facts["versions"].get(name) for run in runs) for name in names}
+    devices = _distinct(", ".join(f"{key} {value}" for key, value in run.facts["device"].items()) for run in runs)
+    return versions | {"device": devices, "git commit": _distinct(run.facts["git"] for run in runs)}
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    texts = dict.fromkeys(" ".join(value) if isinstance(value, tuple) else str(value) for value in values)
+    return "; ".join(text or "–" for text in texts)

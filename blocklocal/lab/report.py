@@ -1,0 +1,63 @@
+"""`bll report`: what runs have shown, as Markdown, pictures and one HTML file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from blocklocal.lab.arguments import parse
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.findings import Findings, compose
+from blocklocal.lab.history import find, read
+from blocklocal.lab.pages import html, markdown
+from blocklocal.lab.summary import print_table
+
+
+@dataclass(frozen=True)
+class Options:
+    """Report on runs, finished or not: tables, plots as PNG and SVG, Markdown, and an HTML page in one file."""
+
+    runs: Positional[tuple[str, ...]]
+    """folders of runs, or folders that hold such"""
+    out: str | None = None
+    """folder of the report (default: report/ in the folder that is given, runs/report for several)"""
+    html: str | None = None
+    """file of the page (default: report.html in the report's folder)"""
+
+    @property
+    def home(self) -> Path:
+        if self.out is not None:
+            return Path(self.out)
+        return Path(self.runs[0], "report") if len(self.runs) == 1 else Path("runs", "report")
+
+
+def main(args: Sequence[str]) -> None:
+    options = parse(Options, args, prog="bll report")
+    if not options.runs:
+        raise UserError("name the folder of a run, or several: bll report runs/NAME")
+    paths = list(dict.fromkeys(path for name in options.runs for path in find(Path(name))))
+    findings = compose([read(path) for path in paths])
+    page = Path(options.html) if options.html else options.home / "report.html"
+    write(findings, folder=options.home, page=page)
+    print_table(findings.rows, title=findings.title)
+    for line in findings.unfinished:
+        Console().print(f"unfinished: {line}", highlight=False, soft_wrap=True)
+    told = {"runs": len(paths), "unfinished": len(findings.unfinished), "out": str(options.home), "html": str(page)}
+    print(json.dumps(told), flush=True)
+
+
+def write(findings: Findings, *, folder: Path, page: Path) -> None:
+    """report.md and plots/ into the folder, and the page."""
+    pictures = folder / "plots"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for plot in findings.plots:
+        for kind in ("png", "svg"):
+            (pictures / f"{plot.name}.{kind}").write_bytes(plot.render(kind))
+    (folder / "report.md").write_text(markdown(findings), encoding="utf-8")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(html(findings), encoding="utf-8")
