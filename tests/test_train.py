@@ -22,7 +22,7 @@ from blocklocal.lab.config import Settings, encode, restore
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import prepare
 from blocklocal.lab.models import build
-from blocklocal.lab.recipes import recipe
+from blocklocal.lab.recipes import DIGITS, recipe
 from blocklocal.lab.rules import RULES
 from blocklocal.lab.runs import Run
 from blocklocal.lab.schedule import SCHEDULES, cosine, onecycle
@@ -245,7 +245,7 @@ def test_a_checkpoint_is_read_without_unpickling(tmp_path):
 
 
 def test_options_come_from_the_recipe_or_from_the_run(tmp_path):
-    assert settings_from([]) == Settings()
+    assert settings_from([]) == DIGITS
     assert settings_from(["cifar10", "--lr", "0.5"]) == replace(recipe("cifar10"), lr=0.5)
     stored = replace(recipe("cifar10"), seed=7, at=("layer1",), compile=True)
     run = Run(tmp_path)
