@@ -157,6 +157,18 @@ def test_gaussian_posterior_has_the_mean_of_means_and_half_the_variance(a: Tenso
     assert_close(family.kl_divergence(family.product(eta_a, eta_b), eta_a), closed)
 
 
+@pytest.mark.parametrize("fixed_posterior", [False, True])
+@given(messages, messages, st.floats(0.2, 5.0))
+def test_gaussian_loss_in_few_operations_is_that_of_any_family(
+    fixed_posterior: bool, a: Tensor, b: Tensor, s2: float
+) -> None:
+    family, a = bll.Gaussian(s2), a.requires_grad_()
+    short = family.variational_loss(a, b, fixed_posterior=fixed_posterior)
+    general = Family.variational_loss(family, a, b, fixed_posterior=fixed_posterior)
+    assert_close(short, general)
+    assert_close(*(torch.autograd.grad(loss.sum(), a)[0] for loss in (short, general)))
+
+
 @given(messages, messages, st.floats(0.2, 5.0))
 def test_gaussian_evidence_is_the_integral_of_the_product(a: Tensor, b: Tensor, s2: float) -> None:
     family = bll.Gaussian(s2)

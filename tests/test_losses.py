@@ -100,17 +100,26 @@ def test_mean_variance_loss_is_that_of_torch_distributions(fixed_posterior: bool
     assert_close(*(torch.autograd.grad(value, alpha)[0] for value in (loss, expected)))
 
 
-def test_feedback_with_parameters_gets_the_gradient_of_the_divergence_with_alpha_fixed() -> None:
-    alpha = random(BATCH, CHANNELS).requires_grad_()
-    beta = random(BATCH, CHANNELS, seed=1)
-    free = beta.clone().requires_grad_()
-    message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=Fixed(free))
-    loss = bll.Variational().build(site(CHANNELS))(message, torch.zeros(BATCH, dtype=torch.long))
-    constant = variational(bll.Variational(), alpha, beta)
-    assert_close(loss, constant)  # a constant beta has the same value and the same gradient for the block
-    to_alpha, to_beta = torch.autograd.grad(loss, [alpha, *message.feedback.parameters()])  # type: ignore[union-attr]
+@pytest.mark.parametrize("family", [bll.Gaussian(0.5), bll.GaussianMeanVariance(), bll.Bernoulli()], ids=str)
+@pytest.mark.parametrize("fixed_posterior", [False, True])
+def test_feedback_with_parameters_gets_the_gradient_of_the_divergence_alone(
+    family: Family, fixed_posterior: bool
+) -> None:
+    alpha, beta = random(BATCH, CHANNELS).requires_grad_(), random(BATCH, CHANNELS, seed=1)
+    settings, feedback = bll.Variational(family, fixed_posterior=fixed_posterior), Fixed(beta.clone().requires_grad_())
+    message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=feedback)
+    loss = settings.build(site(CHANNELS))(message, torch.zeros(BATCH, dtype=torch.long))
+    constant = variational(settings, alpha, beta)
+    assert_close(loss, constant)  # a beta without gradient gives the block the same loss and the same gradient
+    to_alpha, to_beta = torch.autograd.grad(loss, [alpha, *feedback.parameters()])
     assert_close(to_alpha, torch.autograd.grad(constant, alpha)[0])
-    assert_close(to_beta, (beta - alpha).detach() / 4 / BATCH)
+
+    def divergence(beta: Tensor) -> Tensor:
+        eta_alpha = family.natural(alpha.detach())
+        return family.kl_divergence(family.product(eta_alpha, family.natural(beta)), eta_alpha).sum(-1).mean()
+
+    step = 1e-5 * random(BATCH, CHANNELS, seed=2)
+    assert_close((to_beta * step).sum(), (divergence(beta + step) - divergence(beta - step)) / 2, rtol=1e-5, atol=0)
 
 
 def test_tokens_are_averaged_like_samples() -> None:
