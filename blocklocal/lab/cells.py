@@ -50,6 +50,7 @@ def paper(data: str, *, rule: str) -> Settings:
         crop=4,
         dtype="bf16",
         channels_last=True,
+        threads=0,
     )
 
 
@@ -69,6 +70,7 @@ def small(data: str, *, rule: str) -> Settings:
         flip=True,
         crop=2,
         channels_last=True,
+        threads=0,
     )
 
 
@@ -90,6 +92,7 @@ def tiny(data: str, *, rule: str) -> Settings:
         flip=True,
         crop=2,
         channels_last=True,
+        threads=0,
     )
 
 

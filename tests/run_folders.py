@@ -1,0 +1,46 @@
+"""Folders of runs, written by hand as `bll train` writes them."""
+
+import json
+from pathlib import Path
+
+
+def write_run(
+    path: Path,
+    *,
+    rule: str = "bll",
+    seed: int = 0,
+    accuracies: list[float],
+    blocks: int = 4,
+    epochs: int | None = None,
+    **settings: object,
+) -> Path:
+    """A run that has come through len(accuracies) epochs of `epochs`, by default all of them.
+
+    The last exit has the accuracies that are given, each exit before it 0.1 less than the next.
+    """
+    (path / "checkpoint").mkdir(parents=True)
+    epochs = len(accuracies) if epochs is None else epochs
+    stored = {"data": "data/cifar10", "model": "resnet20", "rule": rule, "at": [], "seed": seed, "epochs": epochs}
+    facts = {
+        "versions": {"blocklocal": "0.1.0", "torch": "2.13.0"},
+        "device": {"type": "cpu", "name": "some processor"},
+        "git": "0123abc",
+    }
+    (path / "config.json").write_text(json.dumps({"settings": stored | settings, **facts}))
+    records = [_record(epoch, accuracy, blocks=blocks) for epoch, accuracy in enumerate(accuracies, start=1)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if len(accuracies) == epochs:
+        (path / "model.safetensors").write_bytes(b"")
+    return path
+
+
+def _record(epoch: int, accuracy: float, *, blocks: int) -> dict[str, object]:
+    return {
+        "epoch": epoch,
+        "train_loss": [2.0 + k + 1 / epoch for k in range(blocks)],
+        "test_accuracy": [accuracy - 0.1 * (blocks - 1 - k) for k in range(blocks)],
+        "test_accuracy_all": accuracy + 0.01,
+        "seconds": 10.0 + epoch,
+        "peak_memory_mib": 300.0 + epoch,
+        "borders": [{"agreement": 0.1 * k + 0.05 * epoch, "variance_ratio": 0.5 + k} for k in range(blocks - 1)],
+    }

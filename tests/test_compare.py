@@ -1,0 +1,253 @@
+"""Series of runs and what they say together: `bll compare` and `bll table1`."""
+
+import fcntl
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+from run_folders import write_run
+from scipy.stats import ttest_ind
+
+from blocklocal.lab import cli
+from blocklocal.lab.cells import DATASETS, PAPER, RULES, SCALES
+from blocklocal.lab.config import Settings, encode
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.groups import gather
+from blocklocal.lab.history import read
+from blocklocal.lab.models import build
+from blocklocal.lab.models.resnet import Bottleneck
+from blocklocal.lab.recipes import recipe
+from blocklocal.lab.series import arguments, complete
+from blocklocal.lab.summary import summarise
+from blocklocal.lab.table import Options
+from blocklocal.lab.train import settings_from
+
+SMALL = ["--model=mlp", "--train-size=256", "--test-size=100"]
+
+# Stands in for the Python that runs `bll train`: writes the folder of a finished run, or fails for one rule.
+TRAINER = """#!{python}
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+with (out / "calls").open("a") as file:
+    print(*sys.argv[1:], file=file)
+settings = {settings}[str(out)]
+(out / "config.json").write_text(json.dumps({{"settings": settings}}))
+if settings["rule"] == {failing!r}:
+    sys.exit(2)
+record = {{"epoch": 1, "test_accuracy": [0.5], "test_accuracy_all": 0.5, "seconds": 1.0, "peak_memory_mib": 1.0}}
+(out / "metrics.jsonl").write_text(json.dumps(record) + "\\n")
+(out / "model.safetensors").touch()
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """pretend(runs): from now on they are not trained, but their folders are written."""
+
+    def install(runs, *, failing=None):
+        script = tmp_path / "trainer"
+        settings = {str(run.folder): encode(run) for run in runs}
+        script.write_text(TRAINER.format(python=sys.executable, settings=settings, failing=failing))
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    return install
+
+
+def series(folder, *, rules=("bp", "bll")):
+    return [replace(recipe("digits"), rule=rule, epochs=1, out=str(folder / f"{rule}-seed0")) for rule in rules]
+
+
+def calls(folder):
+    return (folder / "calls").read_text().splitlines()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("data", DATASETS)
+def test_train_reads_the_arguments_as_the_settings_they_were(scale, data):
+    settings = replace(SCALES[scale](data, rule="fa"), seed=3, out="somewhere")
+    assert settings_from(arguments(settings)) == settings
+
+
+def test_what_a_recipe_switches_on_is_switched_off():
+    settings = Settings(data="cifar10", flip=False, label_smoothing=0.1, dtype="bf16", threads=1, channels_last=True)
+    assert settings_from(arguments(settings)) == settings
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_cells_of_a_scale_differ_in_rule_and_data_alone(scale):
+    cells = [SCALES[scale](data, rule=rule) for data in DATASETS for rule in RULES]
+    assert len({replace(cell, data="", rule="bp") for cell in cells}) == 1
+    assert {(cell.data, cell.rule) for cell in cells} >= set(PAPER)
+    for cell in cells:
+        cell.check()
+
+
+def test_blocks_of_the_paper_have_four_bottlenecks_each():
+    cell = SCALES["paper"]("cifar10", rule="bll")
+    model = build(cell.model, channels=3, size=(32, 32), classes=10)
+    names = [name for name, module in model.named_modules() if isinstance(module, Bottleneck)]
+    assert [names.index(name) + 1 for name in cell.at] == [4, 8, 12]
+    assert len(names) == 16
+
+
+@pytest.mark.parametrize("scale", ["small", "tiny"])
+def test_small_scales_are_cut_into_four_blocks(scale):
+    cell = SCALES[scale]("cifar10", rule="bll")
+    names = [name for name, _ in build(cell.model, channels=3, size=(32, 32), classes=10).named_modules()]
+    positions = [names.index(name) for name in cell.at]
+    assert positions == sorted(positions)
+    assert len(positions) == 3
+
+
+def test_table_begins_with_all_cells_of_the_first_seed():
+    runs = Options(scale="tiny", seeds=2, epochs=7, data="images").series
+    assert [run.seed for run in runs] == [0] * 15 + [1] * 15
+    assert len({run.out for run in runs}) == 30
+    assert {run.data for run in runs} == {f"images/{name}" for name in DATASETS}
+    assert {run.epochs for run in runs} == {7}
+
+
+def test_numbers_of_a_row(tmp_path):
+    bp, bll = [0.91, 0.93, 0.925], [0.90, 0.94]
+    for seed, accuracy in enumerate(bp):
+        write_run(tmp_path / f"bp{seed}", rule="bp", seed=seed, accuracies=[0.5, accuracy], blocks=1)
+    for seed, accuracy in enumerate(bll):
+        write_run(tmp_path / f"bll{seed}", seed=seed, accuracies=[0.5, accuracy], at=["layer1"])
+    write_run(tmp_path / "slow", rule="pred", accuracies=[0.5, 0.6], lr=0.01)
+    write_run(tmp_path / "half", rule="fa", accuracies=[0.4], epochs=2)
+    whole, local, unlike, half = summarise(
+        gather([read(path) for path in sorted(tmp_path.iterdir(), key=lambda p: ("bp bl sl ha".find(p.name[:2]), p))]),
+        reference=PAPER,
+    )
+    assert local.accuracy_mean == pytest.approx(np.mean(bll))
+    assert local.accuracy_std == pytest.approx(np.std(bll, ddof=1))
+    assert local.accuracy_all_mean == pytest.approx(np.mean(bll) + 0.01)
+    welch = ttest_ind(bll, bp, equal_var=False)
+    assert local.difference_to_bp == pytest.approx(np.mean(bll) - np.mean(bp))
+    assert local.difference_stderr == pytest.approx(local.difference_to_bp / welch.statistic)
+    assert (local.runs, local.seeds, local.blocks, local.epochs) == (2, (0, 1), 4, 2)
+    assert (local.seconds, local.peak_memory_mib) == (23.0, 302.0)
+    assert local.paper == (0.946, 0.0017)
+    assert whole.difference_to_bp is None
+    assert unlike.difference_to_bp is None, "its learning rate is not that of the runs of bp"
+    assert (half.epochs, half.epochs_planned, half.accuracy_std) == (1, 2, None)
+
+
+def test_row_of_a_group_counts_finished_runs_where_there_are_some(tmp_path):
+    write_run(tmp_path / "a", accuracies=[0.3, 0.8])
+    write_run(tmp_path / "b", seed=1, accuracies=[0.2], epochs=2)
+    (row,) = summarise(gather([read(tmp_path / "a"), read(tmp_path / "b")]))
+    assert (row.accuracy_mean, row.runs, row.runs_planned) == (0.8, 1, 2)
+
+
+def test_groups_of_one_rule_are_told_apart(tmp_path):
+    for blocks in (2, 4, 8):
+        write_run(tmp_path / str(blocks), accuracies=[0.5], blocks=blocks, lr=0.1 * blocks)
+    groups = gather([read(path) for path in sorted(tmp_path.iterdir())])
+    assert [group.label for group in groups] == ["bll, lr 0.2", "bll, lr 0.4", "bll, lr 0.8"]
+
+
+def test_finished_runs_are_left_alone(tmp_path, pretend, capsys):
+    runs, console = series(tmp_path), Console(stderr=True)
+    pretend(runs)
+    assert [run.settings.rule for run in complete(runs, folder=tmp_path, console=console)] == ["bp", "bll"]
+    (runs[0].folder / "model.safetensors").unlink()
+    assert len(complete(runs, folder=tmp_path, console=console)) == 2
+    first, again = calls(runs[0].folder)
+    assert again == f"{first} --resume"
+    assert len(calls(runs[1].folder)) == 1
+    assert "bll-seed0, done before" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_failed_run_does_not_stop_the_others(tmp_path, pretend, capsys):
+    pretend(series(tmp_path, rules=("bp", "bll", "pred")), failing="bp")
+    command = ["compare", "digits", "--rules=bp,bll,pred", "--epochs=1", "--seeds=1", f"--out={tmp_path}"]
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert [row["rule"] for row in json.loads(out.splitlines()[-1])["rows"]] == ["bll", "pred"]
+    assert "1 of 3 runs failed" in err
+    assert "bp-seed0" in err
+
+
+def test_run_that_cannot_begin_stops_the_series(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(UserError, match="could not begin"):
+        complete(series(tmp_path), folder=tmp_path, console=Console(stderr=True))
+
+
+def test_series_waits_for_a_process_that_a_killed_one_left(tmp_path, pretend, capsys):
+    runs = series(tmp_path)
+    pretend(runs)
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        left = subprocess.Popen(["sleep", "0.5"], pass_fds=[lock.fileno()])
+    complete(runs, folder=tmp_path, console=Console(stderr=True))
+    assert left.poll() == 0
+    assert "waiting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--rules=bp,backprop"], "unknown rule 'backprop'"),
+        (["--rules=bp,bp"], "--rules 'bp,bp': name each once"),
+        (["--rules="], "--rules ''"),
+        (["--seeds=0"], "--seeds 0 is out of range"),
+        (["--epochs=2"], "holds a run with other settings (--epochs)"),
+        (["--rule=bp"], "--rule"),
+    ],
+)
+def test_unusable_arguments(tmp_path, pretend, capsys, options, complaint):
+    command = ["compare", "digits", "--seeds=1", "--epochs=1", f"--out={tmp_path}"]
+    pretend(series(tmp_path))
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    assert cli.main([*command, *options]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_two_rules_on_the_digits(tmp_path, capsys):
+    command = ["compare", "digits", *SMALL, "--rules=bp,bll", "--seeds=1", "--epochs=1", f"--out={tmp_path}/runs"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    for row, rule, blocks in zip(rows, ["bp", "bll"], [1, 4], strict=True):
+        record = json.loads((tmp_path / "runs" / f"{rule}-seed0" / "metrics.jsonl").read_text())
+        assert (row["dataset"], row["rule"], row["blocks"], row["runs"]) == ("digits", rule, blocks, 1)
+        assert row["accuracy_mean"] == record["test_accuracy"][-1]
+        assert (row["accuracy_std"], row["difference_stderr"]) == (None, None)
+        assert (row["seconds"], row["peak_memory_mib"]) == (record["seconds"], record["peak_memory_mib"])
+        assert f"{100 * row['accuracy_mean']:.2f}" in out
+    assert rows[1]["difference_to_bp"] == rows[1]["accuracy_mean"] - rows[0]["accuracy_mean"]
+
+
+def test_killed_series_goes_on_where_it_was(tmp_path, capsys):
+    epochs = 30
+    command = ["compare", "digits", *SMALL, "--rules=bp", "--seeds=1", f"--epochs={epochs}", f"--out={tmp_path}/runs"]
+    metrics = tmp_path / "runs" / "bp-seed0" / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "blocklocal", *command], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    while not (metrics.exists() and metrics.read_text().count("\n")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = [json.loads(line) for line in metrics.read_text().split("\n")[:-1]]
+    assert len(before) < epochs
+    assert cli.main(command) == 0
+    after = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [record["epoch"] for record in after] == list(range(1, epochs + 1))
+    assert after[: len(before) - 1] == before[:-1], "the last one may have come before its checkpoint"
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert row["accuracy_mean"] == after[-1]["test_accuracy"][-1]
