@@ -1,4 +1,4 @@
-"""The settings of a training run. The defaults are the recipe for the digits; see `recipes` for the others."""
+"""The settings of a training run; `recipes` says what they are for a data set where no option says otherwise."""
 
 from __future__ import annotations
 

@@ -43,12 +43,10 @@ def main(args: Sequence[str]) -> None:
     if checkpoint is None:
         raise UserError(f"{str(run.path)!r} has no checkpoint: not one epoch was finished")
     experiment.load_state_dict(checkpoint["experiment"])
-    exits = experiment.test()
+    epoch, exits = checkpoint["epoch"], experiment.test()
     accuracy = choose(exits, options.exit)
-    Console().print(_table(exits, title=f"{options.run}, epoch {checkpoint['epoch']}", exit=options.exit))
-    print(
-        json.dumps({"run": str(options.run), "epoch": checkpoint["epoch"], "exit": options.exit, "accuracy": accuracy})
-    )
+    Console().print(_table(exits, title=f"{options.run}, epoch {epoch}", exit=options.exit))
+    print(json.dumps({"run": str(options.run), "epoch": epoch, "exit": options.exit, "accuracy": accuracy}))
 
 
 def choose(exits: Exits, exit: str) -> float:

@@ -65,10 +65,10 @@ class PlainDisplay:
 
     def epoch(self, record: dict[str, Any]) -> None:
         accuracies = [100 * accuracy for accuracy in record["test_accuracy"]]
+        combined = f", all exits {100 * record['test_accuracy_all']:.1f} %" if len(accuracies) > 1 else ""
         self._say(
             f"epoch {record['epoch']}/{self.plan.epochs}: loss {_join(record['train_loss'], '.3f')}, "
-            f"test accuracy {_join(accuracies, '.1f')}, all exits {100 * record['test_accuracy_all']:.1f} %, "
-            f"{record['seconds']:.1f} s"
+            f"test accuracy {_join(accuracies, '.1f')} %{combined}, {record['seconds']:.1f} s"
         )
 
     def _say(self, line: str) -> None:
@@ -94,7 +94,9 @@ class LiveDisplay:
             console=console,
         )
         self.task = self.bar.add_task(
-            f"epoch {plan.done}/{plan.epochs}", total=plan.epochs * plan.steps, completed=plan.done * plan.steps
+            f"epoch {min(plan.done + 1, plan.epochs)}/{plan.epochs}",
+            total=plan.epochs * plan.steps,
+            completed=plan.done * plan.steps,
         )
         self.live = Live(console=console, refresh_per_second=5, get_renderable=self._render)
 
