@@ -99,7 +99,7 @@ def _html_section(section: Section) -> str:
 
 
 def _html_figure(plot: Plot) -> str:
-    picture = b64encode(plot.render("svg")).decode()
+    picture = b64encode(plot.svg).decode()
     return (
         f'<figure><img alt="{escape(plot.caption)}" src="data:image/svg+xml;base64,{picture}">'
         f"<figcaption>{escape(plot.caption)}</figcaption></figure>\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from statistics import mean
 from typing import Any
@@ -47,11 +48,18 @@ class Plot:
     caption: str
     figure: Figure
 
+    @cached_property
+    def png(self) -> bytes:
+        return self._render("png", metadata={})
+
+    @cached_property
+    def svg(self) -> bytes:
+        return self._render("svg", metadata={"Date": None})  # the same plot gives the same bytes
+
     @matplotlib.rc_context(STYLE)
-    def render(self, kind: str) -> bytes:
-        """The picture as `png` or `svg`, the same bytes for the same plot."""
+    def _render(self, kind: str, *, metadata: dict[str, None]) -> bytes:
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        self.figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
         return buffer.getvalue()
 
 

@@ -56,8 +56,8 @@ def write(findings: Findings, *, folder: Path, page: Path) -> None:
     pictures = folder / "plots"
     pictures.mkdir(parents=True, exist_ok=True)
     for plot in findings.plots:
-        for kind in ("png", "svg"):
-            (pictures / f"{plot.name}.{kind}").write_bytes(plot.render(kind))
+        (pictures / f"{plot.name}.png").write_bytes(plot.png)
+        (pictures / f"{plot.name}.svg").write_bytes(plot.svg)
     (folder / "report.md").write_text(markdown(findings), encoding="utf-8")
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(html(findings), encoding="utf-8")
