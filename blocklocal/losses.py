@@ -63,8 +63,11 @@ class Variational(Term):
     For the Gaussian of known variance s2 this is |beta - alpha|^2 / (8 s2) and constants. beta is a constant for the
     block; feedback that has parameters of its own gets their gradient from the same divergence with alpha held fixed.
     With `fixed_posterior` rho too is held fixed, as in an E-step: the gradient in natural parameters is then the mean
-    of alpha less that of rho, twice as much for the Gaussian. Take it with Bernoulli, Categorical and Poisson, which a
-    moving rho can lead away from beta: the surer alpha is, the less a message changes it.
+    of alpha less that of rho, twice as much for the Gaussian. A moving rho follows alpha the more, the surer alpha is,
+    so that for Bernoulli, Categorical and Poisson its gradient can lead away from beta.
+
+    Families other than the Gaussian of known variance also have an entropy to lower. It is least where every latent is
+    certain, whatever the class, and without bound for GaussianMeanVariance: give them a small weight, such as 0.01.
     """
 
     family: Family = field(default_factory=Gaussian)
