@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -205,6 +206,8 @@ class BlockLocal(nn.Module):
     def compile(self, *, backend: str | Callable = "inductor", dynamic: bool | None = None) -> None:
         """Compile each block with torch.compile, in place."""
         for block in self.blocks:
+            if type(block).__module__.startswith("torch.nn."):  # torch.compile passes over code of torch.nn itself
+                block.forward = partial(_call, block.forward)
             block.compile(backend=backend, dynamic=dynamic)
 
     def train(self, mode: bool = True) -> BlockLocal:
@@ -294,6 +297,10 @@ def _targets(classes: int | None, outputs: int | None) -> Targets:
 def _drops_in_place(block: nn.Module) -> bool:
     """Whether dropout, which evaluation mode does not show, may write into the block's input."""
     return any(isinstance(module, _DropoutNd) and module.inplace for module in block.modules())
+
+
+def _call(forward: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    return forward(h)
 
 
 def _describe(value: object) -> str:

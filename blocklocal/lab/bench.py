@@ -103,7 +103,7 @@ def table(result: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     rows.add_column("rule", no_wrap=True)
-    for column in ("s/step", "least-most", "img/s", "time", "MiB", "memory", "state", "process"):
+    for column in ("s/step", "least-most", "img/s", "time", "cpu", "MiB", "memory", "state", "process"):
         rows.add_column(column, justify="right", no_wrap=True)
     for label, found in result["rules"].items():
         growth = found["resident_growth_bytes"]
@@ -113,6 +113,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{found['seconds_min']:.2g}-{found['seconds_max']:.2g}",
             f"{found['images_per_second']:,.0f}",
             f"{found['time_ratio']:.2f}",
+            f"{found['processor_time_ratio']:.2f}",
             f"{found['memory_bytes'] / 2**20:,.1f}",
             f"{found['memory_ratio']:.3f}",
             f"{found['state_bytes'] / 2**20:,.1f}",
@@ -123,7 +124,7 @@ def table(result: dict[str, Any]) -> Table:
 
 def _caption(records: dict[str, Any]) -> str:
     lines = [
-        "time, memory: ratios to bp; MiB: the most that a step adds; "
+        "time, cpu, memory: seconds, seconds of the processor, memory, as ratios to bp; MiB: the most that a step adds; "
         "state: MiB of parameters, buffers and optimizer state; process: MiB of resident memory that a step adds"
     ]
     for label, found in records.items():
@@ -131,4 +132,6 @@ def _caption(records: dict[str, Any]) -> str:
         if whole:
             share = found["memory_bytes"] / whole["memory_bytes"]
             lines.append(f"{label}: {share:.3f} of the memory of one backward pass of the sum of its losses")
+        if found["compile_seconds"] is not None:
+            lines.append(f"{label}: {found['compile_seconds']:.0f} s of compilation before")
     return "\n".join(lines)

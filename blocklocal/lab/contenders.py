@@ -51,13 +51,11 @@ class Contender:
     optimizers: Sequence[SGD]
     step: Callable[[], None]
     parts: Sequence[nn.Module]
+    compile: Callable[[], None]
 
     @property
     def blocks(self) -> int:
         return len(self.parts)
-
-    def compile(self) -> None:
-        self.module.compile()
 
     def state(self) -> Iterable[Tensor]:
         """Parameters, buffers and what the optimizers keep."""
@@ -106,7 +104,7 @@ def local(loss: LocalLoss, *, checkpointed: bool = False) -> Build:
             with work.autocast():
                 learner.backward(work.x, work.y, optimizers=optimizers)
 
-        return Contender(rule, learner, optimizers, step, list(learner.blocks))
+        return Contender(rule, learner, optimizers, step, list(learner.blocks), learner.compile)
 
     return build
 
@@ -123,7 +121,7 @@ def summed(rule: str, work: Workload, blocks: int) -> Contender:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contender(rule, learner, [optimizer], step, list(learner.blocks))
+    return Contender(rule, learner, [optimizer], step, list(learner.blocks), learner.compile)
 
 
 def other(rule: str, work: Workload, blocks: int) -> Contender:
@@ -136,7 +134,7 @@ def other(rule: str, work: Workload, blocks: int) -> Contender:
         with work.autocast(), learning.given(work.y):
             learner.backward(work.x, work.y, optimizers=[optimizer])
 
-    return Contender(rule, learner, [optimizer], step, list(learner.blocks))
+    return Contender(rule, learner, [optimizer], step, list(learner.blocks), learner.compile)
 
 
 IN_BLOCKS: dict[str, Build] = {
@@ -153,16 +151,20 @@ RULES = dict.fromkeys(rules.RULES, other) | WHOLE | IN_BLOCKS
 
 def _whole(rule: str, work: Workload, model: nn.Module, *, batches: int = 1) -> Contender:
     optimizer = _sgd(model.parameters())
+    called: list[Callable[[Tensor], Tensor]] = [model]
 
     def step() -> None:
         for x, y in zip(work.x.chunk(batches), work.y.chunk(batches), strict=True):
             with work.autocast():
-                loss = cross_entropy(model(x), y) / batches
+                loss = cross_entropy(called[0](x), y) / batches
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contender(rule, model, [optimizer], step, [model])
+    def compile() -> None:
+        called[0] = torch.compile(model)
+
+    return Contender(rule, model, [optimizer], step, [model], compile)
 
 
 def _learner(work: Workload, model: nn.Module, *, loss: LocalLoss, blocks: int) -> BlockLocal:

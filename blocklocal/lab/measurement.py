@@ -50,9 +50,7 @@ def measure_all(
     for label, contender in contenders.items():
         watch(f"memory of {label}")
         contender.step()  # the optimizers make their state
-        if (
-            device.type != "cuda"
-        ):  # no operation shows what compiled code allocates, and the CPU's allocator counts nothing
+        if device.type != "cuda":  # before compilation, since no operation shows what compiled code allocates
             footprints[label] = measure(contender.step, parts=contender.parts, device=device)
         if compiled:
             watch(f"compilation of {label}")
