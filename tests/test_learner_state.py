@@ -177,9 +177,14 @@ def test_channels_last() -> None:
     assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_compiled_blocks_learn_the_same() -> None:
+@pytest.mark.parametrize("given", [True, False], ids=["given", "cut"])
+def test_compiled_blocks_learn_the_same(given: bool) -> None:
     torch.manual_seed(0)
-    learner = bll.BlockLocal(zoo.perceptron()[0], at=["1", "4"], classes=CLASSES, example=torch.randn(2, 6)).eval()
+    model, _ = zoo.perceptron()
+    assert isinstance(model, nn.Sequential)
+    blocks = [model[:2], model[2:5], model[5:]] if given else model
+    at = None if given else ["1", "4"]
+    learner = bll.BlockLocal(blocks, at=at, classes=CLASSES, example=torch.randn(2, 6)).eval()
     compiled = copy.deepcopy(learner)
     frames = []
 
