@@ -96,14 +96,13 @@ class EvidenceHead(nn.Module):
         super().__init__()
         if not site.targets.labels:
             raise ValueError('head="evidence" compares classes: it needs labels (classes=), not dense targets')
-        self.family = family
-        self.classes: Tensor
-        self.register_buffer("classes", torch.arange(site.targets.size), persistent=False)
+        self.family, self.classes = family, site.targets.size
 
     def forward(self, message: Message) -> Tensor:
         assert message.feedback is not None
+        classes = torch.arange(self.classes, device=message.alpha.device)
         eta_alpha = self.family.natural(message.alpha).unsqueeze(-3)
-        eta_beta = self.family.natural(message.feedback(self.classes).detach())
+        eta_beta = self.family.natural(message.feedback(classes).detach())
         return self.family.evidence(eta_alpha, eta_beta).sum(-1)
 
 

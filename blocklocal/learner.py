@@ -129,8 +129,9 @@ class BlockLocal(nn.Module):
         losses, h = [], x
         for k in range(len(self.blocks)):
             loss, h = self.local(k, h, y)
-            with torch.autocast(loss.device.type, enabled=False):
-                (loss * scale).backward()
+            if loss.requires_grad:  # else everything that it could move is frozen
+                with torch.autocast(loss.device.type, enabled=False):
+                    (loss * scale).backward()
             losses.append(loss.detach())
             del loss
             if optimizers is not None:

@@ -36,6 +36,8 @@ def split(
     """
     if at is not None and blocks is not None:
         raise ValueError("at= and blocks= both say where to cut: pass one of them")
+    if isinstance(at, str):
+        raise ValueError(f"at={at!r}: pass a list of submodules, at=[{at!r}]")
     if not isinstance(model, nn.Module):
         model = nn.Sequential(*model)
         if at is None and blocks is None:

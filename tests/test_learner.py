@@ -185,6 +185,18 @@ def test_accumulation_is_the_gradient_of_the_whole_batch() -> None:
     assert_close(gradients(learner), [1024 * g for g in whole if g is not None], rtol=1e-4, atol=1e-4)
 
 
+def test_a_frozen_block_learns_nothing_and_the_others_as_ever() -> None:
+    torch.manual_seed(0)
+    free = perceptron()
+    frozen = copy.deepcopy(free)
+    for p in frozen.block_parameters(1):
+        p.requires_grad_(False)
+    assert torch.equal(frozen.backward(*vectors()), free.backward(*vectors()))
+    for k in range(4):
+        for ours, theirs in zip(frozen.block_parameters(k), free.block_parameters(k), strict=True):
+            assert ours.grad is None if k == 1 else torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+
+
 def test_training_pulls_alpha_toward_beta() -> None:
     learner = perceptron(2, loss=bll.Variational())
     x, y = vectors()

@@ -92,8 +92,10 @@ def test_conversion_keeps_everything_shared(make) -> None:
 
 
 def test_conversion_through_the_meta_device_keeps_everything_shared() -> None:
-    learner, model, _, _ = transformer()
-    learner.to("meta").to_empty(device="cpu")
+    learner, model, x, _ = transformer(loss=bll.BLL + bll.Predictive("evidence"))
+    before, state = learner.eval().exits(x), copy.deepcopy(learner.state_dict())
+    learner.to("meta").to_empty(device="cpu").load_state_dict(state)
+    assert_close(learner.exits(x), before, rtol=0, atol=0)
     shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     assert {id(t) for block in learner.blocks for t in (*block.parameters(), *block.buffers())} == shared
 

@@ -221,6 +221,8 @@ def test_arguments_are_refused() -> None:
     model, x = zoo.perceptron()
     with pytest.raises(ValueError, match="at= and blocks= both say where to cut"):
         bll.split(model, at=["1"], blocks=2)
+    with pytest.raises(ValueError, match=r"at='1': pass a list of submodules, at=\['1'\]"):
+        bll.split(model, at="1")
     with pytest.raises(ValueError, match="where to cut Nested"):
         bll.split(zoo.Nested())
     with pytest.raises(ValueError, match="blocks=K measures the model: pass example="):
