@@ -6,6 +6,7 @@ One recipe for all rules and data sets: what differs between two cells of a scal
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from blocklocal.lab.config import Settings
 
@@ -32,67 +33,56 @@ PAPER = {
 }
 
 
+# The same at every scale: SGD with Nesterov momentum, mirrored images.
+SHARED = Settings(lr=0.1, momentum=0.9, weight_decay=5e-4, flip=True, channels_last=True, threads=0)
+
+
 def paper(data: str, *, rule: str) -> Settings:
     """ResNet-50 cut after every fourth bottleneck, 200 epochs; for a GPU."""
-    return Settings(
+    return replace(
+        SHARED,
         data=data,
         model="resnet50",
         rule=rule,
         at=("layer2.0", "layer3.0", "layer3.4"),
         epochs=200,
         batch_size=128,
-        lr=0.1,
-        momentum=0.9,
-        weight_decay=5e-4,
         schedule="cosine",
         warmup=5.0,
-        flip=True,
         crop=4,
         dtype="bf16",
-        channels_last=True,
-        threads=0,
     )
 
 
 def small(data: str, *, rule: str) -> Settings:
     """ResNet-20 cut after every second of its nine residual units, all images, five epochs."""
-    return Settings(
+    return replace(
+        SHARED,
         data=data,
         model="resnet20",
         rule=rule,
         at=("layer1.1", "layer2.0", "layer2.2"),
         epochs=5,
         batch_size=128,
-        lr=0.1,
-        momentum=0.9,
-        weight_decay=5e-4,
         schedule="onecycle",
-        flip=True,
         crop=2,
-        channels_last=True,
-        threads=0,
     )
 
 
 def tiny(data: str, *, rule: str) -> Settings:
-    """ResNet-8 cut after its stem and every residual unit, a few thousand images, four epochs; for two CPU cores."""
-    return Settings(
+    """ResNet-8 cut after its stem and every residual unit, 3,000 images, four epochs; for two CPU cores."""
+    return replace(
+        SHARED,
         data=data,
         model="resnet8",
         rule=rule,
         at=("relu", "layer1", "layer2"),
-        train_size=4000,
+        train_size=3000,
         test_size=2000,
         epochs=4,
         batch_size=64,
-        lr=0.1,
-        momentum=0.9,
-        weight_decay=5e-4,
         schedule="onecycle",
-        flip=True,
         crop=2,
-        channels_last=True,
-        threads=0,
     )
 
 

@@ -60,7 +60,7 @@ def print_table(rows: Sequence[Row], *, title: str) -> None:
     columns = tabulate(rows)
     table = Table(title=title, title_justify="left")
     for name in columns:
-        table.add_column(name, justify="left" if name in TEXT else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in TEXT else "right")
     for k, row in enumerate(rows):
         ends = k + 1 < len(rows) and rows[k + 1].dataset != row.dataset
         table.add_row(*(cells[k] for cells in columns.values()), end_section=ends)
