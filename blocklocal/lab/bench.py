@@ -79,6 +79,8 @@ def record(measurement: Measurement, *, bp: Measurement, images: int) -> dict[st
         "time_ratio": ratio(measurement.seconds, bp.seconds),
         "processor_seconds_per_step": statistics.median(measurement.processor_seconds),
         "processor_time_ratio": ratio(measurement.processor_seconds, bp.processor_seconds),
+        "flops": measurement.flops,
+        "flops_ratio": measurement.flops / bp.flops,
         "compile_seconds": measurement.compile_seconds,
         "memory_bytes": footprint.bytes,
         "memory_ratio": footprint.bytes / reference.bytes,
@@ -103,17 +105,18 @@ def table(result: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     rows.add_column("rule", no_wrap=True)
-    for column in ("s/step", "least-most", "img/s", "time", "cpu", "MiB", "memory", "state", "process"):
+    for column in ("s/step", "least", "img/s", "time", "cpu", "flops", "MiB", "memory", "state", "RSS"):
         rows.add_column(column, justify="right", no_wrap=True)
     for label, found in result["rules"].items():
         growth = found["resident_growth_bytes"]
         rows.add_row(
             label,
             f"{found['seconds_per_step']:.3g}",
-            f"{found['seconds_min']:.2g}-{found['seconds_max']:.2g}",
+            f"{found['seconds_min']:.2g}",
             f"{found['images_per_second']:,.0f}",
             f"{found['time_ratio']:.2f}",
             f"{found['processor_time_ratio']:.2f}",
+            f"{found['flops_ratio']:.2f}",
             f"{found['memory_bytes'] / 2**20:,.1f}",
             f"{found['memory_ratio']:.3f}",
             f"{found['state_bytes'] / 2**20:,.1f}",
@@ -124,8 +127,9 @@ def table(result: dict[str, Any]) -> Table:
 
 def _caption(records: dict[str, Any]) -> str:
     lines = [
-        "time, cpu, memory: seconds, seconds of the processor, memory, as ratios to bp; MiB: the most that a step adds; "
-        "state: MiB of parameters, buffers and optimizer state; process: MiB of resident memory that a step adds"
+        "time, cpu, flops, memory: ratios to bp of seconds, seconds of the processor, operations in matrix products and "
+        "convolutions, and memory. MiB: the most that a step adds; state: MiB of parameters, buffers and optimizer "
+        "state; RSS: MiB of the process's resident memory that a step adds"
     ]
     for label, found in records.items():
         whole = records.get(label.replace("bll", "bll-sum", 1)) if found["rule"] == "bll" else None

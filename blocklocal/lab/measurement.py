@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from blocklocal.lab.contenders import Contender
 from blocklocal.lab.footprint import Footprint, measure
@@ -21,13 +22,15 @@ Watch = Callable[[str], None]
 class Measurement:
     """One contender: the seconds of its steps, round by round, by the clock and of the processor; its memory.
 
-    state_bytes: parameters, buffers and optimizer state. compile_seconds: its first compiled step less a later one.
+    flops: operations of the matrix products and convolutions in a step. state_bytes: parameters, buffers and optimizer
+    state. compile_seconds: its first compiled step less a later one.
     """
 
     contender: Contender
     seconds: tuple[float, ...]
     processor_seconds: tuple[float, ...]
     footprint: Footprint
+    flops: int
     state_bytes: int
     compile_seconds: float | None
 
@@ -46,10 +49,12 @@ def measure_all(
     watch: Watch = lambda _: None,
 ) -> dict[str, Measurement]:
     """Memory of each contender, then `rounds` rounds of one step each, after `warmup` rounds that do not count."""
-    footprints, first_seconds = {}, {}
+    footprints, flops, first_seconds = {}, {}, {}
     for label, contender in contenders.items():
         watch(f"memory of {label}")
-        contender.step()  # the optimizers make their state
+        with FlopCounterMode(display=False) as counter:
+            contender.step()  # and the optimizers make their state
+        flops[label] = counter.get_total_flops()
         if device.type != "cuda":  # before compilation, since no operation shows what compiled code allocates
             footprints[label] = measure(contender.step, parts=contender.parts, device=device)
         if compiled:
@@ -70,8 +75,15 @@ def measure_all(
     for label, contender in contenders.items():
         seconds, processor = zip(*times[label], strict=True)
         compile_seconds = first_seconds[label] - statistics.median(seconds) if compiled else None
-        state = sum(tensor.nbytes for tensor in contender.state())
-        measurements[label] = Measurement(contender, seconds, processor, footprints[label], state, compile_seconds)
+        measurements[label] = Measurement(
+            contender,
+            seconds,
+            processor,
+            footprints[label],
+            flops[label],
+            state_bytes=sum(tensor.nbytes for tensor in contender.state()),
+            compile_seconds=compile_seconds,
+        )
     return measurements
 
 
