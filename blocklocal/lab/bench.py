@@ -127,7 +127,7 @@ def table(result: dict[str, Any]) -> Table:
 
 def _caption(records: dict[str, Any]) -> str:
     lines = [
-        "time, cpu, flops, memory: ratios to bp of seconds, seconds of the processor, operations in matrix products and "
+        "time, cpu, flops, memory: ratios to bp of seconds, of processor seconds, of operations in matrix products and "
         "convolutions, and memory. MiB: the most that a step adds; state: MiB of parameters, buffers and optimizer "
         "state; RSS: MiB of the process's resident memory that a step adds"
     ]
