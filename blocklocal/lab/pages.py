@@ -25,9 +25,9 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 th { border-bottom-color: #888; white-space: nowrap; } .number { text-align: right; white-space: nowrap; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } img { width: 100%; height: auto; } figcaption, .note { color: #555; font-size: .85rem; }
-.unfinished { border-left: .3rem solid #d55e00; padding: .1rem .8rem; background: #fdf3ec; }
+.unfinished { border-left: .3rem solid #d55e00; padding: .1rem .8rem; margin-bottom: 1rem; background: #fdf3ec; }
 summary { cursor: pointer; } .names td { overflow-wrap: anywhere; }
 """
 
