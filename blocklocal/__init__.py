@@ -1,5 +1,7 @@
 """Block-local learning: train any network in blocks that learn on their own, each from a local loss."""
 
+from typing import TYPE_CHECKING, Any
+
 from blocklocal import alignment
 from blocklocal.families import Bernoulli, Categorical, Gaussian, GaussianMeanVariance, Poisson
 from blocklocal.feedback import ClosedFormFeedback, GradientFeedback
@@ -8,6 +10,9 @@ from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Predictive, Similarity, 
 from blocklocal.messages import spatial_max, spatial_mean, spatial_std
 from blocklocal.recompute import recompute
 from blocklocal.split import split
+
+if TYPE_CHECKING:
+    from blocklocal.pipeline import Pipeline
 
 __all__ = [
     "BLL",
@@ -21,6 +26,7 @@ __all__ = [
     "Gaussian",
     "GaussianMeanVariance",
     "GradientFeedback",
+    "Pipeline",
     "Poisson",
     "Predictive",
     "Similarity",
@@ -32,3 +38,11 @@ __all__ = [
     "spatial_std",
     "split",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Pipeline":  # torch.distributed.pipelining takes seconds to import
+        from blocklocal.pipeline import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,54 @@
+"""The pipeline benchmark: every contender trains, and its numbers are those of the work that it is given."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from blocklocal.lab import pipeline_bench
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.pipeline_bench import Options, bench, table
+from blocklocal.lab.pipeline_models import CHAINS, Sleep
+
+NAMES = ["backpropagation, alone", "block-local, alone", "block-local", "GPipe, M=2", "1F1B, M=2"]
+
+
+def test_all_contenders_are_measured_and_the_pipelines_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    result = bench(Options(model="devices", rounds=1, minibatches=2, microbatches=(2,)))
+    assert list(result["seconds"]) == NAMES
+    assert list(result["simulated"]) == NAMES[2:]
+    # two devices that sleep 60 ms a minibatch: no clock can make one alone faster than 120 ms, two than 60 ms
+    assert all(min(result["seconds"][name]) >= 0.12 for name in NAMES[:2])
+    assert all(min(result["seconds"][name]) >= 0.06 for name in NAMES[2:])
+    assert result["simulated"]["block-local"] >= 0.06
+    assert result["simulated"]["GPipe, M=2"] >= 0.06 * 3 / 2
+    assert all(0 <= share < 1 for share in result["waiting"])
+    with (console := Console(width=120)).capture() as capture:
+        console.print(table(result))
+    assert all(name in capture.get() for name in NAMES)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "devices"])
+def test_chains_are_chains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    chain = CHAINS[name](4)
+    h = chain.x
+    for block in chain.blocks:
+        h = block(h)
+    assert len(chain.blocks) == 4
+    assert h.shape == (len(chain.y), 10)
+
+
+def test_a_device_sleeps_for_the_rows_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    h = torch.randn(8, 3, requires_grad=True)
+    Sleep.apply(h, 0.25, 0.5).sum().backward()
+    assert slept == [2.0, 4.0]
+    assert h.grad is not None
+    assert torch.equal(h.grad, torch.ones(8, 3))
+
+
+def test_more_processes_than_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match="2 to 4"):
+        pipeline_bench.main(["--model", "cnn", "--processes", "5"])
