@@ -1,0 +1,60 @@
+"""Mistakes are told where they are made, before anything moves."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import blocklocal as bll
+
+CLASSES = 4
+
+
+def chain() -> list[nn.Module]:
+    return [nn.Linear(6, 8), nn.Linear(8, CLASSES)]
+
+
+X = torch.randn(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (chain(), {"classes": 4}, "pass example=, a batch of inputs"),
+        (chain(), {"example": X}, r"pass either classes= \(integer labels\) or outputs="),
+        (chain(), {"classes": 4, "outputs": 4, "example": X}, "pass either classes="),
+        (chain(), {"classes": 0, "example": X}, "classes=0: a positive integer is needed"),
+        (chain(), {"outputs": 2.5, "criterion": F.mse_loss, "example": X}, "outputs=2.5: a positive integer"),
+        (chain(), {"outputs": 4, "example": X}, "dense targets have no loss of their own: pass criterion="),
+        (chain(), {"classes": 7, "example": X}, r"gives a tensor of shape \(4, 4\): its last dimension must be 7"),
+        (chain(), {"classes": 4, "example": X, "at": ["0"], "blocks": 2}, "at= and blocks= both say"),
+        (chain(), {"classes": 4, "example": X, "loss": bll.Predictive("conv")}, "conv.* needs feature maps"),
+        (
+            chain(),
+            {"classes": 4, "example": X, "loss": bll.Variational(bll.Categorical(3))},
+            "divisible by 3, .* has 8",
+        ),
+        ([nn.LSTM(6, 8), nn.Linear(8, 4)], {"classes": 4, "example": X}, "block 0 gives a tuple: a block gives one"),
+        ([nn.Linear(6, 4), nn.Flatten(0)], {"classes": 4, "example": X}, r"block 1 gives a tensor of shape \(16,\)"),
+        (
+            [nn.Flatten(1), nn.Unflatten(1, (2, 3)), nn.Linear(3, 4)],
+            {"classes": 4, "example": X},
+            r"a block gives a tensor of shape \(4, 6\), and the model predicts per token.*one vector per token",
+        ),
+    ],
+)
+def test_mistakes_are_told(model, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bll.BlockLocal(model, **options)
+
+
+def test_labels_out_of_range_are_told_before_anything_moves() -> None:
+    for blocks in (1, None):
+        learner = bll.BlockLocal(nn.Sequential(*chain()), blocks=blocks, classes=CLASSES, example=X)
+        before = copy.deepcopy(learner.state_dict())
+        for step in (learner, learner.backward, learner.diagnose):
+            with pytest.raises(ValueError, match="labels run from 0 to 4: allowed is 0 to 3"):
+                step(X, torch.tensor([0, 1, 4, 2]))
+        assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
