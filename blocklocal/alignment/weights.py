@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -59,7 +60,9 @@ class SignSymmetry(FeedbackAlignment):
         self.next_seed = feedback_seed(seed) + 1
         super().__init__(model, seed=seed, gain=gain)
         if magnitude == "batchwise":
-            self.replace(model, partial(self._run, model.forward))
+            # A random generator cannot be traced. As a decorator this would load torch's compiler with the library.
+            redraw: Callable[[], object] = torch.compiler.disable(self._redraw)
+            self.replace(model, partial(self._run, model.forward, redraw))
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         drawn = super().draw(generator)
@@ -77,12 +80,11 @@ class SignSymmetry(FeedbackAlignment):
         super().load_state_dict(state)
         self.next_seed = state["next_seed"]
 
-    def _run(self, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
+    def _run(self, forward: Forward, redraw: Callable[[], object], *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled() and not self.measuring:
-            self._redraw()
+            redraw()
         return forward(*args, **kwargs)
 
-    @torch.compiler.disable(reason="a random generator cannot be traced")
     def _redraw(self) -> None:
         device = next(iter(self.feedback.values())).device
         self.feedback = self.draw(torch.Generator(device).manual_seed(self.next_seed))
