@@ -32,6 +32,7 @@ class Timeline:
 class MemoryTracker(TorchDispatchMode):
     """While it is active, writes the timeline of the bytes alive.
 
+    >>> import torch
     >>> with MemoryTracker() as tracker:
     ...     x = torch.zeros(256) + 1
     >>> tracker.timeline.peak, tracker.alive
