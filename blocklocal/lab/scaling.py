@@ -48,12 +48,14 @@ def scale(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
         for rule in RULES:
             found = [measured[f"{rule} at {axis} {size}"] for size in sizes]
             seconds = [min(measurement.seconds) for measurement in found]
+            processor = [min(measurement.processor_seconds) for measurement in found]
             memory = [measurement.footprint.bytes for measurement in found]
             axes.setdefault(axis, {})[rule] = {
                 "sizes": sizes,
                 "seconds_min": seconds,
                 "memory_bytes": memory,
                 "time_exponent": exponent(sizes, seconds),
+                "processor_time_exponent": exponent(sizes, processor),
                 "memory_exponent": exponent(sizes, memory),
             }
     return {"options": asdict(options), **describe(device), "axes": axes}
@@ -65,19 +67,22 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """One row per axis and rule: what was measured, and the exponents."""
-    rows = Table(title="cost = c size^p: least seconds and peak memory of one step", title_justify="left")
-    rows.add_column("rule")
-    for column in ("size", "seconds", "p of time", "MiB", "p of memory"):
+    """One row per axis and rule: what the smallest and the largest cost, and the exponents over all."""
+    rows = Table(title="cost = c size^p: least seconds and most memory of one step", box=None, title_justify="left")
+    for column in ("rule", "size"):
+        rows.add_column(column)
+    for column in ("seconds", "p of time", "of cpu", "MiB", "of memory"):
         rows.add_column(column, justify="right")
     for axis, by_rule in result["axes"].items():
         for rule, found in by_rule.items():
+            sizes, seconds, memory = found["sizes"], found["seconds_min"], found["memory_bytes"]
             rows.add_row(
                 rule,
-                f"{axis} {', '.join(map(str, found['sizes']))}",
-                ", ".join(f"{seconds:.3g}" for seconds in found["seconds_min"]),
+                f"{axis} {sizes[0]} to {sizes[-1]}",
+                f"{seconds[0]:.3g} to {seconds[-1]:.3g}",
                 f"{found['time_exponent']:.2f}",
-                ", ".join(f"{size / 2**20:,.1f}" for size in found["memory_bytes"]),
+                f"{found['processor_time_exponent']:.2f}",
+                f"{memory[0] / 2**20:,.1f} to {memory[-1] / 2**20:,.1f}",
                 f"{found['memory_exponent']:.2f}",
             )
     return rows
