@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 import blocklocal as bll
-from blocklocal.pipeline import Pipeline, Placement, replicate, shard
+from blocklocal.pipeline import Pipeline, Placement, balanced, replicate, shard
 
 CLASSES, BLOCKS, STEPS = 4, 4, 60
 LAST = 5  # samples in the last minibatch, which is smaller
@@ -237,6 +237,20 @@ def test_predictions_of_all_exits(tmp_path: Path) -> None:
     assert torch.equal(torch.stack([found[f"exit{k}"] for k in range(BLOCKS)]), torch.cat(exits, 1))
 
 
+def placed(rank: int) -> dict[str, Tensor]:
+    mine = learner()
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+    found = balanced(mine, *next(minibatches(1)), ranks=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in mine.state_dict().items())
+    assert Pipeline(mine, optimizer=optimizer, placement=found).blocks == found.blocks(rank)
+    return {"ranks": torch.tensor(found.ranks)}
+
+
+def test_all_ranks_learn_of_the_balanced_placement(tmp_path: Path) -> None:
+    first, second = processes.run(placed, processes=2, folder=tmp_path)
+    assert torch.equal(first["ranks"], second["ranks"])
+
+
 def misused(rank: int) -> dict[str, Tensor]:
     with pytest.raises(ValueError, match="placement \\[0, 0, 1\\] is not one of 4 blocks on 1 ranks"):
         Pipeline(learner(), optimizer=optimizer, placement=[0, 0, 1])
@@ -244,6 +258,10 @@ def misused(rank: int) -> dict[str, Tensor]:
         Pipeline(learner(), optimizer=optimizer, window=0)
     with pytest.raises(ValueError, match="rank of block 0 reads the inputs"):
         list(Pipeline(learner(), optimizer=optimizer).train((None, y) for _, y in minibatches(1)))
+    with pytest.raises(ValueError, match="labels run from 4 to 4: allowed is 0 to 3"):
+        list(Pipeline(learner(), optimizer=optimizer).train((x, torch.full_like(y, 4)) for x, y in minibatches(1)))
+    with pytest.raises(ValueError, match=r"block 0 gives \(6, 4, 4\) per sample, and gave \(6, 6, 6\)"):
+        list(Pipeline(learner(), optimizer=optimizer).train((x[..., 1:-1, 1:-1], y) for x, y in minibatches(1)))
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("rows",))
     with pytest.raises(ValueError, match="mesh with dimensions"):
         Pipeline(learner(), optimizer=optimizer, mesh=mesh)

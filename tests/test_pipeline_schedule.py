@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining.schedules import _Action, _simulate_comms_compute
 
 from blocklocal import pipeline
-from blocklocal.pipeline import Placement, schedule
+from blocklocal.pipeline import Placement, schedule, spread
 
 placements = st.lists(st.integers(1, 3), min_size=1, max_size=5).map(
     lambda counts: Placement(tuple(rank for rank, count in enumerate(counts) for _ in range(count)))
@@ -75,6 +76,23 @@ def test_even_placements(blocks: int, ranks: int) -> None:
     counts = [len(Placement.even(blocks, ranks=ranks).blocks(rank)) for rank in range(ranks)]
     assert sum(counts) == blocks
     assert max(counts) - min(counts) <= 1
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=7), st.integers(1, 4))
+def test_a_spread_is_as_even_as_any(seconds: list[float], ranks: int) -> None:
+    if ranks > len(seconds):
+        with pytest.raises(ValueError, match="every rank needs a block"):
+            spread(seconds, ranks=ranks)
+        return
+
+    def busiest(placement: Placement) -> float:
+        return max(sum(seconds[k] for k in placement.blocks(rank)) for rank in range(ranks))
+
+    every = (
+        Placement(tuple(sum(k >= start for start in starts) for k in range(len(seconds))))
+        for starts in combinations(range(1, len(seconds)), ranks - 1)
+    )
+    assert busiest(spread(seconds, ranks=ranks)) == pytest.approx(min(map(busiest, every)))
 
 
 FOLDER = Path(pipeline.__file__).parent

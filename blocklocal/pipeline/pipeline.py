@@ -32,11 +32,11 @@ class Pipeline:
     which then are initialised from `seed`.
 
     optimizer: makes one from a block's parameters. placement: the rank of each block, by default nearly as many blocks
-    on each. mesh: with a dimension "block" and, for replicas, "data"; by default all processes are one pipeline.
-    data_parallel: what makes replicas of a block, `replicate` (DDP) or `shard` (FSDP2). message: dtype of what travels
-    between blocks, by default that of the parameters. window: so many minibatches are handed in and out at once; a rank
-    is never further ahead of the next one. ahead: so many minibatches early a receive is posted. seed: of random draws
-    inside the blocks. trace: record what this rank does when.
+    on each; `balanced` measures a better one. mesh: with a dimension "block" and, for replicas, "data"; by default all
+    processes are one pipeline. data_parallel: what makes replicas of a block, `replicate` (DDP) or `shard` (FSDP2).
+    message: dtype of what travels between blocks, by default that of the parameters. window: so many minibatches are
+    handed in and out at once; a rank is never further ahead of the next one. ahead: so many minibatches early a receive
+    is posted. seed: of random draws inside the blocks. trace: record what this rank does when.
 
     >>> pipeline = Pipeline(learner, optimizer=lambda parameters: SGD(parameters, lr=0.1))
     >>> for losses in pipeline.train(batches):
@@ -48,7 +48,7 @@ class Pipeline:
         learner: BlockLocal,
         *,
         optimizer: Callable[[list[nn.Parameter]], Optimizer],
-        placement: Sequence[int] | None = None,
+        placement: Placement | Sequence[int] | None = None,
         mesh: DeviceMesh | None = None,
         data_parallel: DataParallel = replicate,
         device: torch.device | str = "cpu",
@@ -79,7 +79,7 @@ class Pipeline:
                 k,
                 optimizer=_optimizer(optimizer, step),
                 travel=travel,
-                last=k == len(learner.blocks) - 1,
+                outlet=None if k == len(learner.borders) else _shape(learner, k),
                 seed=seed + replica,
                 trace=self.trace,
             )
@@ -87,7 +87,9 @@ class Pipeline:
         ]
         self._runtime = Runtime(
             self.stages,
-            inlets={k: _inlet(learner, k, travel) for k in self.blocks if self.placement.receives(k)},
+            inlets={
+                k: Inlet(_shape(learner, k - 1), travel.message) for k in self.blocks if self.placement.receives(k)
+            },
             blocks=len(learner.blocks),
             device=self.device,
             group=group,
@@ -130,6 +132,8 @@ class Pipeline:
         remaining = iter(batches)
         while window := list(islice(remaining, self.window)):
             self._results = []
+            for _, y in window if self.learner.training else ():
+                self.learner.targets.check(y)
             self._runtime.run(
                 self._schedule(len(window)),
                 rows=[len(y) for _, y in window],
@@ -172,12 +176,12 @@ def _dimensions(mesh: DeviceMesh | None) -> tuple[dist.ProcessGroup | None, Devi
     return mesh.get_group("block"), replicas
 
 
-def _place(placement: Sequence[int] | None, *, blocks: int, ranks: int) -> Placement:
+def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: int) -> Placement:
     if placement is None:
         return Placement.even(blocks, ranks=ranks)
-    placed = Placement(tuple(placement))
+    placed = placement if isinstance(placement, Placement) else Placement(tuple(placement))
     if len(placed.ranks) != blocks or placed.size != ranks:
-        raise ValueError(f"placement {list(placement)} is not one of {blocks} blocks on {ranks} ranks")
+        raise ValueError(f"placement {list(placed.ranks)} is not one of {blocks} blocks on {ranks} ranks")
     return placed
 
 
@@ -196,7 +200,8 @@ def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: Local
     return optimizer(parameters) if parameters else None
 
 
-def _inlet(learner: BlockLocal, k: int, travel: Travel) -> Inlet:
-    border = learner.borders[k - 1]
+def _shape(learner: BlockLocal, k: int) -> tuple[int, ...]:
+    """Of one sample at border k."""
+    border = learner.borders[k]
     assert isinstance(border, Border)
-    return Inlet(border.site.shape, travel.message)
+    return border.site.shape

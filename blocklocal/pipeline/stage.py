@@ -53,6 +53,8 @@ class Travel:
 class Stage(nn.Module):
     """Block k on its device, between its two borders. step: a LocalStep, or what replicates or shards one.
 
+    outlet: the shape of one sample of its output; None of the last block, whose output is the prediction.
+
     In training mode `finish` learns from the minibatch whose forward pass was the last; in evaluation mode it only lets
     go of it. Random draws, such as those of dropout, follow from `seed`, the minibatch and the block: they are the same
     wherever the block is placed, and whenever the minibatch is repeated.
@@ -65,12 +67,12 @@ class Stage(nn.Module):
         *,
         optimizer: Optimizer | None,
         travel: Travel,
-        last: bool,
+        outlet: tuple[int, ...] | None,
         seed: int,
         trace: Trace | None,
     ) -> None:
         super().__init__()
-        self.step, self.k, self.last = step, k, last
+        self.step, self.k, self.outlet = step, k, outlet
         self.optimizer, self.travel, self.seed, self.trace = optimizer, travel, seed, trace
         self.minibatch = 0
         self.result: Tensor | None = None
@@ -83,7 +85,12 @@ class Stage(nn.Module):
             h = self.travel.receive(h)
         with seeded(self.seed, minibatch, self.k, device=h.device):
             self.result, h = self.step(h, y if self.training else None)
-        if not self.last:
+        if self.outlet is not None:
+            if h.shape[1:] != self.outlet:
+                raise ValueError(
+                    f"block {self.k} gives {tuple(h.shape[1:])} per sample, and gave {self.outlet} for the learner's "
+                    "example=: minibatches of a pipeline have the example's shape"
+                )
             h = self.travel.send(h)
         self._lap("forward")
         return h
