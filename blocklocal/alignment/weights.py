@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class SignSymmetry(FeedbackAlignment):
         super().__init__(model, seed=seed, gain=gain)
         if magnitude == "batchwise":
             # A random generator cannot be traced. As a decorator this would load torch's compiler with the library.
-            redraw: Callable[[], object] = torch.compiler.disable(self._redraw)
+            redraw = cast("Callable[[], object]", torch.compiler.disable(self._redraw))
             self.replace(model, partial(self._run, model.forward, redraw))
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
