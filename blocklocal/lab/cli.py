@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("blocklocal.lab.compare", "several rules with several seeds, laid side by side"),
     "table1": ("blocklocal.lab.table", "the paper's Table 1, or a smaller stand-in for it"),
     "report": ("blocklocal.lab.report", "tables, plots and a page of runs"),
+    "bench": ("blocklocal.lab.bench", "time and memory of a training step, rule by rule"),
     "demo": ("blocklocal.lab.demo", "train four local blocks and plain backpropagation side by side"),
 }
 

@@ -68,11 +68,15 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 def table(result: dict[str, Any]) -> Table:
     """One row per axis and rule: what the smallest and the largest cost, and the exponents over all."""
-    rows = Table(title="cost = c size^p: least seconds and most memory of one step", box=None, title_justify="left")
-    for column in ("rule", "size"):
-        rows.add_column(column)
-    for column in ("seconds", "p of time", "of cpu", "MiB", "of memory"):
-        rows.add_column(column, justify="right")
+    rows = Table(
+        title="cost = c size^p: least seconds and most memory of one step",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    for column in ("rule", "size", "seconds", "p", "of cpu", "MiB", "p"):
+        rows.add_column(column, justify="right" if column.startswith(("p", "of")) else "left", no_wrap=True)
     for axis, by_rule in result["axes"].items():
         for rule, found in by_rule.items():
             sizes, seconds, memory = found["sizes"], found["seconds_min"], found["memory_bytes"]
