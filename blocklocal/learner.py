@@ -10,15 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
 from blocklocal.border import Border
 from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets
 from blocklocal.graph import mode
 from blocklocal.losses import BLL, LocalLoss
-from blocklocal.messages import Criterion, Site, Statistic, spatial_mean
+from blocklocal.messages import Criterion, Statistic, spatial_mean
 from blocklocal.split import share, split
+from blocklocal.survey import site_of, survey
 
 
 class CollapseWarning(UserWarning):
@@ -56,7 +56,7 @@ class BlockLocal(nn.Module):
         classes: int | None = None,
         outputs: int | None = None,
         example: Tensor | None = None,
-        balance: Literal["time", "memory"] = "time",
+        balance: Literal["time", "memory"] = "memory",
         loss: LocalLoss = BLL,
         feedback: Feedback = ClosedFormFeedback(),  # noqa: B008 (frozen settings)
         statistic: Statistic = spatial_mean,
@@ -74,16 +74,21 @@ class BlockLocal(nn.Module):
         self._model = (model,)  # in a tuple, since its modules are registered as blocks
 
         def border(h: Tensor, prediction: Tensor) -> Callable[[Tensor], Tensor]:
-            site = self._site(h, prediction)
+            site = site_of(h, prediction=prediction, targets=self.targets, criterion=self.criterion)
             y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
             trial = Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
             return lambda h: trial(h, y)
 
         self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
-        sites, self._writes_input = self._survey(example)
+        given, self._writes_input = survey(self.blocks, example, size=self.targets.size)
         self.borders = nn.ModuleList(
-            Border(site, loss=loss, feedback=feedback, statistic=statistic).to(device, dtype)
-            for site, device, dtype in sites
+            Border(
+                site_of(h, prediction=given[-1], targets=self.targets, criterion=self.criterion),
+                loss=loss,
+                feedback=feedback,
+                statistic=statistic,
+            ).to(h)
+            for h in given[:-1]
         )
 
     @property
@@ -249,42 +254,6 @@ class BlockLocal(nn.Module):
         assert decided is not None
         return decided
 
-    @torch.no_grad()
-    def _survey(self, example: Tensor | None) -> tuple[list[tuple[Site, torch.device, torch.dtype]], list[bool]]:
-        """Where each border stands, and which blocks write into their input, from a forward pass in evaluation mode."""
-        if len(self.blocks) == 1:
-            return [], [False]
-        if example is None:
-            raise ValueError("pass example=, a batch of inputs: the borders take their shapes from it")
-        outputs, writes_input, h = [], [], example
-        with mode(self, training=False):
-            for k, block in enumerate(self.blocks):
-                before = h._version
-                output = block(h if k else h.clone())
-                writes_input.append(k > 0 and (h._version != before or _drops_in_place(block)))
-                if not isinstance(output, Tensor) or output.dim() < 2:
-                    raise ValueError(
-                        f"block {k} gives {_describe(output)}: a block gives one tensor (B, ...) of features"
-                    )
-                outputs.append(output)
-                h = output
-        prediction = outputs.pop()
-        if prediction.shape[-1] != self.targets.size:
-            raise ValueError(
-                f"the model gives {_describe(prediction)}: its last dimension must be {self.targets.size}, "
-                "the number of classes or outputs"
-            )
-        return [(self._site(h, prediction), h.device, h.dtype) for h in outputs], writes_input
-
-    def _site(self, h: Tensor, prediction: Tensor) -> Site:
-        tokens = prediction.dim() > 2
-        if tokens and h.shape[:-1] != prediction.shape[:-1]:
-            raise ValueError(
-                f"a block gives {_describe(h)}, and the model predicts per token, {_describe(prediction)}: "
-                "cut where the features are one vector per token"
-            )
-        return Site(tuple(h.shape[1:]), targets=self.targets, tokens=tokens, criterion=self.criterion)
-
 
 def _targets(classes: int | None, outputs: int | None) -> Targets:
     if (classes is None) == (outputs is None):
@@ -295,14 +264,5 @@ def _targets(classes: int | None, outputs: int | None) -> Targets:
     return Targets(size, labels=classes is not None)
 
 
-def _drops_in_place(block: nn.Module) -> bool:
-    """Whether dropout, which evaluation mode does not show, may write into the block's input."""
-    return any(isinstance(module, _DropoutNd) and module.inplace for module in block.modules())
-
-
 def _call(forward: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
     return forward(h)
-
-
-def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -17,7 +17,7 @@ def split(
     at: Sequence[str] | None = None,
     blocks: int | None = None,
     example: Tensor | None = None,
-    balance: Literal["time", "memory"] = "time",
+    balance: Literal["time", "memory"] = "memory",
     border: BorderLoss | None = None,
 ) -> nn.Sequential:
     """Cut `model` into blocks; their composition is the model, with the model's own parameters, buffers and names.
