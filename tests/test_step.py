@@ -116,6 +116,17 @@ def test_the_gradient_of_the_spatial_mean_takes_no_memory() -> None:
     assert gradient.untyped_storage().nbytes() == 2 * 3 * 4
 
 
+def test_nothing_is_copied_at_a_border() -> None:
+    learner, _, x, y = setting()
+    pointers: list[tuple[int, int]] = []
+    for block in learner.blocks:
+        block.register_forward_hook(
+            lambda _, inputs, output: pointers.append((inputs[0].data_ptr(), output.data_ptr()))
+        )
+    learner.backward(x, y)
+    assert [given for given, _ in pointers] == [x.data_ptr(), *(handed_on for _, handed_on in pointers[:-1])]
+
+
 def test_channels_last_is_kept_through_the_chain() -> None:
     learner, _, h, y = setting(memory_format=torch.channels_last)
     for k in range(2):
