@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from blocklocal import BlockLocal
-from blocklocal.lab import bench, scaling
+from blocklocal.lab import bench, operations, scaling
 from blocklocal.lab.bench_options import Options
 from blocklocal.lab.contenders import RULES, Contender, contender
 from blocklocal.lab.errors import UserError
@@ -150,6 +150,23 @@ def test_command_ends_with_one_json_object(capsys: pytest.CaptureFixture[str]) -
     assert "s/step" in shown
     record = json.loads(last)["rules"]["bll"]
     assert {"time_ratio", "memory_ratio", "seconds_per_step", "images_per_second"} <= set(record)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the profiler's own
+def test_dearest_operations() -> None:
+    """A product of large matrices beside one of small ones, three times."""
+    large, small = torch.ones(256, 256), torch.ones(2, 3)
+
+    def step() -> None:
+        for _ in range(3):
+            torch.mm(large, large)
+            torch.exp(small)
+
+    first, *rest = operations.dearest(step, device=CPU)
+    assert (first["name"], first["calls"]) == ("aten::mm", 3)
+    assert first["share"] > 0.5
+    assert "aten::exp" in {found["name"] for found in rest}
+    assert operations.table("bp", [first, *rest]).row_count == 1 + len(rest)
 
 
 def test_exponents_of_powers() -> None:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from blocklocal.lab import models, scaling
+from blocklocal.lab import models, operations, scaling
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.bench_options import Options
 from blocklocal.lab.contenders import IN_BLOCKS, contender
@@ -27,7 +27,11 @@ def main(args: Sequence[str]) -> None:
     run, show = (scaling.scale, scaling.table) if options.scale else (bench, table)
     with Console(stderr=True).status("measuring") as status:
         result = run(options, watch=lambda what: status.update(f"measuring {what}"))
-    Console().print(show(result))
+    console = Console()
+    console.print(show(result))
+    for label, found in result.get("rules", {}).items():
+        if "operations" in found:
+            console.print(operations.table(label, found["operations"]))
     if options.json:
         print(json.dumps(result))
 
@@ -54,10 +58,15 @@ def bench(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
     measured = measure_all(
         contenders, device=device, rounds=options.steps, warmup=options.warmup, compiled=options.compile, watch=watch
     )
-    if options.plot:
-        shown = {label: m.footprint for label, m in measured.items() if label == "bp" or m.contender.rule == "bll"}
-        plot(shown, Path(options.plot), title=f"{options.model}, {options.batch_size} images")
     records = {label: record(m, bp=measured["bp"], images=options.batch_size) for label, m in measured.items()}
+    shown = [label for label, made in contenders.items() if made.rule in ("bp", "bll")]
+    if options.plot:
+        footprints = {label: measured[label].footprint for label in shown}
+        plot(footprints, Path(options.plot), title=f"{options.model}, {options.batch_size} images")
+    if options.operations:
+        for label in shown:
+            watch(f"operations of {label}")
+            records[label]["operations"] = operations.dearest(contenders[label].step, device=device)
     return {"options": asdict(options), **describe(device), "rules": records}
 
 

@@ -50,6 +50,8 @@ class Options:
     """rounds before them that do not count"""
     scale: Annotated[bool, FlagCreatePairsOff] = False
     """instead: how time and memory of bp and bll grow with the batch and with depth"""
+    operations: Annotated[bool, FlagCreatePairsOff] = False
+    """list the ten operations (GPU: kernels) of bp and bll that take the most time, too"""
     plot: str | None = None
     """file (.png or .svg) for a picture of memory over one step"""
     json: Annotated[bool, FlagCreatePairsOff] = False
