@@ -141,6 +141,10 @@ def test_every_rule_trains(tmp_path, rule):
     first, *_, last = lines(tmp_path)
     assert last["train_loss"][-1] < first["train_loss"][-1]
     assert last["test_accuracy"][-1] > 0.5  # of ten classes
+    aligned = {"fa", "usf", "brsf", "frsf", "dfa", "drtp"}
+    angles = last.get("angles", {})
+    assert bool(angles) == (rule in aligned)
+    assert all(0 <= degrees <= 180 for degrees in angles.values())
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):

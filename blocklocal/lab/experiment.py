@@ -58,6 +58,11 @@ class Experiment:
         with self.autocast():
             return evaluate(self.learner, self.dataset.test, normalisation=self.normalisation)
 
+    def angles(self, x: Tensor, y: Tensor) -> dict[str, float]:
+        """Degrees between the rule's gradient and the true one, by layer; none where the rule follows the true one."""
+        alignment = self.learning.alignment
+        return {} if alignment is None else alignment.angles(x, y, criterion=self.learner.criterion)
+
     def state_dict(self) -> dict[str, Any]:
         alignment = self.learning.alignment
         return {"learner": self.learner.state_dict(), "alignment": alignment.state_dict() if alignment else None}

@@ -122,6 +122,7 @@ def _epoch(epoch: int, trainer: Trainer, shown: Display) -> dict[str, Any]:
     losses = trainer.epoch(epoch, watch=lambda step, losses: shown.step(epoch, step, losses))
     seconds = time.perf_counter() - start
     exits = experiment.test()
+    x, y = next(experiment.training_batches(epoch))
     record = {
         "epoch": epoch,
         "train_loss": losses,
@@ -129,8 +130,10 @@ def _epoch(epoch: int, trainer: Trainer, shown: Display) -> dict[str, Any]:
         "test_accuracy_all": exits.combined_accuracy,
         "seconds": round(seconds, 3),
         "peak_memory_mib": round(peak_memory(experiment.device), 1),
-        "borders": experiment.learner.diagnose(*next(experiment.training_batches(epoch))),
+        "borders": experiment.learner.diagnose(x, y),
     }
+    if angles := experiment.angles(x, y):
+        record["angles"] = angles
     shown.epoch(record)
     return record
 
