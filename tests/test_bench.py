@@ -18,7 +18,7 @@ from blocklocal.lab import bench, operations, scaling
 from blocklocal.lab.bench_options import Options
 from blocklocal.lab.contenders import RULES, Contender, contender
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.footprint import measure
+from blocklocal.lab.footprint import allocated, measure
 from blocklocal.lab.measurement import measure_all, ratio
 from blocklocal.lab.models import build
 from blocklocal.memory import MemoryTracker
@@ -82,7 +82,8 @@ def test_memory_and_state_are_those_of_a_plain_loop() -> None:
             optimizer.step()
             optimizer.zero_grad()
         peak = tracker.timeline.peak
-    assert peak <= found.footprint.bytes <= peak + 4  # its loss is divided by the number of parts, which is 1
+    assert peak <= found.footprint.alive <= peak + 4  # its loss is divided by the number of parts, which is 1
+    assert peak <= found.allocated < 2 * peak  # with the workspace of its convolutions
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     assert found.state_bytes == 2 * parameters + sum(buffer.nbytes for buffer in model.buffers())
     assert len(found.seconds) == len(found.processor_seconds) == 2
@@ -97,12 +98,24 @@ def test_resident_memory_grows_with_what_a_step_takes() -> None:
         torch.ones(pages // 4)
 
     def growth(step: Callable[[], None]) -> int:
-        found = measure(step, parts=[module], device=CPU).resident_growth
+        found = measure(step, parts=[module]).resident_growth
         assert found is not None
         return found
 
     assert 0.95 * pages < growth(much) < 1.2 * pages
     assert growth(lambda: None) < pages / 4
+
+
+def test_workspace_inside_an_operation_is_allocated_and_never_alive() -> None:
+    """A convolution as a matrix product writes every patch of its input out, and frees them before it returns."""
+    x, kernel = torch.ones(2, 4, 10, 10), torch.ones(3, 4, 3, 3)
+
+    def step() -> None:
+        torch.ops.aten.thnn_conv2d(x, kernel, (3, 3))
+
+    output, patches = (4 * 2 * size * 8 * 8 for size in (3, 4 * 3 * 3))
+    assert measure(step, parts=[]).alive == output
+    assert allocated(step, device=CPU) == pytest.approx(output + patches, abs=256)
 
 
 def test_ratio_is_taken_within_rounds() -> None:
@@ -138,7 +151,9 @@ def test_records_and_their_ratios(tmp_path: Path) -> None:
     assert records["bll/4"]["memory_bytes"] < records["bll/2"]["memory_bytes"] < records["bll-sum/2"]["memory_bytes"]
     assert records["bp-checkpoint"]["memory_ratio"] < 0.6
     assert picture.read_bytes().startswith(b"\x89PNG")
-    caption = str(bench.table(result).caption)
+    time, memory = bench.tables(result)
+    assert time.row_count == memory.row_count == len(records)
+    caption = " ".join(str(memory.caption).split())
     share = records["bll/4"]["memory_bytes"] / records["bll-sum/4"]["memory_bytes"]
     assert f"bll/4: {share:.3f} of the memory of one backward pass of the sum" in caption
 
@@ -147,7 +162,7 @@ def test_command_ends_with_one_json_object(capsys: pytest.CaptureFixture[str]) -
     options = "--model cnn --size 8 --batch-size 4 --steps 1 --warmup 0 --device cpu --rules bll --blocks 2 --json"
     bench.main(options.split())
     shown, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
-    assert "s/step" in shown
+    assert "seconds per step" in shown
     record = json.loads(last)["rules"]["bll"]
     assert {"time_ratio", "memory_ratio", "seconds_per_step", "images_per_second"} <= set(record)
 
@@ -186,7 +201,7 @@ def test_memory_grows_with_the_batch_and_with_depth(monkeypatch: pytest.MonkeyPa
         for found in (by_batch, by_depth):
             assert found["memory_bytes"][0] < found["memory_bytes"][1]
             assert len(found["seconds_min"]) == 2
-    assert scaling.table({"axes": axes}).row_count == 4
+    assert scaling.tables({"axes": axes})[0].row_count == 4
 
 
 def test_compilation_is_reported_apart() -> None:

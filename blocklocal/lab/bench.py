@@ -24,14 +24,11 @@ from blocklocal.lab.memory_plot import plot
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll bench")
-    run, show = (scaling.scale, scaling.table) if options.scale else (bench, table)
+    run, show = (scaling.scale, scaling.tables) if options.scale else (bench, tables)
     with Console(stderr=True).status("measuring") as status:
         result = run(options, watch=lambda what: status.update(f"measuring {what}"))
-    console = Console()
-    console.print(show(result))
-    for label, found in result.get("rules", {}).items():
-        if "operations" in found:
-            console.print(operations.table(label, found["operations"]))
+    for table in show(result):
+        Console().print(table, end="\n\n")
     if options.json:
         print(json.dumps(result))
 
@@ -74,10 +71,12 @@ def record(measurement: Measurement, *, bp: Measurement, images: int) -> dict[st
     """Time and memory as plain values, with ratios to backpropagation.
 
     time_ratio: the median over rounds of the quotient within a round, so that a machine which is slow for a while is so
-    for both. memory_bytes, memory_ratio: what a step adds to what is there before it, see `Footprint`. state_bytes:
-    parameters, buffers, optimizer state. total_ratio: of memory_bytes + state_bytes.
+    for both. memory_bytes, allocated_bytes: what a step adds to what is there before it, as tensors alive and as bytes
+    of the allocator, see `footprint`. state_bytes: parameters, buffers, optimizer state. total_ratio: of memory_bytes +
+    state_bytes.
     """
-    footprint, reference = measurement.footprint, bp.footprint
+    footprint = measurement.footprint
+    memory, reference = footprint.alive, bp.footprint.alive
     return {
         "rule": measurement.contender.rule,
         "blocks": measurement.contender.blocks,
@@ -91,22 +90,60 @@ def record(measurement: Measurement, *, bp: Measurement, images: int) -> dict[st
         "flops": measurement.flops,
         "flops_ratio": measurement.flops / bp.flops,
         "compile_seconds": measurement.compile_seconds,
-        "memory_bytes": footprint.bytes,
-        "memory_ratio": footprint.bytes / reference.bytes,
+        "memory_bytes": memory,
+        "memory_ratio": memory / reference,
+        "allocated_bytes": measurement.allocated,
+        "allocated_ratio": measurement.allocated / bp.allocated,
         "state_bytes": measurement.state_bytes,
-        "total_ratio": (footprint.bytes + measurement.state_bytes) / (reference.bytes + bp.state_bytes),
+        "total_ratio": (memory + measurement.state_bytes) / (reference + bp.state_bytes),
         "resident_peak_bytes": footprint.resident_peak,
         "resident_growth_bytes": footprint.resident_growth,
     }
 
 
-def table(result: dict[str, Any]) -> Table:
-    """One row per rule."""
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Time, memory and, where they were asked for, the dearest operations; one row per rule."""
     options, device = result["options"], result["device"]
     place = f"cpu, {device['threads']} threads" if device["type"] == "cpu" else device["name"]
+    title = f"{options['model']}, {options['batch_size']} images per step, {options['dtype']}, {place}"
+    time = _table(
+        ["seconds per step", "least", "most", "images/s", "time", "processor", "flops"],
+        caption="time, processor, flops: ratios to bp of seconds, of the processor's seconds, and of operations "
+        "in matrix products and convolutions",
+        title=title,
+    )
+    memory = _table(
+        ["alive", "of bp", "allocated", "of bp", "state", "total", "process"],
+        caption="alive, allocated: MiB that a step adds at most, in tensors and from the allocator, there with the "
+        "workspace inside operations; state: MiB of parameters, buffers and optimizer state; total: alive and state, "
+        "of bp; process: MiB of resident memory that a step adds" + _remarks(result["rules"]),
+    )
+    for label, found in result["rules"].items():
+        time.add_row(
+            label,
+            *(f"{found[key]:.3g}" for key in ("seconds_per_step", "seconds_min", "seconds_max")),
+            f"{found['images_per_second']:,.0f}",
+            *(f"{found[key]:.3f}" for key in ("time_ratio", "processor_time_ratio", "flops_ratio")),
+        )
+        growth = found["resident_growth_bytes"]
+        memory.add_row(
+            label,
+            f"{found['memory_bytes'] / 2**20:,.1f}",
+            f"{found['memory_ratio']:.3f}",
+            f"{found['allocated_bytes'] / 2**20:,.1f}",
+            f"{found['allocated_ratio']:.3f}",
+            f"{found['state_bytes'] / 2**20:,.1f}",
+            f"{found['total_ratio']:.3f}",
+            "" if growth is None else f"+{growth / 2**20:,.0f}",
+        )
+    dearest = [(label, found["operations"]) for label, found in result["rules"].items() if "operations" in found]
+    return [time, memory, *(operations.table(label, found) for label, found in dearest)]
+
+
+def _table(columns: list[str], *, caption: str, title: str | None = None) -> Table:
     rows = Table(
-        title=f"{options['model']}, {options['batch_size']} images per step, {options['dtype']}, {place}",
-        caption=_caption(result["rules"]),
+        title=title,
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=None,
@@ -114,37 +151,18 @@ def table(result: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     rows.add_column("rule", no_wrap=True)
-    for column in ("s/step", "least", "img/s", "time", "cpu", "flops", "MiB", "memory", "state", "RSS"):
+    for column in columns:
         rows.add_column(column, justify="right", no_wrap=True)
-    for label, found in result["rules"].items():
-        growth = found["resident_growth_bytes"]
-        rows.add_row(
-            label,
-            f"{found['seconds_per_step']:.3g}",
-            f"{found['seconds_min']:.2g}",
-            f"{found['images_per_second']:,.0f}",
-            f"{found['time_ratio']:.2f}",
-            f"{found['processor_time_ratio']:.2f}",
-            f"{found['flops_ratio']:.2f}",
-            f"{found['memory_bytes'] / 2**20:,.1f}",
-            f"{found['memory_ratio']:.3f}",
-            f"{found['state_bytes'] / 2**20:,.1f}",
-            "" if growth is None else f"+{growth / 2**20:,.0f}",
-        )
     return rows
 
 
-def _caption(records: dict[str, Any]) -> str:
-    lines = [
-        "time, cpu, flops, memory: ratios to bp of seconds, of processor seconds, of operations in matrix products and "
-        "convolutions, and memory. MiB: the most that a step adds; state: MiB of parameters, buffers and optimizer "
-        "state; RSS: MiB of the process's resident memory that a step adds"
-    ]
+def _remarks(records: dict[str, Any]) -> str:
+    lines = []
     for label, found in records.items():
         whole = records.get(label.replace("bll", "bll-sum", 1)) if found["rule"] == "bll" else None
         if whole:
             share = found["memory_bytes"] / whole["memory_bytes"]
-            lines.append(f"{label}: {share:.3f} of the memory of one backward pass of the sum of its losses")
+            lines.append(f"\n{label}: {share:.3f} of the memory of one backward pass of the sum of its losses")
         if found["compile_seconds"] is not None:
-            lines.append(f"{label}: {found['compile_seconds']:.0f} s of compilation before")
-    return "\n".join(lines)
+            lines.append(f"\n{label}: {found['compile_seconds']:.0f} s of compilation before")
+    return "".join(lines)

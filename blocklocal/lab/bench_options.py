@@ -39,7 +39,7 @@ class Options:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """arithmetic of the forward pass"""
     compile: Annotated[bool, FlagCreatePairsOff] = False
-    """torch.compile each model or block; on a CPU memory is that of the step before compilation"""
+    """torch.compile each model or block; tensors alive are those of the step before it"""
     channels_last: Annotated[bool, FlagCreatePairsOff] = False
     """images and kernels with the channels last in memory"""
     accumulate: int = 4

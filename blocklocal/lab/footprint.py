@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from blocklocal.memory import MemoryTracker, Timeline
 
@@ -19,35 +23,59 @@ from blocklocal.memory import MemoryTracker, Timeline
 class Footprint:
     """What one step adds to the memory that is taken before it: parameters, buffers, optimizer state and the batch.
 
-    bytes: the most that is alive at once. On CUDA the allocator's own peak (torch.cuda.max_memory_allocated, less what
-    was allocated before the step); elsewhere the storages of all tensors that operations make, see `MemoryTracker`.
-    timeline, marks: the course of those storages, and when each part of the model began its forward pass, in seconds.
-    resident_peak, resident_growth: bytes of the whole process, at the peak and less those before; None outside Linux.
+    timeline: bytes of the tensors alive, see `MemoryTracker`. marks: the second in which each part of the model began
+    its forward pass. resident_peak, resident_growth: bytes of the whole process, at the peak and less those before;
+    None outside Linux.
     """
 
-    bytes: int
     timeline: Timeline
     marks: tuple[float, ...]
     resident_peak: int | None
     resident_growth: int | None
 
+    @property
+    def alive(self) -> int:
+        """The most bytes of tensors alive at once: activations, what autograd saves, gradients, temporaries."""
+        return self.timeline.peak
 
-def measure(step: Callable[[], None], *, parts: Sequence[nn.Module], device: torch.device) -> Footprint:
+
+def measure(step: Callable[[], None], *, parts: Sequence[nn.Module]) -> Footprint:
     """The footprint of `step`, which is taken twice. What only a first step does must be done before."""
     resident_peak, resident_growth = _resident(step)
     gc.collect()
     marks: list[float] = []
-    cuda = device.type == "cuda"
-    before = torch.cuda.memory_allocated(device) if cuda else 0
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
     with MemoryTracker() as tracker:
         hooks = [part.register_forward_pre_hook(lambda *_: marks.append(tracker.seconds)) for part in parts]
         step()
     for hook in hooks:
         hook.remove()
-    peak = torch.cuda.max_memory_allocated(device) - before if cuda else tracker.timeline.peak
-    return Footprint(peak, tracker.timeline, tuple(marks), resident_peak, resident_growth)
+    return Footprint(tracker.timeline, tuple(marks), resident_peak=resident_peak, resident_growth=resident_growth)
+
+
+def allocated(step: Callable[[], None], *, device: torch.device) -> int:
+    """The most bytes that the allocator has given out at once during `step`, less those before it.
+
+    Unlike `Footprint.alive` with the workspace inside operations, and also in compiled code. On CUDA
+    torch.cuda.max_memory_allocated; on a CPU the sum of what the profiler records of the allocator.
+    """
+    if device.type != "cuda":
+        return max(accumulate(_allocations(step), initial=0))
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _allocations(step: Callable[[], None]) -> list[int]:
+    """Bytes taken from the allocator of the CPU (above zero) and given back (below), in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]"]
+    return [event["args"]["Bytes"] for event in sorted(changes, key=lambda event: event["ts"])]
 
 
 def _resident(step: Callable[[], None]) -> tuple[int | None, int | None]:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from blocklocal.lab.contenders import Contender
-from blocklocal.lab.footprint import Footprint, measure
+from blocklocal.lab.footprint import Footprint, allocated, measure
 
 Watch = Callable[[str], None]
 
@@ -22,6 +22,7 @@ Watch = Callable[[str], None]
 class Measurement:
     """One contender: the seconds of its steps, round by round, by the clock and of the processor; its memory.
 
+    footprint: before compilation, since no operation shows what compiled code takes. allocated: see there, after it.
     flops: operations of the matrix products and convolutions in a step. state_bytes: parameters, buffers and optimizer
     state. compile_seconds: its first compiled step less a later one.
     """
@@ -30,6 +31,7 @@ class Measurement:
     seconds: tuple[float, ...]
     processor_seconds: tuple[float, ...]
     footprint: Footprint
+    allocated: int
     flops: int
     state_bytes: int
     compile_seconds: float | None
@@ -49,20 +51,18 @@ def measure_all(
     watch: Watch = lambda _: None,
 ) -> dict[str, Measurement]:
     """Memory of each contender, then `rounds` rounds of one step each, after `warmup` rounds that do not count."""
-    footprints, flops, first_seconds = {}, {}, {}
+    footprints, peaks, flops, first_seconds = {}, {}, {}, {}
     for label, contender in contenders.items():
         watch(f"memory of {label}")
         with FlopCounterMode(display=False) as counter:
             contender.step()  # and the optimizers make their state
         flops[label] = counter.get_total_flops()
-        if device.type != "cuda":  # before compilation, since no operation shows what compiled code allocates
-            footprints[label] = measure(contender.step, parts=contender.parts, device=device)
+        footprints[label] = measure(contender.step, parts=contender.parts)
         if compiled:
             watch(f"compilation of {label}")
             contender.compile()
             first_seconds[label], _ = _take(contender, device)
-        if device.type == "cuda":
-            footprints[label] = measure(contender.step, parts=contender.parts, device=device)
+        peaks[label] = allocated(contender.step, device=device)
     times: dict[str, list[tuple[float, float]]] = {label: [] for label in contenders}
     with _collector_off():
         for turn in range(-warmup, rounds):
@@ -80,6 +80,7 @@ def measure_all(
             seconds,
             processor,
             footprints[label],
+            peaks[label],
             flops[label],
             state_bytes=sum(tensor.nbytes for tensor in contender.state()),
             compile_seconds=compile_seconds,

@@ -49,7 +49,7 @@ def scale(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
             found = [measured[f"{rule} at {axis} {size}"] for size in sizes]
             seconds = [min(measurement.seconds) for measurement in found]
             processor = [min(measurement.processor_seconds) for measurement in found]
-            memory = [measurement.footprint.bytes for measurement in found]
+            memory = [measurement.footprint.alive for measurement in found]
             axes.setdefault(axis, {})[rule] = {
                 "sizes": sizes,
                 "seconds_min": seconds,
@@ -66,7 +66,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return statistics.linear_regression([math.log(s) for s in sizes], [math.log(c) for c in costs]).slope
 
 
-def table(result: dict[str, Any]) -> Table:
+def tables(result: dict[str, Any]) -> list[Table]:
     """One row per axis and rule: what the smallest and the largest cost, and the exponents over all."""
     rows = Table(
         title="cost = c size^p: least seconds and most memory of one step",
@@ -89,7 +89,7 @@ def table(result: dict[str, Any]) -> Table:
                 f"{memory[0] / 2**20:,.1f} to {memory[-1] / 2**20:,.1f}",
                 f"{found['memory_exponent']:.2f}",
             )
-    return rows
+    return [rows]
 
 
 def _cases(options: Options) -> list[tuple[str, int, tuple[nn.Module, int]]]:
