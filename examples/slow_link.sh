@@ -19,7 +19,7 @@ done
 
 run() {
     ip netns exec "bll$1" env RANK="$1" WORLD_SIZE=2 MASTER_ADDR=10.77.0.1 MASTER_PORT=29511 OMP_NUM_THREADS=1 \
-        "$python" -m blocklocal.lab.pipeline_bench --model devices --processes 2 --interface "cable$1" "${@:2}"
+        "$python" -m blocklocal bench --pipeline --model devices --processes 2 --interface "cable$1" "${@:2}"
 }
 run 1 "${@:2}" &
 run 0 "${@:2}"

@@ -48,6 +48,23 @@ def test_every_command_explains_itself(capsys, command):
     assert "%%" not in text
 
 
+def test_the_benchmark_of_pipelines_has_options_of_its_own(capsys):
+    for args, usage, others in [
+        (["bench"], "usage: bll bench ", "--rules"),
+        (["bench", "--pipeline"], "usage: bll bench --pipeline ", "--processes"),
+    ]:
+        with pytest.raises(SystemExit):
+            main([*args, "--help"])
+        text = capsys.readouterr().out
+        assert usage in text
+        assert "--pipeline" in text
+        assert others in text
+    assert main(["bench", "--processes=5", "--pipeline"]) == 2
+    assert capsys.readouterr().err == "bll: --processes 5: 2 to 4 for the four blocks of a model, to 16 for devices\n"
+    assert main(["bench", "--processes=2"]) == 2
+    assert "--processes" in capsys.readouterr().err
+
+
 def test_the_help_shows_the_recipe_of_the_data(capsys):
     for data, model in [("digits", "cnn"), ("cifar10", "resnet18")]:
         with pytest.raises(SystemExit):
@@ -90,6 +107,8 @@ def test_training_ends_with_one_json_object(capsys):
         (["blocks"], ["MODEL"]),
         (["blocks", "resnet20", "--blocks=99"], ["blocks=99"]),
         (["blocks", "resnet20", "--size=0"], ["--size 0"]),
+        (["timeline"], ["RUN"]),
+        (["timeline", "nowhere"], ["nowhere", "--trace"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, args, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 from collections.abc import Sequence
@@ -21,8 +22,13 @@ from blocklocal.lab.environment import describe, find_device
 from blocklocal.lab.measurement import Measurement, Watch, measure_all, ratio
 from blocklocal.lab.memory_plot import plot
 
+PIPELINE = "--pipeline"
+
 
 def main(args: Sequence[str]) -> None:
+    if PIPELINE in args:  # imported here only, since it needs the runtime of one version of torch
+        importlib.import_module("blocklocal.lab.pipeline_bench").main([arg for arg in args if arg != PIPELINE])
+        return
     options = parse(Options, args, prog="bll bench")
     run, show = (scaling.scale, scaling.tables) if options.scale else (bench, tables)
     with Console(stderr=True).status("measuring") as status:

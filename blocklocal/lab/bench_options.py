@@ -22,6 +22,8 @@ class Options:
     bp-checkpoint keeps the inputs of residual units (or other smallest segments) alone and computes the rest again;
     bp-accumulate takes the batch in parts; bll-checkpoint is blocks with checkpointing inside; bll-sum is one backward
     pass of the sum of all local losses. The other rules are those of bll train.
+
+    bll bench --pipeline measures blocks over several processes instead: bll bench --pipeline --help has its options.
     """
 
     model: str = "resnet20"

@@ -19,6 +19,7 @@ COMMANDS = {
     "table1": ("blocklocal.lab.table", "the paper's Table 1, or a smaller stand-in for it"),
     "report": ("blocklocal.lab.report", "tables, plots and a page of runs"),
     "bench": ("blocklocal.lab.bench", "time and memory of a training step, rule by rule"),
+    "timeline": ("blocklocal.lab.timeline", "what each process of a run did when"),
     "demo": ("blocklocal.lab.demo", "train four local blocks and plain backpropagation side by side"),
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -189,7 +188,3 @@ def _simulate(chain: Chain, pipeline: Pipeline, trace: Trace, options: Options) 
     for name, m in options.end_to_end:
         simulated[f"{name}, M={m}"] = SCHEDULES[name][1](stages[m], microbatches=m, link=link)
     return simulated
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
