@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from rich.console import Console
@@ -41,6 +41,12 @@ class Options:
     """number of classes"""
     batch_size: int = 32
     """images in the batch that is measured"""
+    plan: int = 0
+    """instead: place the blocks on so many ranks, and predict what pipelines of up to so many take"""
+    link: str = ""
+    """with --plan: between ranks, such as 100mbit or 100mbit,0.5ms (latency); without, messages take no time"""
+    message: Literal["fp32", "bf16"] = "fp32"
+    """with --plan: what travels between blocks"""
 
 
 def main(args: Sequence[str]) -> None:
@@ -58,7 +64,14 @@ def main(args: Sequence[str]) -> None:
         at=options.at or models.CUTS.get((options.model, options.blocks)),
     )
     learner = rules.apply(options.rule, model, task).learner
-    Console().print(table(learner, x, torch.randint(options.classes, (len(x),))))
+    y = torch.randint(options.classes, (len(x),))
+    if not options.plan:
+        Console().print(table(learner, x, y))
+        return
+    from blocklocal.lab import plan  # which needs the pipeline, and that one version of torch
+
+    names = [", ".join(submodules(learner.model, block)) for block in learner.blocks]
+    plan.show(learner, x, y, names=names, ranks=options.plan, link=options.link, message=options.message)
 
 
 def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:

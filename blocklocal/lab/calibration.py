@@ -1,4 +1,4 @@
-"""What the simulator of schedules needs to know, measured on the processes of a group while all of them compute."""
+"""What the simulator of schedules needs to know: measured in one process, or on those of a group as all compute."""
 
 from __future__ import annotations
 
@@ -49,19 +49,39 @@ def stage_costs(chain: Chain, *, microbatches: int, repetitions: int = 8) -> lis
             h = block(h)
     h.requires_grad_(rank > 0)
     stage = nn.Sequential(*(chain.blocks[k] for k in mine))
-    stepper = optimizer(list(stage.parameters()))
-    seconds = []
-    for _ in range(repetitions):
-        dist.barrier()
-        forward, output = _timed(lambda: stage(h))
-        backward, _ = _timed(lambda output=output: output.backward(torch.ones_like(output)))
-        update, _ = _timed(stepper.step)
-        seconds.append((microbatches * forward, microbatches * backward, update, microbatches * float(output.nbytes)))
-    own = [median(column) for column in zip(*seconds, strict=True)]
+    own = cost(stage, list(stage.parameters()), h, parts=microbatches, repetitions=repetitions, begin=dist.barrier)
     costs = torch.zeros(ranks, 4, dtype=torch.float64)
-    costs[rank] = torch.tensor(own)
+    costs[rank] = torch.tensor([own.forward, own.backward, own.update, own.message])
     dist.all_reduce(costs)
     return [Cost(f, b, update=u, message=size) for f, b, u, size in costs.tolist()]
+
+
+def cost(
+    forward: Callable[[Tensor], Tensor],
+    parameters: list[nn.Parameter],
+    h: Tensor,
+    *,
+    parts: int = 1,
+    repetitions: int = 8,
+    begin: Callable[[], object] = lambda: None,
+) -> Cost:
+    """Of a minibatch in so many parts, each like h: both passes of all parts, and one optimizer step.
+
+    Medians over repetitions, each after a call of `begin`. An h that requires a gradient gets it.
+    """
+    stepper, seconds, size = optimizer(parameters), [], 0
+    for _ in range(repetitions):
+        given = h.clone()  # what is timed may write into it
+        begin()
+        forward_seconds, output = _timed(lambda given=given: forward(given))
+        backward_seconds, _ = _timed(lambda output=output: output.backward(torch.ones_like(output)))
+        update_seconds, _ = _timed(stepper.step)
+        seconds.append((parts * forward_seconds, parts * backward_seconds, update_seconds))
+        size = parts * output.nbytes
+        if parts == 1:  # else most parts add to the gradients that are there
+            stepper.zero_grad()
+    f, b, u = (median(column) for column in zip(*seconds, strict=True))
+    return Cost(f, b, update=u, message=size, weights=sum(parameter.nbytes for parameter in parameters))
 
 
 def outputs(chain: Chain) -> list[float]:
