@@ -77,10 +77,13 @@ class Border(nn.Module):
         between, within = explained.square().sum(-1).mean(), (alpha - explained).square().sum(-1).mean()
         beta = explained if self.feedback is None else self.feedback(y).flatten(0, -2)
         agreement = torch.cosine_similarity(alpha, beta - beta.mean(0), dim=-1).mean()
+        ratio = between / (within + floor).clamp(min=1e-30)
+        found = (part.item() for part in (*self.parts(h, y), agreement, ratio))
+        return dict(zip(self.diagnostics, found, strict=True))
+
+    @property
+    def diagnostics(self) -> list[str]:
+        """The names of what `diagnose` reports."""
         names = [type(term).__name__.removesuffix("Term").lower() for term in self.terms]
         names = [name if names.count(name) == 1 else f"{name}{i}" for i, name in enumerate(names)]
-        losses = dict(zip(names, (part.item() for part in self.parts(h, y)), strict=True))
-        return losses | {
-            "agreement": agreement.item(),
-            "variance_ratio": (between / (within + floor).clamp(min=1e-30)).item(),
-        }
+        return [*names, "agreement", "variance_ratio"]

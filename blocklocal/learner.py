@@ -105,6 +105,11 @@ class BlockLocal(nn.Module):
         loss = self.criterion(h, y) if k == len(self.borders) else self.borders[k](h, y)
         return loss, h.detach()
 
+    def exit(self, k: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward pass of block k: (prediction of exit k, output), from its input h."""
+        h = self._forward(k, h)
+        return (h if k == len(self.borders) else self._border(k).predict(h)), h
+
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The local losses, with all graphs alive: the backward pass of their sum gives each block its own gradient."""
         self.targets.check(y)
@@ -156,8 +161,8 @@ class BlockLocal(nn.Module):
         """The predictions of all K exits: those at the borders, then the model's."""
         predictions, h = [], x
         for k in range(len(self.blocks)):
-            h = self._forward(k, h)
-            predictions.append(self._prediction(k, h))
+            prediction, h = self.exit(k, h)
+            predictions.append(prediction)
         return predictions
 
     @torch.no_grad()
@@ -186,9 +191,9 @@ class BlockLocal(nn.Module):
         if not isinstance(k, int) or not 0 <= k <= last:
             raise ValueError(f'exit={exit!r}: choose a block 0 to {last} or "all"')
         h = x
-        for j in range(k + 1):
+        for j in range(k):
             h = self._forward(j, h)
-        return self._prediction(k, h)
+        return self.exit(k, h)[0]
 
     @torch.no_grad()
     def diagnose(self, x: Tensor, y: Tensor) -> list[dict[str, float]]:
@@ -199,14 +204,7 @@ class BlockLocal(nn.Module):
             for k in range(len(self.borders)):
                 h = self._forward(k, h)
                 reports.append(self._border(k).diagnose(h, y))
-        for k, report in enumerate(reports):
-            if not report["variance_ratio"] > 1e-3:
-                warnings.warn(
-                    f"block {k} has collapsed: its output no longer tells the targets apart "
-                    f"(variance ratio {report['variance_ratio']:.1e}); raise the weight of bll.Predictive()",
-                    CollapseWarning,
-                    stacklevel=2,
-                )
+        warn_of_collapse(reports)
         return reports
 
     def compile(self, *, backend: str | Callable = "inductor", dynamic: bool | None = None) -> None:
@@ -237,14 +235,10 @@ class BlockLocal(nn.Module):
     def _forward(self, k: int, h: Tensor) -> Tensor:
         return self.blocks[k](h.clone() if self._writes_input[k] else h)
 
-    def _prediction(self, k: int, h: Tensor) -> Tensor:
-        return h if k == len(self.borders) else self._border(k).predict(h)
-
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:
         h, waiting, decided = x, torch.arange(len(x), device=x.device), None
         for k in range(len(self.blocks)):
-            h = self._forward(k, h)
-            logits = self._prediction(k, h)
+            logits, h = self.exit(k, h)
             decided = logits.clone() if decided is None else decided.index_copy(0, waiting, logits.to(decided.dtype))
             least = logits.softmax(-1).amax(-1, keepdim=True).flatten(1).amin(1)  # over a sample's tokens
             stays = least < confidence
@@ -253,6 +247,18 @@ class BlockLocal(nn.Module):
                 break
         assert decided is not None
         return decided
+
+
+def warn_of_collapse(reports: Sequence[dict[str, float]]) -> None:
+    """A CollapseWarning for each border whose report, see `Border.diagnose`, shows that its block has collapsed."""
+    for k, report in enumerate(reports):
+        if not report["variance_ratio"] > 1e-3:
+            warnings.warn(
+                f"block {k} has collapsed: its output no longer tells the targets apart "
+                f"(variance ratio {report['variance_ratio']:.1e}); raise the weight of bll.Predictive()",
+                CollapseWarning,
+                stacklevel=3,
+            )
 
 
 def _targets(classes: int | None, outputs: int | None) -> Targets:

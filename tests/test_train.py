@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.config import Settings, encode, restore
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import prepare
@@ -26,8 +26,9 @@ from blocklocal.lab.recipes import DIGITS, recipe
 from blocklocal.lab.rules import RULES
 from blocklocal.lab.runs import Run
 from blocklocal.lab.schedule import SCHEDULES, cosine, onecycle
+from blocklocal.lab.state import load_weights
 from blocklocal.lab.train import settings_from, train
-from blocklocal.lab.trainer import Trainer
+from blocklocal.lab.trainer import SingleTrainer
 
 TINY = Settings(model="mlp", epochs=3, train_size=256, test_size=100, threads=1)
 
@@ -74,16 +75,17 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def interrupt(monkeypatch, *, epoch: int) -> None:
-    """As if Ctrl-C were hit in that epoch."""
-    whole = Trainer.epoch
+def interrupt(monkeypatch, *, epoch: int, step: int = 0) -> None:
+    """As if Ctrl-C were hit in that epoch, after so many of its steps."""
+    whole = SingleTrainer.train
 
-    def broken(self, number, *, watch):
-        if number == epoch:
-            raise KeyboardInterrupt
-        return whole(self, number, watch=watch)
+    def broken(self, number, *, begin):
+        for done, losses in enumerate(whole(self, number, begin=begin), start=begin):
+            if number == epoch and done == step:
+                raise KeyboardInterrupt
+            yield losses
 
-    monkeypatch.setattr(Trainer, "epoch", broken)
+    monkeypatch.setattr(SingleTrainer, "train", broken)
 
 
 def test_backpropagation_is_plain_pytorch_bit_for_bit(tmp_path):
@@ -169,17 +171,21 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{"model": "own_nets:dropout", "blocks": 2}, {"model": "cnn", "rule": "brsf"}])
-def test_resuming_restores_what_is_random(tmp_path, monkeypatch, own_nets, changes):
-    settings = replace(TINY, epochs=2, **changes)
+@pytest.mark.parametrize(("step", "kept"), [(0, "epoch 1$"), (3, "epoch 2, step 2 of 4")])
+def test_resuming_restores_what_is_random(tmp_path, monkeypatch, own_nets, changes, step, kept):
+    settings = replace(TINY, epochs=2, save_every=2, **changes)
     train(replace(settings, out=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
-        interrupt(patch, epoch=2)
-        with pytest.raises(KeyboardInterrupt, match="epoch 1"):
+        interrupt(patch, epoch=2, step=step)
+        with pytest.raises(KeyboardInterrupt, match=kept):
             train(replace(settings, out=str(tmp_path / "stopped")))
     torch.manual_seed(99)
     train(replace(settings, out=str(tmp_path / "stopped"), resume=True))
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "stopped"), strict=True):
+        assert one["train_loss"] == other["train_loss"], "the mean over the epoch, before and after the stop"
+        assert one["borders"] == other["borders"]
 
 
 def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path, monkeypatch):
@@ -190,7 +196,9 @@ def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path, monke
             train(settings)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**lines(tmp_path)[0], "epoch": 2}) + "\n" + '{"epoch": 3, "train')
-    (tmp_path / "checkpoint" / "state.pt.part").write_bytes(b"half a checkpoint")
+    half = tmp_path / "checkpoint" / "step-8" / "block-0"
+    half.mkdir(parents=True)
+    (half / ".metadata").write_bytes(b"one block of four")
     train(replace(settings, resume=True))
     assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3]
 
@@ -198,7 +206,7 @@ def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path, monke
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, epoch=1)
-        with pytest.raises(KeyboardInterrupt, match="no epoch"):
+        with pytest.raises(KeyboardInterrupt, match="no checkpoint"):
             train(replace(TINY, out=str(tmp_path)))
     train(replace(TINY, out=str(tmp_path), resume=True))
     assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3]
@@ -222,30 +230,7 @@ def test_a_loss_that_is_no_number_is_named_and_the_checkpoint_kept(tmp_path, own
     settings = replace(TINY, model="own_nets:fuse", at=at, out=str(tmp_path))
     with pytest.raises(UserError, match=r"block 2 is nan at step 2 of epoch 2.*--lr.*checkpoint of epoch 1"):
         train(settings)
-    checkpoint = Run(tmp_path).load_checkpoint()
-    assert checkpoint is not None
-    assert checkpoint["epoch"] == 1
     assert len(lines(tmp_path)) == 1
-
-
-def test_a_failed_write_leaves_the_last_file(tmp_path):
-    run = Run(tmp_path)
-    run.create(TINY, facts={})
-    run.save_checkpoint({"epoch": 1})
-    with pytest.raises(TypeError):
-        run.save_checkpoint({"epoch": 2, "lock": Lock()})  # cannot be pickled
-    assert run.load_checkpoint() == {"epoch": 1}
-    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:100])
-    with pytest.raises(UserError, match="readable checkpoint"):
-        run.load_checkpoint()
-
-
-def test_a_checkpoint_is_read_without_unpickling(tmp_path):
-    run = Run(tmp_path)
-    run.create(TINY, facts={})
-    torch.save({"epoch": nn.Linear(1, 1)}, run.checkpoint)
-    with pytest.raises(UserError, match="readable checkpoint"):
-        run.load_checkpoint()
 
 
 def test_options_come_from_the_recipe_or_from_the_run(tmp_path):
@@ -292,9 +277,8 @@ def test_exits_are_the_learners(tmp_path):
     settings = replace(TINY, model="cnn", out=str(tmp_path))
     train(settings)
     experiment = prepare(settings)
-    checkpoint = Run(tmp_path).load_checkpoint()
-    assert checkpoint is not None
-    experiment.load_state_dict(checkpoint["experiment"])
+    checkpoints = Checkpoints(Run(tmp_path).checkpoints, blocks=4)
+    load_weights(experiment.learner, checkpoints, minibatch=3 * experiment.steps, blocks=range(4))
     exits, learner, test = experiment.test(), experiment.learner.eval(), experiment.dataset.test
     x = experiment.normalisation(test.images)
 

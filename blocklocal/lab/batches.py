@@ -56,17 +56,21 @@ def training_batches(
     seed: int,
     epoch: int,
     augmentation: Augmentation = Augmentation(),
+    begin: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, y) of `size` images each, in the epoch's order; images beyond the last full batch are left out."""
+    """(x, y) of `size` images each, in the epoch's order; images beyond the last full batch are left out.
+
+    begin: the first so many batches are passed over.
+    """
     n, _, height, width = split.images.shape
     device = split.images.device
-    draws = torch.Generator().manual_seed(_mix(seed, epoch))
+    draws = _draws(seed, epoch)
     order = torch.randperm(n, generator=draws)
     flips = torch.rand(n, generator=draws) < 0.5
     shifts = torch.randint(-augmentation.crop, augmentation.crop + 1, (2, n), generator=draws)
     centres = (torch.rand(2, n, generator=draws) * torch.tensor([[height], [width]])).long()
     order, flips, shifts, centres = (draw.to(device, non_blocking=True) for draw in (order, flips, shifts, centres))
-    for first in range(0, n - size + 1, size):
+    for first in range(begin * size, n - size + 1, size):
         batch = slice(first, first + size)
         rows = torch.arange(height, device=device) + shifts[0, batch, None]
         columns = torch.arange(width, device=device) + shifts[1, batch, None]
@@ -78,14 +82,22 @@ def training_batches(
         yield x, split.labels[order[batch]]
 
 
+def training_labels(split: Split, *, size: int, seed: int, epoch: int, begin: int = 0) -> Iterator[Tensor]:
+    """The labels y of the same batches, without touching an image."""
+    order = torch.randperm(len(split), generator=_draws(seed, epoch)).to(split.labels.device)
+    for first in range(begin * size, len(split) - size + 1, size):
+        yield split.labels[order[first : first + size]]
+
+
 def ordered_batches(split: Split, *, normalisation: Normalisation, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(x, y) of all images in their own order; the last batch may be smaller."""
     for first in range(0, len(split), size):
         yield normalisation(split.images[first : first + size]), split.labels[first : first + size]
 
 
-def _mix(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _draws(seed: int, epoch: int) -> torch.Generator:
+    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return torch.Generator().manual_seed(mixed)
 
 
 def _gather(images: Tensor, index: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

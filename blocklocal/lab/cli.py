@@ -13,6 +13,7 @@ from blocklocal.lab.errors import UserError
 # name: (module with main(args), what it does). The module is imported only when its command is called.
 COMMANDS = {
     "train": ("blocklocal.lab.train", "train a network, in blocks or whole"),
+    "launch": ("blocklocal.lab.launch", "the same over several processes or machines"),
     "eval": ("blocklocal.lab.eval", "test a trained network: last exit, an earlier one, all combined"),
     "blocks": ("blocklocal.lab.blocks", "show where a model is cut, and what each block costs"),
     "compare": ("blocklocal.lab.compare", "several rules with several seeds, laid side by side"),

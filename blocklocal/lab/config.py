@@ -61,8 +61,16 @@ class Settings:
     """compile every block with torch.compile"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch"""
+    message: Literal["fp32", "bf16"] = "fp32"
+    """over processes: what travels from block to block"""
     seed: int = 0
     """of initial weights, order and augmentation"""
+    save_every: int = 500
+    """minibatches between two checkpoints, besides those at the end of every epoch"""
+    patience: float = 300.0
+    """over processes: seconds without an answer after which another one is given up"""
+    trace: bool = False
+    """over processes: record what each does when, for bll timeline"""
     out: str | None = None
     """folder of the run (default: runs/DATA-MODEL-RULE-seedN)"""
     resume: bool = False
@@ -85,6 +93,8 @@ class Settings:
             "cutout": (self.cutout >= 0, "0 or more pixels"),
             "threads": (self.threads >= 0, "0 or more"),
             "seed": (0 <= self.seed < 2**63, "0 or more"),
+            "save_every": (self.save_every >= 1, "1 or more"),
+            "patience": (0 < self.patience < float("inf"), "more than 0"),
         }
         for name, (fine, what) in allowed.items():
             if not fine:
@@ -104,7 +114,8 @@ class Settings:
         return [flag(name) for name in names if getattr(self, name) != getattr(other, name)]
 
 
-PLACE = ("out", "resume")  # they say where a run is and how it was called, not what it computes
+# They say where a run is, how it was called and watched, not what it computes.
+PLACE = ("out", "resume", "save_every", "patience", "trace")
 
 
 def last_name(name: str) -> str:

@@ -13,10 +13,12 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from blocklocal.lab.arguments import parse
+from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.evaluate import Exits
 from blocklocal.lab.experiment import prepare
 from blocklocal.lab.runs import Run
+from blocklocal.lab.state import load_weights
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,15 @@ def main(args: Sequence[str]) -> None:
     run = Run(options.run)
     settings = run.settings()
     experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
-    checkpoint = run.load_checkpoint()
-    if checkpoint is None:
-        raise UserError(f"{str(run.path)!r} has no checkpoint: not one epoch was finished")
-    experiment.load_state_dict(checkpoint["experiment"])
-    epoch, exits = checkpoint["epoch"], experiment.test()
+    learner = experiment.learner
+    checkpoints = Checkpoints(run.checkpoints, blocks=len(learner.blocks))
+    minibatch = checkpoints.latest()
+    if minibatch is None:
+        raise UserError(f"{str(run.path)!r} has no checkpoint: it was stopped before the first")
+    load_weights(learner, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
+    epoch, exits = round(minibatch / experiment.steps, 2), experiment.test()
     accuracy = choose(exits, options.exit)
-    Console().print(_table(exits, title=f"{options.run}, epoch {epoch}", exit=options.exit))
+    Console().print(_table(exits, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))
     print(json.dumps({"run": str(options.run), "epoch": epoch, "exit": options.exit, "accuracy": accuracy}))
 
 

@@ -11,6 +11,8 @@ from blocklocal import BlockLocal
 from blocklocal.lab.batches import Normalisation, ordered_batches
 from blocklocal.lab.data import Split
 
+SIZE = 500  # images at once
+
 
 @dataclass(frozen=True)
 class Exits:
@@ -44,17 +46,22 @@ class Exits:
         return self.correct.gather(0, self.leaving(threshold)[None]).double().mean().item()
 
 
+def grade(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """From log-probabilities (K, B, n) of exits: whether the likeliest class is the label, and its probability."""
+    best, classes = scores.max(-1)
+    return classes == y, best.exp()
+
+
 @torch.no_grad()
-def evaluate(learner: BlockLocal, split: Split, *, normalisation: Normalisation, size: int = 500) -> Exits:
+def evaluate(learner: BlockLocal, split: Split, *, normalisation: Normalisation, size: int = SIZE) -> Exits:
     """All exits on a split, in evaluation mode."""
     training = learner.training
     learner.eval()
     correct, confidence, combined = [], [], []
     for x, y in ordered_batches(split, normalisation=normalisation, size=size):
         scores = torch.stack([logits.float().log_softmax(-1) for logits in learner.exits(x)])
-        best, classes = scores.max(-1)
-        correct.append(classes == y)
-        confidence.append(best.exp())
+        for kept, found in zip((correct, confidence), grade(scores, y), strict=True):
+            kept.append(found)
         combined.append(scores.mean(0).argmax(-1) == y)
     learner.train(training)
     return Exits(torch.cat(correct, 1).cpu(), torch.cat(confidence, 1).cpu(), torch.cat(combined).cpu())

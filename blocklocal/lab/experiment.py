@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,8 @@ class Experiment:
     def learner(self) -> BlockLocal:
         return self.learning.learner
 
-    def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def training_batches(self, epoch: int, *, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of epoch 1, 2, ..., from minibatch `begin` on."""
         settings = self.settings
         return batches.training_batches(
             self.dataset.train,
@@ -47,47 +47,48 @@ class Experiment:
             seed=settings.seed,
             epoch=epoch,
             augmentation=Augmentation(flip=settings.flip, crop=settings.crop, cutout=settings.cutout),
+            begin=begin,
         )
 
-    def autocast(self) -> torch.autocast:
+    def training_labels(self, epoch: int, *, begin: int = 0) -> Iterator[Tensor]:
+        """Those of `training_batches`."""
+        settings = self.settings
+        return batches.training_labels(
+            self.dataset.train, size=settings.batch_size, seed=settings.seed, epoch=epoch, begin=begin
+        )
+
+    @property
+    def steps(self) -> int:
+        """Minibatches of an epoch."""
+        return len(self.dataset.train) // self.settings.batch_size
+
+    def autocast(self, device: torch.device | None = None) -> torch.autocast:
+        """The arithmetic that the settings ask for, on the experiment's device or another."""
         dtype = DTYPES[self.settings.dtype]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        return torch.autocast((device or self.device).type, dtype, enabled=dtype != torch.float32)
 
     def test(self) -> Exits:
         """All exits on the test images."""
         with self.autocast():
             return evaluate(self.learner, self.dataset.test, normalisation=self.normalisation)
 
-    def angles(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """Degrees between the rule's gradient and the true one, by layer; none where the rule follows the true one."""
+    def angles(self, epoch: int) -> dict[str, float]:
+        """Degrees between the rule's gradient and the true one, by layer, on the first minibatch of an epoch; none
+        where the rule follows the true one."""
         alignment = self.learning.alignment
-        return {} if alignment is None else alignment.angles(x, y, criterion=self.learner.criterion)
-
-    def state_dict(self) -> dict[str, Any]:
-        alignment = self.learning.alignment
-        return {"learner": self.learner.state_dict(), "alignment": alignment.state_dict() if alignment else None}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """UserError: the state of another model."""
-        try:
-            self.learner.load_state_dict(state["learner"])
-            if self.learning.alignment:
-                self.learning.alignment.load_state_dict(state["alignment"])
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the checkpoint does not fit model {self.settings.model!r} as it is built now: "
-                f"give back the code that it was trained with, or train anew ({error})"
-            ) from error
+        if alignment is None:
+            return {}
+        return alignment.angles(*next(self.training_batches(epoch)), criterion=self.learner.criterion)
 
 
-def prepare(settings: Settings) -> Experiment:
-    """The experiment of these settings.
+def prepare(settings: Settings, *, device: torch.device | None = None) -> Experiment:
+    """The experiment of these settings, on their device or another.
 
     UserError: an unknown device, data set, model or rule; too few images; a model that cannot be cut as asked.
     """
     settings.check()
     rules.find(settings.rule)
-    device = find_device(settings.device)
+    device = device or find_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     dataset = load(settings.data, train_size=settings.train_size, test_size=settings.test_size).to(device)

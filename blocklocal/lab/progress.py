@@ -16,13 +16,14 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a run: `epochs` of `steps` steps, `done` epochs being behind already."""
+    """The length of a run: `epochs` of `steps` steps, `done` epochs and `rest` steps being behind already."""
 
     epochs: int
     steps: int
     batch_size: int
     blocks: int
     done: int
+    rest: int = 0
 
 
 class Display(Protocol):
@@ -32,8 +33,8 @@ class Display(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
-    def step(self, epoch: int, step: int, losses: Sequence[float]) -> None:
-        """`step` steps of epoch 1, 2, ... are done; losses: of each block, lately."""
+    def step(self, epoch: int, step: int, losses: Sequence[float | None]) -> None:
+        """`step` steps of epoch 1, 2, ... are done; losses: of each block, lately; None: another process has it."""
         ...
 
     def epoch(self, record: dict[str, Any]) -> None:
@@ -59,7 +60,7 @@ class PlainDisplay:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def step(self, epoch: int, step: int, losses: Sequence[float]) -> None:
+    def step(self, epoch: int, step: int, losses: Sequence[float | None]) -> None:
         if time.monotonic() - self.spoke > 60:
             self._say(f"epoch {epoch}/{self.plan.epochs}, step {step}/{self.plan.steps}: loss {_join(losses, '.3f')}")
 
@@ -96,7 +97,7 @@ class LiveDisplay:
         self.task = self.bar.add_task(
             f"epoch {min(plan.done + 1, plan.epochs)}/{plan.epochs}",
             total=plan.epochs * plan.steps,
-            completed=plan.done * plan.steps,
+            completed=plan.done * plan.steps + plan.rest,
         )
         self.live = Live(console=console, refresh_per_second=5, get_renderable=self._render)
 
@@ -107,7 +108,7 @@ class LiveDisplay:
     def __exit__(self, *error: object) -> None:
         self.live.stop()
 
-    def step(self, epoch: int, step: int, losses: Sequence[float]) -> None:
+    def step(self, epoch: int, step: int, losses: Sequence[float | None]) -> None:
         self.losses = losses
         completed = (epoch - 1) * self.plan.steps + step
         self.bar.update(self.task, completed=completed, description=f"epoch {epoch}/{self.plan.epochs}")
@@ -142,5 +143,5 @@ def _show(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _join(values: Sequence[float], form: str) -> str:
-    return " ".join(format(value, form) for value in values)
+def _join(values: Sequence[float | None], form: str) -> str:
+    return " ".join("-" if value is None else format(value, form) for value in values)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_model
 from torch import nn
 
@@ -40,8 +38,12 @@ class Run:
         return self.path / "model.safetensors"
 
     @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint" / "state.pt"
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def traces(self) -> Path:
+        return self.path / "trace"
 
     @property
     def exists(self) -> bool:
@@ -49,16 +51,20 @@ class Run:
 
     def create(self, settings: Settings, *, facts: dict[str, Any]) -> None:
         """A new run with these settings; `facts` stand beside them in config.json."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"settings": encode(settings), **facts}, indent=2)
         _write(self.config, lambda path: path.write_text(content + "\n"))
 
-    def settings(self) -> Settings:
-        """UserError: no run here, or not one of this version."""
+    def facts(self) -> dict[str, Any]:
+        """All that config.json says. UserError: no run here."""
         if not self.exists:
             raise UserError(f"{str(self.path)!r} holds no run: it has no config.json")
+        return json.loads(self.config.read_text())
+
+    def settings(self) -> Settings:
+        """UserError: no run here, or not one of this version."""
         try:
-            return restore(json.loads(self.config.read_text())["settings"])
+            return restore(self.facts()["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{str(self.config)!r} is not a configuration of this version ({error})") from error
 
@@ -77,20 +83,6 @@ class Run:
         content = "".join(json.dumps(record) + "\n" for record in records)
         _write(self.metrics, lambda path: path.write_text(content))
         return records
-
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        _write(self.checkpoint, lambda path: torch.save(state, path))
-
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """None where the run was stopped before its first. UserError: an unreadable file."""
-        if not self.checkpoint.exists():
-            return None
-        try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(
-                f"{str(self.checkpoint)!r} is not a readable checkpoint; start anew with another --out"
-            ) from error
 
     def save_model(self, model: nn.Module) -> None:
         """The weights under the model's own names."""

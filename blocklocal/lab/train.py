@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from blocklocal.lab.arguments import parse
+from blocklocal.lab.checkpoints import Checkpoints, kept
 from blocklocal.lab.config import Settings
-from blocklocal.lab.environment import describe, peak_memory
+from blocklocal.lab.course import Course
+from blocklocal.lab.environment import describe, find_device, peak_memory
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import Experiment, prepare
+from blocklocal.lab.pipeline_trainer import PipelineTrainer
+from blocklocal.lab.processes import Processes, joined, own_device
 from blocklocal.lab.progress import Display, Plan, display
 from blocklocal.lab.recipes import DIGITS, recipe
 from blocklocal.lab.runs import Run
-from blocklocal.lab.trainer import Trainer
+from blocklocal.lab.state import load_weights
+from blocklocal.lab.trainer import SingleTrainer, Trainer
 
 
 def main(args: Sequence[str]) -> None:
-    print(json.dumps(train(settings_from(args))))
+    summary = train(settings_from(args))
+    if summary:
+        print(json.dumps(summary))
 
 
 def settings_from(args: Sequence[str]) -> Settings:
@@ -46,43 +54,65 @@ def settings_from(args: Sequence[str]) -> Settings:
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Train as the settings say; returns what `bll train` prints as its last line.
+    """Train as the settings say; returns what `bll train` prints as its last line, nothing on any rank but 0.
 
-    The folder gets config.json at the start, a line of metrics.jsonl and a checkpoint after every epoch, and
-    model.safetensors at the end. UserError: settings, data or a folder that cannot be used; a loss that is no number.
+    Where torchrun or `bll launch` has started several processes, each trains its own blocks. The folder gets
+    config.json at the start, checkpoints on the way, a line of metrics.jsonl after every epoch, and model.safetensors
+    at the end. UserError: settings, data or a folder that cannot be used; a loss that is no number.
     """
+    settings.check()
+    device = own_device(find_device(settings.device))
+    with joined(device=device, patience=settings.patience) as processes:
+        return _train(settings, processes, device)
+
+
+def _train(settings: Settings, processes: Processes, device: torch.device) -> dict[str, Any]:
     run = Run(settings.folder)
-    if run.exists and not settings.resume:
+    resume = settings.resume or (processes.restarted and run.exists)
+    if processes.rank == 0 and run.exists and not resume:
         raise UserError(
             f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
         )
-    experiment = prepare(settings)
-    trainer = Trainer(experiment)
-    records: list[dict[str, Any]] = []
-    if settings.resume:
-        records = _resume(run, trainer)
-    else:
-        _begin(run, experiment)
+    experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else device)
+    trainer = _trainer(experiment, processes, device, trace=run.traces)
+    blocks = len(experiment.learner.blocks)
+    checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
+    course = Course(trainer, checkpoints, save_every=settings.save_every)
+    if processes.rank == 0 and not resume:
+        _begin(run, experiment, processes, device)
+    processes.meet()
+    processes.log_to(run.path)
+    done, rest = divmod(course.begin(processes, resume=resume), experiment.steps)
+    records = run.rewind(epochs=done) if processes.rank == 0 else []
     if settings.compile:
         experiment.learner.compile()
-    plan = Plan(settings.epochs, trainer.steps, settings.batch_size, len(experiment.learner.blocks), done=len(records))
+    plan = Plan(settings.epochs, experiment.steps, settings.batch_size, blocks, done=done, rest=rest)
     console = Console(stderr=True)
-    console.print(_headline(experiment, plan), highlight=False, soft_wrap=True)
+    console.print(_headline(experiment, plan, trainer, device=device), highlight=False, soft_wrap=True)
     try:
         with display(console, plan) as shown:
-            for epoch in range(plan.done + 1, settings.epochs + 1):
-                record = _epoch(epoch, trainer, shown)
-                run.append(record)
-                run.save_checkpoint({"epoch": epoch, **trainer.state_dict()})
+            for epoch in range(done + 1, settings.epochs + 1):
+                record = _epoch(epoch, course, processes, device=device, shown=shown)
+                if processes.rank == 0:
+                    run.append(record)
                 records.append(record)
+                course.end_epoch(epoch)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_kept(run, records)) from None
+        checkpoints.wait()
+        raise KeyboardInterrupt(kept(run)) from None
     except UserError as error:
-        raise UserError(f"{error}; {_kept(run, records)}") from None
+        checkpoints.wait()
+        raise UserError(f"{error}; {kept(run)}") from None
+    checkpoints.wait()
+    processes.meet()
+    if processes.rank > 0:
+        return {}
+    checkpoints.discard_others(checkpoints.latest())
+    _gather(experiment, checkpoints, trainer)
     run.save_model(experiment.learner.model)
     return {
         "rule": settings.rule,
-        "blocks": plan.blocks,
+        "blocks": blocks,
         "accuracy": records[-1]["test_accuracy"][-1],
         "accuracy_all": records[-1]["test_accuracy_all"],
         "seconds": round(sum(record["seconds"] for record in records), 3),
@@ -91,7 +121,18 @@ def train(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _begin(run: Run, experiment: Experiment) -> None:
+def _trainer(experiment: Experiment, processes: Processes, device: torch.device, *, trace: Path) -> Trainer:
+    """UserError: more processes than blocks, or what only processes can do."""
+    settings = experiment.settings
+    if processes.distributed:
+        return PipelineTrainer(experiment, processes, device=device, trace=trace if settings.trace else None)
+    for asked, name in ((settings.trace, "--trace"), (settings.message != "fp32", "--message")):
+        if asked:
+            raise UserError(f"{name} is for blocks over processes: start with bll launch, be it --processes 1")
+    return SingleTrainer(experiment)
+
+
+def _begin(run: Run, experiment: Experiment, processes: Processes, device: torch.device) -> None:
     dataset = experiment.dataset
     facts = {
         "data": {
@@ -101,59 +142,62 @@ def _begin(run: Run, experiment: Experiment) -> None:
             "classes": dataset.classes,
         },
         "parameters": sum(parameter.numel() for parameter in experiment.learner.model.parameters()),
+        "blocks": len(experiment.learner.blocks),
+        "steps": experiment.steps,
+        "processes": processes.size,
     }
-    run.create(experiment.settings, facts=facts | describe(experiment.device))
+    run.create(experiment.settings, facts=facts | describe(device))
 
 
-def _resume(run: Run, trainer: Trainer) -> list[dict[str, Any]]:
-    """Back to the last checkpoint, or the start where there is none; the records of the epochs behind it."""
-    checkpoint = run.load_checkpoint()
-    if checkpoint is None:
-        run.rewind(epochs=0)
-        return []
-    trainer.load_state_dict(checkpoint)
-    return run.rewind(epochs=checkpoint["epoch"])
+def _epoch(epoch: int, course: Course, processes: Processes, *, device: torch.device, shown: Display) -> dict[str, Any]:
+    """Train and test through one epoch, together with the other processes; its line of metrics.jsonl."""
+    trainer, experiment = course.trainer, course.experiment
+    blocks = len(experiment.learner.blocks)
 
+    def watch(step: int, losses: Sequence[float]) -> None:
+        own = dict(zip(trainer.blocks, losses, strict=True))
+        shown.step(epoch, step, [own.get(k) for k in range(blocks)])
 
-def _epoch(epoch: int, trainer: Trainer, shown: Display) -> dict[str, Any]:
-    """Train and test through one epoch; its line of metrics.jsonl."""
-    experiment = trainer.experiment
-    start = time.perf_counter()
-    losses = trainer.epoch(epoch, watch=lambda step, losses: shown.step(epoch, step, losses))
-    seconds = time.perf_counter() - start
-    exits = experiment.test()
-    x, y = next(experiment.training_batches(epoch))
+    losses = torch.zeros(blocks, dtype=torch.float64)
+    losses[list(trainer.blocks)] = course.epoch(epoch, watch=watch).cpu()
+    exits = trainer.test()
     record = {
         "epoch": epoch,
-        "train_loss": losses,
+        "train_loss": processes.sum(losses).tolist(),
         "test_accuracy": exits.accuracies,
         "test_accuracy_all": exits.combined_accuracy,
-        "seconds": round(seconds, 3),
-        "peak_memory_mib": round(peak_memory(experiment.device), 1),
-        "borders": experiment.learner.diagnose(x, y),
+        "seconds": round(course.seconds, 3),
+        "peak_memory_mib": round(processes.largest(peak_memory(device)), 1),
+        "borders": trainer.diagnose(epoch),
     }
-    if angles := experiment.angles(x, y):
+    if angles := experiment.angles(epoch):
         record["angles"] = angles
     shown.epoch(record)
     return record
 
 
-def _headline(experiment: Experiment, plan: Plan) -> str:
+def _gather(experiment: Experiment, checkpoints: Checkpoints, trainer: Trainer) -> None:
+    """The blocks that other processes have trained, from the checkpoint of the end. OSError: it is not there."""
+    end = experiment.settings.epochs * experiment.steps
+    others = [k for k in range(len(experiment.learner.blocks)) if k not in trainer.blocks]
+    if others and checkpoints.latest() != end:
+        raise OSError("the last checkpoint is not whole, and with it the other processes' blocks: --resume tries again")
+    load_weights(experiment.learner, checkpoints, minibatch=end, blocks=others)
+
+
+def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, *, device: torch.device) -> str:
     settings, dataset = experiment.settings, experiment.dataset
     channels, (height, width) = dataset.channels, dataset.size
     model = f"{settings.model} in {plan.blocks} blocks" if plan.blocks > 1 else f"{settings.model} whole"
+    here = ", ".join(map(str, trainer.blocks))
+    part = f" (here: {here})" if len(trainer.blocks) < plan.blocks else ""
     progress = ""
-    if plan.done:
+    if plan.done or plan.rest:
+        inside = f" and {plan.rest} of {plan.steps} steps" if plan.rest else ""
         rest = "nothing is left to train" if plan.done == plan.epochs else "going on"
-        progress = f"; {plan.done} of {plan.epochs} epochs are done, {rest}"
+        progress = f"; {plan.done} of {plan.epochs} epochs{inside} are done, {rest}"
     return (
         f"{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test images of "
         f"{channels}x{height}x{width}, {len(dataset.classes)} classes; "
-        f"{model}, rule {settings.rule}, on {experiment.device}{progress}"
+        f"{model}{part}, rule {settings.rule}, on {device}{progress}"
     )
-
-
-def _kept(run: Run, records: list[dict[str, Any]]) -> str:
-    if not records:
-        return "no epoch was finished"
-    return f"{str(run.path)!r} keeps the checkpoint of epoch {len(records)}"

@@ -127,6 +127,23 @@ class Pipeline:
             for m in range(0, len(results), len(self.blocks)):
                 yield torch.stack(results[m : m + len(self.blocks)])
 
+    @torch.no_grad()
+    def diagnose(self, x: Tensor | None, y: Tensor) -> dict[int, dict[str, float]]:
+        """What a batch shows of the border behind each block of this rank: see `Border.diagnose`."""
+        reports: dict[int, dict[str, float]] = {}
+
+        def look(step: nn.Module, _: object, output: tuple[Tensor, Tensor]) -> None:
+            assert isinstance(step, LocalStep)
+            if isinstance(step.border, Border):
+                reports[step.k] = step.border.diagnose(output[1], y.to(self.device))
+
+        hooks = [step.register_forward_hook(look) for step in self.steps]
+        for _ in self.predict([(x, y)]):
+            pass
+        for hook in hooks:
+            hook.remove()
+        return reports
+
     def _run(self, batches: Iterable[Batch]) -> Iterator[list[Tensor]]:
         """Window by window what the stages' `finish` gave."""
         remaining = iter(batches)

@@ -29,8 +29,7 @@ class LocalStep(nn.Module):
         (learner,) = self._learner
         if y is not None:
             return learner.local(self.k, h, y)
-        h = learner._forward(self.k, h)
-        return learner._prediction(self.k, h), h
+        return learner.exit(self.k, h)
 
 
 @dataclass(frozen=True)

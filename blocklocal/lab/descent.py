@@ -1,0 +1,27 @@
+"""The optimizer of a block, and its learning rate: a function of the number of the minibatch alone."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from blocklocal.lab.config import Settings
+from blocklocal.lab.schedule import SCHEDULES
+
+
+def descent(parameters: list[nn.Parameter], settings: Settings) -> SGD:
+    """Stochastic gradient descent with Nesterov momentum."""
+    return SGD(
+        [{"params": parameters}],  # a group may be empty, a list of parameters may not
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=True,
+    )
+
+
+def set_rate(optimizer: Optimizer, settings: Settings, *, minibatch: int, steps: int) -> None:
+    """The learning rate for a minibatch, counted from 0 over all epochs of so many steps each."""
+    schedule, warmup = SCHEDULES[settings.schedule], round(settings.warmup * steps)
+    for group in optimizer.param_groups:
+        group["lr"] = schedule(minibatch, warmup, settings.epochs * steps) * settings.lr

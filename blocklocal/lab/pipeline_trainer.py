@@ -1,0 +1,138 @@
+"""A training run over processes: this one's blocks in a pipeline, its results beside those of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from blocklocal import Pipeline
+from blocklocal.border import Border
+from blocklocal.lab.batches import ordered_batches
+from blocklocal.lab.checkpoints import State
+from blocklocal.lab.descent import descent, set_rate
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.evaluate import SIZE, Exits, grade
+from blocklocal.lab.experiment import DTYPES, EXAMPLE, Experiment
+from blocklocal.lab.processes import Processes
+from blocklocal.lab.state import block_state, load_block_state
+from blocklocal.learner import warn_of_collapse
+from blocklocal.pipeline import Placement, balanced
+from blocklocal.pipeline.pipeline import Batch
+from blocklocal.pipeline.stage import Stage
+
+
+class PipelineTrainer:
+    """The experiment, which is on the CPU, as a pipeline over processes: the blocks of this one go to `device`.
+
+    Blocks are placed such that the measured times of the processes are even; where they stand changes no result.
+    trace: folder for a file that tells what this process does when, rewritten after every epoch.
+    UserError: more processes than blocks.
+    """
+
+    def __init__(
+        self, experiment: Experiment, processes: Processes, *, device: torch.device, trace: Path | None = None
+    ) -> None:
+        self.experiment, self.settings, self.processes = experiment, experiment.settings, processes
+        self.learner, self.device = experiment.learner, device
+        blocks = len(self.learner.blocks)
+        if processes.size > blocks:
+            raise UserError(
+                f"{processes.size} processes for {blocks} block{'s' * (blocks > 1)}: each needs a block; take fewer "
+                "processes or more --blocks" + f" (rule {self.settings.rule} trains the model whole)" * (blocks == 1)
+            )
+        self.pipeline = Pipeline(
+            self.learner,
+            optimizer=self._descent,
+            placement=self._placement(blocks),
+            device=device,
+            message=DTYPES[self.settings.message],
+            seed=self.settings.seed,
+            trace=trace is not None,
+        )
+        self.blocks = self.pipeline.blocks
+        self.traces = trace
+        for stage in self.pipeline.stages:
+            self._follow_schedule(stage)
+
+    def train(self, epoch: int, *, begin: int) -> Iterator[Tensor]:
+        self.pipeline.minibatches = (epoch - 1) * self.experiment.steps + begin
+        losses = self.pipeline.train(self._training_batches(epoch, begin=begin))
+        while True:
+            with self.experiment.autocast(self.device):
+                window = next(losses, None)
+            if window is None:
+                break
+            yield window
+        if self.traces and self.pipeline.trace:
+            self.traces.mkdir(parents=True, exist_ok=True)
+            self.pipeline.trace.save(self.traces / f"rank{self.processes.rank}.jsonl")
+
+    def states(self) -> dict[int, State]:
+        return {stage.k: block_state(self.learner, stage.k, stage.optimizer) for stage in self.pipeline.stages}
+
+    def load(self, states: Mapping[int, State]) -> None:
+        for stage in self.pipeline.stages:
+            load_block_state(self.learner, stage.k, stage.optimizer, states[stage.k])
+
+    def test(self) -> Exits:
+        test, classes = self.experiment.dataset.test, len(self.experiment.dataset.classes)
+        correct = torch.zeros(len(self.learner.blocks), len(test), dtype=torch.int32)
+        confidence, scores = torch.zeros(correct.shape), torch.zeros(len(test), classes)
+        predictions, first = self.pipeline.predict(self._test_batches()), 0
+        while True:
+            with self.experiment.autocast(self.device):
+                logits = next(predictions, None)
+            if logits is None:
+                break
+            found = logits.float().log_softmax(-1).cpu()
+            rows = slice(first, first := first + found.shape[1])
+            right, confidence[self.blocks, rows] = grade(found, test.labels[rows])
+            correct[self.blocks, rows] = right.int()
+            scores[rows] = found.sum(0)
+        correct, confidence, scores = map(self.processes.sum, (correct, confidence, scores))
+        return Exits(correct.bool(), confidence, scores.argmax(-1) == test.labels)
+
+    def diagnose(self, epoch: int) -> list[dict[str, float]]:
+        x, y = next(self._training_batches(epoch, begin=0))
+        own = self.pipeline.diagnose(x, y)
+        borders = [border for border in self.learner.borders if isinstance(border, Border)]
+        names = borders[0].diagnostics if borders else []
+        values = torch.zeros(len(borders), len(names), dtype=torch.float64)
+        for k, report in own.items():
+            values[k] = torch.tensor([report[name] for name in names], dtype=torch.float64)
+        reports = [dict(zip(names, row, strict=True)) for row in self.processes.sum(values).tolist()]
+        if self.processes.rank == 0:
+            warn_of_collapse(reports)
+        return reports
+
+    def _training_batches(self, epoch: int, *, begin: int) -> Iterator[Batch]:
+        if 0 in self.blocks:
+            return self.experiment.training_batches(epoch, begin=begin)
+        return ((None, y) for y in self.experiment.training_labels(epoch, begin=begin))
+
+    def _test_batches(self) -> Iterator[Batch]:
+        test = self.experiment.dataset.test
+        if 0 in self.blocks:
+            return ordered_batches(test, normalisation=self.experiment.normalisation, size=SIZE)
+        return ((None, y) for y in test.labels.split(SIZE))
+
+    def _placement(self, blocks: int) -> Placement | None:
+        if self.processes.size in (1, blocks):
+            return None
+        train = self.experiment.dataset.train
+        x = self.experiment.normalisation(train.images[:EXAMPLE])
+        return balanced(self.learner, x, train.labels[:EXAMPLE], ranks=self.processes.size)
+
+    def _descent(self, parameters: list[nn.Parameter]) -> Optimizer:
+        return descent(parameters, self.settings)
+
+    def _follow_schedule(self, stage: Stage) -> None:
+        def set_rate_of_minibatch(optimizer: Optimizer, *_: object) -> None:
+            set_rate(optimizer, self.settings, minibatch=stage.minibatch, steps=self.experiment.steps)
+
+        if stage.optimizer is not None:
+            stage.optimizer.register_step_pre_hook(set_rate_of_minibatch)
