@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import tyro
@@ -16,10 +16,22 @@ Arguments = TypeVar("Arguments")
 
 def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
     """The arguments as `kind`, absent ones from `default`; --help is printed and exits. UserError: unusable ones."""
+    with _in_one_line(prog):
+        return tyro.cli(kind, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
+
+
+def parse_known(kind: type[Arguments], args: Sequence[str], *, prog: str) -> tuple[Arguments, list[str]]:
+    """The arguments that `kind` knows, and the others. UserError: unusable ones."""
+    with _in_one_line(prog):
+        return tyro.cli(kind, args=args, prog=prog, return_unknown_args=True)
+
+
+@contextlib.contextmanager
+def _in_one_line(prog: str) -> Iterator[None]:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(kind, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
+            yield
     except SystemExit as stop:
         if not stop.code:
             raise

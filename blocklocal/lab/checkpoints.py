@@ -109,7 +109,8 @@ class Checkpoints:
                 _quietly(save, state, storage_writer=FileSystemWriter(folder), no_dist=True)
             except (OSError, RuntimeError, CheckpointException) as error:
                 shutil.rmtree(folder, ignore_errors=True)
-                raise OSError(f"{folder}: {_cause(error)}") from error
+                free = shutil.disk_usage(self.path).free / 2**20
+                raise OSError(f"{folder}: {_cause(error)}; {free:,.0f} MiB are free") from error
         last = self.latest()
         for old in self._steps():
             if last is not None and old < last:

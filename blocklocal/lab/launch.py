@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-from rich.console import Console
-from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-from blocklocal.lab.arguments import parse
+from blocklocal.lab.agent import Agent, first, tell
+from blocklocal.lab.arguments import parse_known
 from blocklocal.lab.checkpoints import kept
 from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.processes import LOGS, STORE, loopback
+from blocklocal.lab.processes import STORE, loopback
 from blocklocal.lab.runs import Run
 from blocklocal.lab.train import settings_from
 
-GRACE = 3  # seconds that a process has to end by itself before it is killed
 POLL = 0.1  # seconds between two looks at the processes
 
 
@@ -73,7 +69,9 @@ class Options:
 
 
 def main(args: Sequence[str]) -> None:
-    options, rest = _split(args)
+    if {"-h", "--help"} & set(args):
+        args = ["--help"]
+    options, rest = parse_known(Options, args, prog="bll launch")
     options.check()
     settings = settings_from(rest)
     settings.check()
@@ -86,9 +84,11 @@ def main(args: Sequence[str]) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
     with tempfile.TemporaryDirectory() as folder:
         _set_environment(options, processes=processes, store=folder)
-        agent = Agent(_workers(options, rest, processes=processes, folder=folder), run=run, folder=folder)
         try:
+            agent = Agent(_workers(options, rest, processes=processes, folder=folder), run=run, folder=folder)
             result: Any = agent.run()
+        except RendezvousError as error:
+            raise UserError(f"the machines did not meet at {options.rdzv_endpoint}: {error}") from error
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt(kept(run) if run.exists else "") from None
@@ -98,65 +98,6 @@ def main(args: Sequence[str]) -> None:
         if failure.exitcode == 2:
             raise UserError(failure.message)
         raise OSError(f"{tell(rank, failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
-
-
-class Agent(LocalElasticAgent):
-    """torch's own agent, which says in a line what has failed, and does not try again what cannot go better."""
-
-    def __init__(self, spec: WorkerSpec, *, run: Run, folder: str) -> None:
-        super().__init__(spec, DefaultLogsSpecs(log_dir=folder), shutdown_timeout=GRACE)
-        self._run, self._console = run, Console(stderr=True)
-
-    def _monitor_workers(self, worker_group: WorkerGroup) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        result: Any = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
-        if result.failures and self._remaining_restarts:
-            rank, failure = first(result.failures)
-            if failure.exitcode == 2:  # unusable settings or data
-                self._remaining_restarts = 0
-            else:
-                restart = self._worker_group.spec.max_restarts - self._remaining_restarts + 1
-                self._say(
-                    f"{tell(rank, failure, self._run)}; restart {restart} of {self._worker_group.spec.max_restarts}"
-                )
-        return result
-
-    def _say(self, line: str) -> None:
-        self._console.print(f"bll: {line}", highlight=False, soft_wrap=True, markup=False)
-
-
-def first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """What the others follow from: unusable settings, else a process that was killed, else the first to fail.
-
-    The agent ends the rest with SIGTERM, and counts them among the failures.
-    """
-
-    def order(failure: tuple[int, ProcessFailure]) -> tuple[bool, bool, bool, int]:
-        code = failure[1].exitcode
-        return code != 2, code == -signal.SIGTERM, code >= 0, failure[1].timestamp
-
-    return min(failures.items(), key=order)
-
-
-def tell(rank: int, failure: ProcessFailure, run: Run) -> str:
-    """What happened to a process, and where to read more."""
-    if failure.exitcode < 0:
-        return f"process {rank} was killed by {failure.signal_name()}"
-    log = run.path / LOGS / f"rank{rank}.log"
-    more = f" (see {log})" if log.exists() else ""
-    return f"process {rank} failed: {failure.message}{more}"
-
-
-def _split(args: Sequence[str]) -> tuple[Options, list[str]]:
-    """The options of `bll launch`, and the rest for `bll train`."""
-    if {"-h", "--help"} & set(args):
-        parse(Options, ["--help"], prog="bll launch")
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(Options, args=list(args), prog="bll launch", return_unknown_args=True)
-    except SystemExit:
-        parse(Options, args, prog="bll launch")  # says what is wrong
-        raise
 
 
 def _blocks(settings: Settings) -> int:
@@ -175,10 +116,13 @@ def _set_environment(options: Options, *, processes: int, store: str) -> None:
 def _workers(options: Options, rest: list[str], *, processes: int, folder: str) -> WorkerSpec:
     """One machine meets in a file, so that nothing listens at a port; several at the endpoint."""
     least, most = options.machines
-    place = {"endpoint": options.rdzv_endpoint} if most > 1 else {"endpoint": f"{folder}/meeting", "store_type": "file"}
-    local = {"local_addr": "127.0.0.1"} if most == 1 else {}
+    if most == 1:
+        address, place = "127.0.0.1", {"endpoint": f"{folder}/meeting", "store_type": "file"}
+    else:
+        address, hosts = _address(options.rdzv_endpoint)
+        place = {"endpoint": options.rdzv_endpoint, "is_host": str(hosts).lower()}
     parameters = RendezvousParameters(
-        backend="c10d", run_id="blocklocal", min_nodes=least, max_nodes=most, **place, **local
+        backend="c10d", run_id="blocklocal", min_nodes=least, max_nodes=most, local_addr=address, **place
     )
     return WorkerSpec(
         role="blocks",
@@ -188,5 +132,27 @@ def _workers(options: Options, rest: list[str], *, processes: int, folder: str) 
         rdzv_handler=registry.get_rendezvous_handler(parameters),
         max_restarts=options.restarts,
         monitor_interval=POLL,
-        local_addr=local.get("local_addr"),
+        local_addr=address,
     )
+
+
+def _address(endpoint: str) -> tuple[str, bool]:
+    """The address by which the endpoint reaches this machine, and whether the machines meet here.
+
+    UserError: no HOST:PORT, or an unknown host.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--rdzv-endpoint {endpoint}: HOST:PORT is needed")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((host, int(port)))
+            address = way.getsockname()[0]
+    except OSError as error:
+        raise UserError(f"--rdzv-endpoint {endpoint}: there is no way to that host ({error})") from error
+    with socket.socket() as place:
+        try:
+            place.bind((host, int(port)))
+        except OSError:  # another machine's address, or another launcher of this one is there already
+            return address, False
+    return address, True

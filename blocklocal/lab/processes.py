@@ -157,8 +157,7 @@ def _leave(rank: int, message: str, *, code: int) -> None:
     """End this process at once: it shall not wait for others, nor they for it."""
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
-        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
-        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        Path(report).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
     if STORE not in os.environ:  # who has set it reads the report
         print(f"bll: rank {rank}: {message}", file=sys.__stderr__)
     for stream in (_failures.log, sys.__stdout__, sys.__stderr__):

@@ -18,7 +18,6 @@ from blocklocal.lab.course import Course
 from blocklocal.lab.environment import describe, find_device, peak_memory
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import Experiment, prepare
-from blocklocal.lab.pipeline_trainer import PipelineTrainer
 from blocklocal.lab.processes import Processes, joined, own_device
 from blocklocal.lab.progress import Display, Plan, display
 from blocklocal.lab.recipes import DIGITS, recipe
@@ -88,7 +87,7 @@ def _train(settings: Settings, processes: Processes, device: torch.device) -> di
         experiment.learner.compile()
     plan = Plan(settings.epochs, experiment.steps, settings.batch_size, blocks, done=done, rest=rest)
     console = Console(stderr=True)
-    console.print(_headline(experiment, plan, trainer, device=device), highlight=False, soft_wrap=True)
+    console.print(_headline(experiment, plan, trainer, processes, device=device), highlight=False, soft_wrap=True)
     try:
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
@@ -125,6 +124,8 @@ def _trainer(experiment: Experiment, processes: Processes, device: torch.device,
     """UserError: more processes than blocks, or what only processes can do."""
     settings = experiment.settings
     if processes.distributed:
+        from blocklocal.lab.pipeline_trainer import PipelineTrainer  # it needs one certain version of torch
+
         return PipelineTrainer(experiment, processes, device=device, trace=trace if settings.trace else None)
     for asked, name in ((settings.trace, "--trace"), (settings.message != "fp32", "--message")):
         if asked:
@@ -185,12 +186,14 @@ def _gather(experiment: Experiment, checkpoints: Checkpoints, trainer: Trainer) 
     load_weights(experiment.learner, checkpoints, minibatch=end, blocks=others)
 
 
-def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, *, device: torch.device) -> str:
+def _headline(
+    experiment: Experiment, plan: Plan, trainer: Trainer, processes: Processes, *, device: torch.device
+) -> str:
     settings, dataset = experiment.settings, experiment.dataset
     channels, (height, width) = dataset.channels, dataset.size
     model = f"{settings.model} in {plan.blocks} blocks" if plan.blocks > 1 else f"{settings.model} whole"
     here = ", ".join(map(str, trainer.blocks))
-    part = f" (here: {here})" if len(trainer.blocks) < plan.blocks else ""
+    part = f" over {processes.size} processes, here {here}" if processes.size > 1 else ""
     progress = ""
     if plan.done or plan.rest:
         inside = f" and {plan.rest} of {plan.steps} steps" if plan.rest else ""

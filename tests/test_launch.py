@@ -1,0 +1,152 @@
+"""Runs over processes: the same run as in one process, whatever breaks. At length: `python tests/faults.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+import pytest
+
+from blocklocal.lab.cli import main
+
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faults.reference(tmp_path_factory.mktemp("whole"), epochs=EPOCHS)
+
+
+def listening(pids: list[int]) -> set[str]:
+    """The local addresses, as /proc writes them, at which these processes wait for connections."""
+    sockets = {os.readlink(file) for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()}
+    rows = [row.split() for kind in ("tcp", "tcp6") for row in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
+
+def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, whole):
+    run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--trace", processes=3)
+    run.wait_until_training()
+    addresses = listening([run.launcher.pid, *run.pids()])
+    assert addresses, "the processes do meet"
+    assert addresses <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}, addresses
+    output, said = run.launcher.communicate(timeout=faults.PATIENCE)
+    assert run.launcher.returncode == 0, said
+    assert faults.same(run.out, whole)
+    assert "4 blocks over 3 processes" in said
+    summary = json.loads(output.splitlines()[-1])
+    assert summary["accuracy"] == faults.course(whole)[-1][2][-1]
+    assert {"config.json", "metrics.jsonl", "model.safetensors"} <= {path.name for path in run.out.iterdir()}
+    assert f"epoch {EPOCHS}/{EPOCHS}" in (run.out / "logs" / "rank2.log").read_text()
+    assert main(["timeline", str(run.out)]) == 0
+    assert (run.out / "timeline.svg").exists()
+    assert main(["eval", str(run.out)]) == 0
+
+
+def test_torchrun_runs_the_same_command(tmp_path, whole):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "blocklocal"]
+    command = [*torchrun, "train", *faults.SETTINGS, f"--epochs={EPOCHS}", f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=faults.PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["blocks"] == 4
+    assert faults.same(tmp_path / "run", whole)
+
+
+def test_a_killed_process_changes_nothing(tmp_path, whole):
+    faults.kill_one_after_another(tmp_path, whole, epochs=EPOCHS, kills=2, processes=2)
+
+
+def test_a_stopped_process_is_noticed(tmp_path, whole):
+    faults.stop(tmp_path, whole, epochs=EPOCHS, patience=3, processes=2)
+
+
+def test_nothing_outlives_the_launcher(tmp_path, whole):
+    faults.kill_launcher(tmp_path, whole, epochs=EPOCHS, processes=2)
+
+
+def test_control_c_ends_all_and_another_number_of_processes_goes_on(tmp_path, whole):
+    faults.change_processes(tmp_path, whole, epochs=EPOCHS, numbers=(4, 2))
+
+
+def test_a_full_disk(tmp_path, whole):
+    try:
+        faults.fill_disk(tmp_path, whole, epochs=EPOCHS, processes=2)
+    except PermissionError as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+
+
+def test_two_machines_whose_link_breaks(tmp_path, whole):
+    try:
+        faults.cut_cable(tmp_path, whole, epochs=EPOCHS, seconds=2)
+    except PermissionError as error:
+        pytest.skip(f"no network namespace can be made here: {error}")
+
+
+FUSE = """
+import torch
+from torch import nn
+
+class Fuse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+        return x * torch.where(self.steps > 70, torch.nan, 1.0)
+
+def fuse(*, channels, size, classes):
+    n = channels * size[0] * size[1]
+    return nn.Sequential(nn.Flatten(), nn.Linear(n, 16), nn.ReLU(), nn.Linear(16, 16), Fuse(), nn.Linear(16, classes))
+"""
+
+
+def test_what_no_restart_can_mend_ends_the_run(tmp_path, monkeypatch):
+    (tmp_path / "own_fuse.py").write_text(FUSE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = faults.Launched(tmp_path / "run", "--model=own_fuse:fuse", "--at", "1", "3", "--epochs=3", processes=3)
+    code, said = run.end()
+    last = said.strip().splitlines()[-1]
+    assert code == 2
+    assert "; restart" not in said
+    assert "the loss of block 2 is nan at step" in last
+    assert "keeps the checkpoint of epoch 1" in last or "keeps the checkpoint of epoch 2, step" in last
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--nnodes=2"], "--nnodes 2 needs --rdzv-endpoint"),
+        (["--nnodes=0"], "--nnodes 0: a number of machines"),
+        (["--nnodes=3:2"], "--nnodes 3:2: a number"),
+        (["--processes=-1"], "--processes -1"),
+        (["--restarts=many"], "--restarts"),
+        (["--nnodes=2", "--rdzv-endpoint=nowhere", "--interface=lo"], "HOST:PORT is needed"),
+        (["--speed=3"], "--speed"),
+        (["--lr=-1"], "--lr -1.0 is out of range"),
+        (["--patience=0"], "--patience 0.0 is out of range"),
+    ],
+)
+def test_unusable_options_start_nothing(tmp_path, capsys, args, words):
+    out = tmp_path / "run"
+    assert main(["launch", *args, f"--out={out}"]) == 2
+    assert words in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_more_processes_than_blocks(tmp_path):
+    run = faults.Launched(tmp_path / "run", "--rule=bp", processes=2)
+    code, said = run.end()
+    assert code == 2
+    assert "2 processes for 1 block" in said
+    assert "rule bp trains the model whole" in said
+    assert "; restart" not in said
+
+
+def test_what_is_for_processes_needs_them(tmp_path, capsys):
+    for option, value in (("--trace", ()), ("--message", ("bf16",))):
+        assert main(["train", option, *value, f"--out={tmp_path / 'run'}"]) == 2
+        assert f"{option} is for blocks over processes: start with bll launch" in capsys.readouterr().err
