@@ -71,6 +71,19 @@ def test_the_papers_cut_puts_four_bottlenecks_in_each_block():
     assert [len({owners[p] for p in block.parameters() if p in owners}) for block in chain] == [4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("side", [8, 28, 32])
+def test_the_cut_of_vgg8_is_per_layer(side):
+    """One convolution, or the classifier, in each block, and at each border positions that Pred-Sim can compare."""
+    model = build("vgg8", channels=3, size=(side, side), classes=10)
+    h, maps = torch.randn(2, 3, side, side), []
+    for block in split(model, at=CUTS["vgg8", 8]):
+        h = block(h)
+        maps.append(h.shape[2:])
+        assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in block.modules()) == 1
+    assert maps[-1] == ()
+    assert min(shape.numel() for shape in maps[:-1]) >= 4
+
+
 def test_attention_is_pytorchs():
     ours, theirs = Attention(24, heads=3), nn.MultiheadAttention(24, 3, batch_first=True)
     assert theirs.in_proj_weight is not None

@@ -26,7 +26,7 @@ class Options:
     """Show the blocks of a model: what is in them, their parameters, the memory of their activations, their time."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     blocks: int = 4
     """number of blocks"""
     at: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ class Settings:
     data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"
     """digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images"""
     model: str = "cnn"
-    """mlp, cnn, vit, resnet18/34/50, resnet8/20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
     """in blocks: bll, bll-paper, pred, predsim; whole: bp (backpropagation), fa, usf, brsf, frsf, dfa, drtp"""
     train_size: int = 0

@@ -12,6 +12,7 @@ from torch import nn
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.models.resnet import BasicBlock, Bottleneck, ResNet
 from blocklocal.lab.models.small import cnn, mlp
+from blocklocal.lab.models.vgg import vgg8
 from blocklocal.lab.models.vit import VisionTransformer
 
 
@@ -25,6 +26,7 @@ def _resnet(block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], *, wi
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
+    "vgg8": vgg8,
     "resnet18": _resnet(BasicBlock, (2, 2, 2, 2), width=64),
     "resnet34": _resnet(BasicBlock, (3, 4, 6, 3), width=64),
     "resnet50": _resnet(Bottleneck, (3, 4, 6, 3), width=64),
@@ -37,10 +39,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 # Where the recipe for so many blocks cuts; elsewhere the library balances the blocks. The paper's ResNet-50 has four
-# bottlenecks in each block.
+# bottlenecks in each block; vgg8 in eight is a block per layer.
 CUTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("mlp", 4): ("layer1", "layer2", "layer3"),
     ("cnn", 4): ("layer1", "layer2", "layer3"),
+    ("vgg8", 8): ("layer1", "layer2", "layer3", "layer4", "layer5", "layer6", "layer7"),
     ("resnet18", 4): ("layer1", "layer2", "layer3"),
     ("resnet34", 4): ("layer1", "layer2", "layer3"),
     ("resnet50", 4): ("layer2.0", "layer3.0", "layer3.4"),
