@@ -343,6 +343,29 @@ def cut_cable(folder: Path, whole: Path, *, epochs: int, seconds: float) -> str:
     return f"down for {seconds:g} s: both wait and go on, no restart; weights of the undisturbed run"
 
 
+def lose_a_machine(folder: Path, whole: Path, *, epochs: int) -> str:
+    """Two machines, one of which is lost for good: kill -9 of all that runs there."""
+    with two_machines() as (here, there):
+        meeting = ("--nnodes=1:2", "--rdzv-endpoint=10.78.0.1:29400", f"--epochs={epochs}")
+        out = folder / "lost"
+        first = Launched(out, *meeting, "--interface=bllA", processes=1, before=here)
+        second = Launched(out, *meeting, "--interface=bllB", processes=1, before=there)
+        first.processes = 2
+        first.wait_until_training()
+        first.until(lambda: len(first.cuts()) > 1)
+        begin = time.monotonic()
+        second.launcher.kill()
+        second.launcher.communicate()
+        first.processes = 1
+        first.begun = 1
+        first.wait_until_training()
+        seconds = time.monotonic() - begin
+        code, said = first.end()
+        assert code == 0, said
+        assert same(out, whole)
+    return f"the other goes on alone after {seconds:.0f} s with all blocks; weights of the undisturbed run"
+
+
 def main() -> None:
     """Everything, one after another; a failure does not keep the next from being tried."""
     with tempfile.TemporaryDirectory() as name:
@@ -362,6 +385,7 @@ def main() -> None:
             lambda: interrupt(folder, whole, epochs=epochs, processes=4),
             lambda: change_processes(folder, whole, epochs=epochs, numbers=(4, 2, 3, 1)),
             lambda: cut_cable(folder, whole, epochs=epochs, seconds=5),
+            lambda: lose_a_machine(folder, endless, epochs=150),
         ]
         for scenario in scenarios:
             begin = time.monotonic()

@@ -13,7 +13,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from blocklocal.lab.processes import LOGS
+from blocklocal.lab.processes import AGAIN, FIRST, LAUNCHED, LOGS
 from blocklocal.lab.runs import Run
 
 GRACE = 3  # seconds that a process has to end by itself before it is killed
@@ -25,6 +25,7 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, *, run: Run, folder: str) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=folder), shutdown_timeout=GRACE)
         self._run, self._console = run, Console(stderr=True)
+        os.environ[LAUNCHED] = FIRST
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         pids = [worker.id for worker in worker_group.workers]
@@ -43,6 +44,11 @@ class Agent(LocalElasticAgent):
                     f"{tell(rank, failure, self._run)}; restart {restart} of {self._worker_group.spec.max_restarts}"
                 )
         return result
+
+    def _start_workers(self, worker_group: WorkerGroup) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        started: Any = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
+        os.environ[LAUNCHED] = AGAIN
+        return started
 
     def _say(self, line: str) -> None:
         self._console.print(f"bll: {line}", highlight=False, soft_wrap=True, markup=False)

@@ -34,13 +34,14 @@ class Options:
     """Train blocks over processes: bll launch [these options] [DATA] [options of bll train].
 
     Each process trains its own blocks, by default one. When a process dies or hangs, all of them start again from the
-    last checkpoint. Several machines need a folder for --out that all of them see, and call the same command.
+    last checkpoint. Several machines need a folder for --out that all of them see, and call the same command; one that
+    joins later adds --resume.
     """
 
     processes: int = 0
     """processes on this machine; 0: one per block, spread over the machines"""
     nnodes: str = "1"
-    """number of machines, or LEAST:MOST"""
+    """number of machines, or LEAST:MOST to go on when one is lost or joins"""
     rdzv_endpoint: str = ""
     """HOST:PORT where the machines meet, HOST being one of them; needed for several"""
     interface: str = ""
@@ -80,7 +81,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(
             f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
         )
-    processes = options.processes or max(1, _blocks(settings) // options.machines[0])
+    processes = options.processes or max(1, _blocks(settings) // options.machines[1])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
     with tempfile.TemporaryDirectory() as folder:
         _set_environment(options, processes=processes, store=folder)

@@ -42,11 +42,12 @@ from blocklocal.lab.pipeline_models import CHAINS, Chain
 from blocklocal.pipeline import Pipeline
 from blocklocal.pipeline.programs import block_local, gpipe, one_forward_one_backward
 from blocklocal.pipeline.timeline import Timeline
-from blocklocal.pipeline.trace import Trace
+from blocklocal.pipeline.trace import Record
 
 LOSSES = {"bll": BLL, "bll-paper": BLL_PAPER}
 MESSAGES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BLOCKS = "block-local"
+BLOCKS, ALONE = "block-local", "block-local, alone"
+AT_ONCE = "block-local, alone in each"  # process at the same time: what they take from each other by being there
 SCHEDULES = {"GPipe": (ScheduleGPipe, gpipe), "1F1B": (Schedule1F1B, one_forward_one_backward)}
 
 
@@ -114,25 +115,28 @@ def measure(options: Options) -> dict[str, Any]:
     chain, loss = CHAINS[options.model](options.processes), LOSSES[options.rule]
     message = MESSAGES[options.message]
     pipeline = Pipeline(learner(chain, loss), optimizer=optimizer, message=message, trace=True)
-    alone = {"backpropagation, alone": backpropagation(chain), "block-local, alone": blocks_alone(chain, loss)}
+    alone = {"backpropagation, alone": backpropagation(chain), ALONE: blocks_alone(chain, loss)}
     together = {
         f"{name}, M={m}": end_to_end(chain, SCHEDULES[name][0], microbatches=m) for name, m in options.end_to_end
     }
     trace = pipeline.trace
     assert trace is not None
-    seconds: dict[str, list[float]] = {name: [] for name in (*alone, BLOCKS, *together)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*alone, AT_ONCE, BLOCKS, *together)}
+    traces: list[list[Record]] = []
     for _ in range(1 + options.rounds):
         for name, progress in alone.items():
             mine = progress if dist.get_rank() == 0 else None
             seconds[name].append(_turn(mine, minibatches=options.minibatches // 2))
+        seconds[AT_ONCE].append(_turn(alone[ALONE], minibatches=options.minibatches // 2))
         trace.records.clear()
         seconds[BLOCKS].append(_turn(blocks_in_a_pipeline(pipeline, chain), minibatches=options.minibatches))
+        traces.append(list(trace.records))
         for name, progress in together.items():
             seconds[name].append(_turn(progress, minibatches=options.minibatches // 2))
-    simulated = _simulate(chain, pipeline, trace, options)
+    simulated = _simulate(chain, pipeline, [record for records in traces[1:] for record in records], options)
     measured = {name: found[1:] for name, found in seconds.items()}
     waiting = torch.zeros(options.processes, dtype=torch.float64)
-    waiting[dist.get_rank()] = Timeline(trace.records).waiting(dist.get_rank())
+    waiting[dist.get_rank()] = median(Timeline(records).waiting(dist.get_rank()) for records in traces[1:])
     dist.all_reduce(waiting)
     return {"options": asdict(options), "seconds": measured, "simulated": simulated, "waiting": waiting.tolist()}
 
@@ -160,7 +164,12 @@ def table(result: dict[str, Any]) -> Table:
             f"{median(seconds) / pace:.2f}",
         )
     shares = ", ".join(f"{share:.1%}" for share in result["waiting"])
-    rows.caption = f"block-local: the processes wait {shares} of the time from their first to their last minibatch"
+    alone, at_once = (median(result["seconds"][name]) for name in (ALONE, AT_ONCE))
+    rows.caption = (
+        f"block-local: {alone / pace:.2f} times as fast as alone; {result['options']['processes']} processes that have "
+        f"nothing to do with each other are {result['options']['processes'] * alone / at_once:.2f} times as fast as one"
+        f"\nthe processes wait {shares} of the time from their first to their last minibatch"
+    )
     return rows
 
 
@@ -178,11 +187,11 @@ def _turn(progress: Progress | None, *, minibatches: int) -> float:
     return pace.item()
 
 
-def _simulate(chain: Chain, pipeline: Pipeline, trace: Trace, options: Options) -> dict[str, float]:
+def _simulate(chain: Chain, pipeline: Pipeline, records: list[Record], options: Options) -> dict[str, float]:
     link = calibration.link()
     scale = MESSAGES[options.message].itemsize / 4
     messages = [scale * size for size in calibration.outputs(chain)]
-    costs = calibration.block_costs(trace.records, blocks=len(chain.blocks), messages=messages)
+    costs = calibration.block_costs(records, blocks=len(chain.blocks), messages=messages)
     simulated = {BLOCKS: block_local(costs, link=link, placement=pipeline.placement)}
     stages = {m: calibration.stage_costs(chain, microbatches=m) for m in options.microbatches}
     for name, m in options.end_to_end:

@@ -22,7 +22,7 @@ Progress = Iterator[int]
 
 
 def optimizer(parameters: list[nn.Parameter]) -> SGD:
-    return SGD([{"params": parameters}], lr=0.01, momentum=0.9)  # in a group, which may be empty
+    return SGD([{"params": parameters}], lr=0.01, momentum=0.9, fused=True)  # in a group, which may be empty
 
 
 def learner(chain: Chain, loss: LocalLoss) -> BlockLocal:

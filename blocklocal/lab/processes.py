@@ -25,7 +25,11 @@ from torch._C._distributed_c10d import FileStore
 
 from blocklocal.lab.errors import UserError
 
-STORE = "BLOCKLOCAL_STORE"  # environment: folder in which processes of one machine meet, instead of at a port
+# Set by `bll launch` for the processes that it starts.
+STORE = "BLOCKLOCAL_STORE"  # folder in which the processes of one machine meet, instead of at a port
+LAUNCHED = "BLOCKLOCAL_LAUNCHED"  # whether they are the first, or go on where others were: one of the next two
+FIRST, AGAIN = "first", "again"
+
 LOGS = "logs"  # in the folder of a run: a file per process
 
 
@@ -48,7 +52,7 @@ class Processes:
     @property
     def restarted(self) -> bool:
         """Whether others have been here before, in the same run."""
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return os.environ.get(LAUNCHED) == AGAIN or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     def sum(self, values: Tensor) -> Tensor:
         """Over all processes, the same tensor on each; a tensor that is zero on the others passes as it is."""
@@ -158,7 +162,7 @@ def _leave(rank: int, message: str, *, code: int) -> None:
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:
         Path(report).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
-    if STORE not in os.environ:  # who has set it reads the report
+    if LAUNCHED not in os.environ:  # who has set it reads the report
         print(f"bll: rank {rank}: {message}", file=sys.__stderr__)
     for stream in (_failures.log, sys.__stdout__, sys.__stderr__):
         if stream is not None:
