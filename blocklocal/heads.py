@@ -81,10 +81,30 @@ class ResidualUnit(nn.Module):
             nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
             nn.BatchNorm2d(outputs),
         )
-        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.stride = stride
 
     def forward(self, h: Tensor) -> Tensor:
-        return torch.relu(self.branch(h) + self.shortcut(h))
+        h, coarse = Fork.apply(h, self.stride)
+        return torch.relu(self.branch(h) + self.shortcut(coarse))
+
+
+class Fork(torch.autograd.Function):
+    """(h, every `stride`-th pixel of h), both views; what reads the first must begin with a convolution.
+
+    The second gradient is added in place to the first, which the convolution has made for this: beside the block's
+    activations stands one map, where autograd would make two and their sum.
+    """
+
+    @staticmethod
+    def forward(ctx, h: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+        ctx.stride = stride
+        return h.view_as(h), h[:, :, ::stride, ::stride]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, coarse: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradient[:, :, :: ctx.stride, :: ctx.stride] += coarse
+        return gradient, None
 
 
 class EvidenceHead(nn.Module):

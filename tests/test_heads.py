@@ -1,6 +1,7 @@
 """Prediction heads: shapes, training of every parameter, and the evidence against its closed form."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch.testing import assert_close
 
 import blocklocal as bll
 from blocklocal.feedback import Feedback, Targets
-from blocklocal.heads import HEADS, EvidenceHead, LinearHead
+from blocklocal.heads import HEADS, EvidenceHead, LinearHead, ResidualUnit
+from blocklocal.memory import MemoryTracker
 from blocklocal.messages import Message, Site
 
 CLASSES, CHANNELS, BATCH = 4, 6, 5
@@ -57,6 +59,42 @@ def test_linear_head_reads_the_statistics() -> None:
     at = site(CHANNELS, 3, 3)
     module, h = LinearHead(at), torch.randn(BATCH, CHANNELS, 3, 3)
     assert_close(module(message(h, at)), h.mean((2, 3)) @ module.linear.weight.T + module.linear.bias)
+
+
+def plain(unit: ResidualUnit, h: Tensor) -> Tensor:
+    """The same unit, with a strided convolution as its shortcut and gradients added by autograd."""
+    convolution, norm = unit.shortcut
+    assert isinstance(convolution, torch.nn.Conv2d)
+    return torch.relu(unit.branch(h) + norm(F.conv2d(h, convolution.weight, stride=unit.stride)))
+
+
+@pytest.mark.parametrize("size", [1, 6, 7])
+def test_residual_units_are_the_plain_ones(size: int) -> None:
+    unit = ResidualUnit(3, 5, stride=2).double()
+    h = torch.randn(4, 3, size, size, dtype=torch.float64, requires_grad=True)
+    wanted = [h, *unit.parameters()]
+    output, expected = unit(h), plain(unit, h)
+    assert_close(output, expected)
+    upstream = torch.randn_like(output)
+    for gradients in zip(*(torch.autograd.grad(o, wanted, upstream) for o in (output, expected)), strict=True):
+        assert_close(*gradients)
+    assert torch.autograd.gradgradcheck(unit.eval(), h)
+
+
+def test_residual_units_make_one_map_in_the_backward_pass() -> None:
+    """Where autograd alone makes one for each convolution, and their sum."""
+    unit = ResidualUnit(64, 2, stride=2)
+
+    def most(run: Callable[[Tensor], Tensor]) -> int:
+        h = torch.randn(2, 64, 16, 16, requires_grad=True)
+        output = run(h).sum()
+        with MemoryTracker() as tracker:
+            output.backward()
+        return tracker.timeline.peak
+
+    a_map, gradients = 4 * 2 * 64 * 16 * 16, sum(parameter.nbytes for parameter in unit.parameters())
+    assert a_map < most(unit) < 1.5 * a_map + gradients
+    assert most(lambda h: plain(unit, h)) > 3 * a_map
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual", "evidence"])
