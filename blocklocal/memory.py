@@ -3,7 +3,8 @@
 Counted is the storage of every tensor that an operation makes, from then until its last owner lets go: activations,
 what autograd saves for the backward pass, gradients of activations and of parameters, temporaries between operations.
 A storage counts once, however many tensors view it. Not counted: what was there before (parameters, buffers, optimizer
-state, the batch), workspace inside an operation, and what compiled code allocates, since no operation shows it.
+state, the batch), workspace inside an operation, and what compiled code allocates, since no operation shows it. Where
+two gradients meet, one map too many is counted: unwatched, autograd adds the second to the first in place.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ def allocated(step: Callable[[], None], *, device: torch.device) -> int:
 
 def _allocations(step: Callable[[], None]) -> list[int]:
     """Bytes taken from the allocator of the CPU (above zero) and given back (below), in order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports each start and stop on standard error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
