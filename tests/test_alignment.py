@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -126,6 +127,20 @@ def test_resumed_equals_uninterrupted(rule):
 
 
 @every_rule
+def test_the_state_of_another_rule_is_refused(rule):
+    x, _ = batch()
+    alignment = RULES[rule](Residual(), x, 1)
+    before = copy.deepcopy(alignment.feedback)
+    for other in RULES.keys() - {rule}:
+        state = RULES[other](Residual(), x, 2).state_dict()
+        with pytest.raises(ValueError, match=re.escape(f"the state is of {state['rule']}, and this is ")):
+            alignment.load_state_dict(state)
+    with pytest.raises(ValueError, match="a rule without a name"):
+        alignment.load_state_dict({"feedback": alignment.feedback})
+    assert_close(alignment.feedback, before, rtol=0, atol=0)
+
+
+@every_rule
 def test_seeds(rule):
     model, (x, y) = Residual(), batch()
     rng, feedback = torch.get_rng_state(), []
@@ -223,8 +238,9 @@ def test_uses_that_are_refused():
     alignment = FeedbackAlignment(model)
     with pytest.raises(ValueError, match="stem has its forward replaced"):
         SignSymmetry(model, magnitude="fixed")
-    with pytest.raises(ValueError, match="another model or rule: the feedback of classifier"):
-        alignment.load_state_dict({"feedback": {**alignment.feedback, "classifier": torch.zeros(1)}})
+    other = {**alignment.state_dict(), "feedback": {**alignment.feedback, "classifier": torch.zeros(1)}}
+    with pytest.raises(ValueError, match="another model: the feedback of classifier"):
+        alignment.load_state_dict(other)
     alignment.feedback["first"] = alignment.feedback["first"].to("meta")
     with pytest.raises(ValueError, match="first runs on cpu and its feedback is on meta"):
         alignment.backward(x, y)

@@ -100,7 +100,8 @@ def test_true_weights_give_backpropagation():
     expected = gradients(model, x, y)
     alignment = FeedbackAlignment(model)
     assert not torch.allclose(gradients(model, x, y)["stem.weight"], expected["stem.weight"])
-    alignment.load_state_dict({"feedback": {name: layer.weight.detach() for name, layer in alignment.layers.items()}})
+    weights = {name: layer.weight.detach() for name, layer in alignment.layers.items()}
+    alignment.load_state_dict({**alignment.state_dict(), "feedback": weights})
     for name, gradient in gradients(model, x, y).items():
         assert_close(gradient, expected[name], rtol=0, atol=1e-14)
 
@@ -140,7 +141,7 @@ def test_equals_biotorch(layer):
     nn.init.normal_(theirs.bias)
     ours.load_state_dict({"weight": theirs.weight, "bias": theirs.bias})
     alignment = FeedbackAlignment(nn.Sequential(ours))
-    alignment.load_state_dict({"feedback": {"0": theirs.weight_backward}})
+    alignment.load_state_dict({**alignment.state_dict(), "feedback": {"0": theirs.weight_backward}})
     delta, found = backpropagate(ours, x)
     x.requires_grad_()
     expected = torch.autograd.grad(theirs(x), [x, theirs.weight, theirs.bias], delta)

@@ -98,17 +98,25 @@ class Alignment(ABC):
         finally:
             self.active = True
 
+    @property
+    def rule(self) -> str:
+        """The name under which its state is kept."""
+        return type(self).__name__
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model's own state dict."""
-        return {"feedback": dict(self.feedback)}
+        return {"rule": self.rule, "feedback": dict(self.feedback)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ValueError: the state of another rule or of another model; nothing is loaded then."""
+        if state.get("rule") != self.rule:
+            raise ValueError(f"the state is of {state.get('rule', 'a rule without a name')}, and this is {self.rule}")
         shapes = {name: tensor.shape for name, tensor in state["feedback"].items()}
         expected = {name: tensor.shape for name, tensor in self.feedback.items()}
         if shapes != expected:
             names = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-            raise ValueError(f"the state is of another model or rule: the feedback of {', '.join(names)} differs")
+            raise ValueError(f"the state is of another model: the feedback of {', '.join(names)} differs")
         for name, tensor in self.feedback.items():
             tensor.copy_(state["feedback"][name])
 

@@ -73,6 +73,10 @@ class SignSymmetry(FeedbackAlignment):
     def backward_weight(self, name: str) -> Tensor:
         return self.feedback[name] * self.layers[name].weight.detach().sign()
 
+    @property
+    def rule(self) -> str:
+        return f"{super().rule}(magnitude={self.magnitude!r})"
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "next_seed": self.next_seed}
 
