@@ -54,6 +54,17 @@ def test_torchrun_runs_the_same_command(tmp_path, whole):
     assert faults.same(tmp_path / "run", whole)
 
 
+def test_replicas_share_a_minibatch(tmp_path, whole):
+    """The order of sums differs, and heads at borders normalise over a share of the batch: near, not the same."""
+    run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--replicas=2", processes=4)
+    code, said = run.end()
+    assert code == 0, said
+    (_, first, _), (_, expected, _) = faults.course(run.out)[0], faults.course(whole)[0]
+    assert first == pytest.approx(expected, rel=0.1)
+    assert faults.course(run.out)[-1][2][-1] > 0.8
+    assert main(["eval", str(run.out)]) == 0
+
+
 def test_a_killed_process_changes_nothing(tmp_path, whole):
     faults.kill_one_after_another(tmp_path, whole, epochs=EPOCHS, kills=2, processes=2)
 
@@ -128,6 +139,7 @@ def test_what_no_restart_can_mend_ends_the_run(tmp_path, monkeypatch):
         (["--speed=3"], "--speed"),
         (["--lr=-1"], "--lr -1.0 is out of range"),
         (["--patience=0"], "--patience 0.0 is out of range"),
+        (["--replicas=3"], "--replicas 3 is out of range: 1 or more, and a divisor of --batch-size"),
     ],
 )
 def test_unusable_options_start_nothing(tmp_path, capsys, args, words):
@@ -147,6 +159,6 @@ def test_more_processes_than_blocks(tmp_path):
 
 
 def test_what_is_for_processes_needs_them(tmp_path, capsys):
-    for option, value in (("--trace", ()), ("--message", ("bf16",))):
+    for option, value in (("--trace", ()), ("--message", ("bf16",)), ("--replicas", ("2",))):
         assert main(["train", option, *value, f"--out={tmp_path / 'run'}"]) == 2
         assert f"{option} is for blocks over processes: start with bll launch" in capsys.readouterr().err

@@ -61,6 +61,8 @@ class Settings:
     """compile every block with torch.compile"""
     threads: int = 0
     """CPU threads; 0 leaves the choice to PyTorch"""
+    replicas: int = 1
+    """over processes: copies of every block, each of which learns from its share of a minibatch"""
     message: Literal["fp32", "bf16"] = "fp32"
     """over processes: what travels from block to block"""
     seed: int = 0
@@ -93,6 +95,10 @@ class Settings:
             "cutout": (self.cutout >= 0, "0 or more pixels"),
             "threads": (self.threads >= 0, "0 or more"),
             "seed": (0 <= self.seed < 2**63, "0 or more"),
+            "replicas": (
+                self.replicas >= 1 and self.batch_size % max(self.replicas, 1) == 0,
+                f"1 or more, and a divisor of --batch-size {self.batch_size}",
+            ),
             "save_every": (self.save_every >= 1, "1 or more"),
             "patience": (0 < self.patience < float("inf"), "more than 0"),
         }

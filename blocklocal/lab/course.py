@@ -84,10 +84,11 @@ class Course:
         self._save(epoch * self.steps)
 
     def _save(self, minibatch: int) -> None:
-        states = self.trainer.states()
-        losses = torch.cat(self.losses) if self.losses else torch.zeros(0, len(states))
-        for (_, state), column in zip(sorted(states.items()), losses.unbind(1), strict=True):
-            state |= {LOSSES: column, SECONDS: torch.tensor(self.seconds, dtype=torch.float64)}
+        states, blocks = self.trainer.states(), self.trainer.blocks
+        losses = torch.cat(self.losses) if self.losses else torch.zeros(0, len(blocks))
+        for k, state in states.items():
+            seconds = torch.tensor(self.seconds, dtype=torch.float64)
+            state |= {LOSSES: losses[:, blocks.index(k)], SECONDS: seconds}
         self.checkpoints.save(minibatch, states)
 
     def _check_losses(self, losses: Tensor, *, epoch: int, first: int) -> None:

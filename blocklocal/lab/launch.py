@@ -39,7 +39,7 @@ class Options:
     """
 
     processes: int = 0
-    """processes on this machine; 0: one per block, spread over the machines"""
+    """processes on this machine; 0: one per block and replica, spread over the machines"""
     nnodes: str = "1"
     """number of machines, or LEAST:MOST to go on when one is lost or joins"""
     rdzv_endpoint: str = ""
@@ -81,7 +81,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(
             f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
         )
-    processes = options.processes or max(1, _blocks(settings) // options.machines[1])
+    processes = options.processes or max(1, _parts(settings) // options.machines[1])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
     with tempfile.TemporaryDirectory() as folder:
         _set_environment(options, processes=processes, store=folder)
@@ -101,8 +101,9 @@ def main(args: Sequence[str]) -> None:
         raise OSError(f"{tell(rank, failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
 
 
-def _blocks(settings: Settings) -> int:
-    return len(settings.at) + 1 if settings.at else settings.blocks
+def _parts(settings: Settings) -> int:
+    """So many processes are there work for: one per block and replica."""
+    return settings.replicas * (len(settings.at) + 1 if settings.at else settings.blocks)
 
 
 def _set_environment(options: Options, *, processes: int, store: str) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from blocklocal import Pipeline
 from blocklocal.border import Border
 from blocklocal.lab.batches import ordered_batches
 from blocklocal.lab.checkpoints import State
+from blocklocal.lab.data import Split
 from blocklocal.lab.descent import descent, set_rate
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.evaluate import SIZE, Exits, grade
@@ -28,9 +30,9 @@ from blocklocal.pipeline.stage import Stage
 class PipelineTrainer:
     """The experiment, which is on the CPU, as a pipeline over processes: the blocks of this one go to `device`.
 
-    Blocks are placed such that the measured times of the processes are even; where they stand changes no result.
-    trace: folder for a file that tells what this process does when, rewritten after every epoch.
-    UserError: more processes than blocks.
+    Blocks are placed such that the measured times of the processes are even; where they stand changes no result. Of
+    replicas of a block, the first keeps its state. trace: folder for a file that tells what this process does when,
+    rewritten after every epoch. UserError: more processes than blocks, or not so many replicas.
     """
 
     def __init__(
@@ -38,16 +40,22 @@ class PipelineTrainer:
     ) -> None:
         self.experiment, self.settings, self.processes = experiment, experiment.settings, processes
         self.learner, self.device = experiment.learner, device
-        blocks = len(self.learner.blocks)
-        if processes.size > blocks:
+        self.replicas, blocks = self.settings.replicas, len(self.learner.blocks)
+        ranks, rest = divmod(processes.size, self.replicas)
+        if rest:
+            raise UserError(f"{processes.size} processes are not a multiple of --replicas {self.replicas}")
+        if ranks > blocks:
             raise UserError(
-                f"{processes.size} processes for {blocks} block{'s' * (blocks > 1)}: each needs a block; take fewer "
+                f"{ranks} processes for {blocks} block{'s' * (blocks > 1)}: each needs a block; take fewer "
                 "processes or more --blocks" + f" (rule {self.settings.rule} trains the model whole)" * (blocks == 1)
             )
+        self.replica = processes.rank % self.replicas
+        mesh = init_device_mesh(device.type, (ranks, self.replicas), mesh_dim_names=("block", "data"))
         self.pipeline = Pipeline(
             self.learner,
             optimizer=self._descent,
-            placement=self._placement(blocks),
+            placement=self._placement(blocks, ranks=ranks),
+            mesh=mesh,
             device=device,
             message=DTYPES[self.settings.message],
             seed=self.settings.seed,
@@ -72,6 +80,8 @@ class PipelineTrainer:
             self.pipeline.trace.save(self.traces / f"rank{self.processes.rank}.jsonl")
 
     def states(self) -> dict[int, State]:
+        if self.replica > 0:
+            return {}
         return {stage.k: block_state(self.learner, stage.k, stage.optimizer) for stage in self.pipeline.stages}
 
     def load(self, states: Mapping[int, State]) -> None:
@@ -82,7 +92,8 @@ class PipelineTrainer:
         test, classes = self.experiment.dataset.test, len(self.experiment.dataset.classes)
         correct = torch.zeros(len(self.learner.blocks), len(test), dtype=torch.int32)
         confidence, scores = torch.zeros(correct.shape), torch.zeros(len(test), classes)
-        predictions, first = self.pipeline.predict(self._test_batches()), 0
+        share = self._share(torch.arange(len(test)))
+        predictions, first = self.pipeline.predict(self._test_batches(share)), int(share[0])
         while True:
             with self.experiment.autocast(self.device):
                 logits = next(predictions, None)
@@ -102,30 +113,36 @@ class PipelineTrainer:
         borders = [border for border in self.learner.borders if isinstance(border, Border)]
         names = borders[0].diagnostics if borders else []
         values = torch.zeros(len(borders), len(names), dtype=torch.float64)
-        for k, report in own.items():
+        for k, report in own.items() if self.replica == 0 else ():
             values[k] = torch.tensor([report[name] for name in names], dtype=torch.float64)
         reports = [dict(zip(names, row, strict=True)) for row in self.processes.sum(values).tolist()]
         if self.processes.rank == 0:
             warn_of_collapse(reports)
         return reports
 
+    def _share(self, rows: Tensor) -> Tensor:
+        """Of rows, those of this replica."""
+        return rows.tensor_split(self.replicas)[self.replica]
+
     def _training_batches(self, epoch: int, *, begin: int) -> Iterator[Batch]:
         if 0 in self.blocks:
-            return self.experiment.training_batches(epoch, begin=begin)
-        return ((None, y) for y in self.experiment.training_labels(epoch, begin=begin))
+            batches = self.experiment.training_batches(epoch, begin=begin)
+            return ((self._share(x), self._share(y)) for x, y in batches)
+        return ((None, self._share(y)) for y in self.experiment.training_labels(epoch, begin=begin))
 
-    def _test_batches(self) -> Iterator[Batch]:
+    def _test_batches(self, rows: Tensor) -> Iterator[Batch]:
         test = self.experiment.dataset.test
         if 0 in self.blocks:
-            return ordered_batches(test, normalisation=self.experiment.normalisation, size=SIZE)
-        return ((None, y) for y in test.labels.split(SIZE))
+            own = Split(test.images[rows], test.labels[rows])
+            return ordered_batches(own, normalisation=self.experiment.normalisation, size=SIZE)
+        return ((None, y) for y in test.labels[rows].split(SIZE))
 
-    def _placement(self, blocks: int) -> Placement | None:
-        if self.processes.size in (1, blocks):
+    def _placement(self, blocks: int, *, ranks: int) -> Placement | None:
+        if ranks in (1, blocks):
             return None
         train = self.experiment.dataset.train
         x = self.experiment.normalisation(train.images[:EXAMPLE])
-        return balanced(self.learner, x, train.labels[:EXAMPLE], ranks=self.processes.size)
+        return balanced(self.learner, x, train.labels[:EXAMPLE], ranks=ranks)
 
     def _descent(self, parameters: list[nn.Parameter]) -> Optimizer:
         return descent(parameters, self.settings)

@@ -109,7 +109,7 @@ class LiveDisplay:
         self.live.stop()
 
     def step(self, epoch: int, step: int, losses: Sequence[float | None]) -> None:
-        self.losses = losses
+        self.losses = [old if new is None else new for old, new in zip(self.losses, losses, strict=True)]
         completed = (epoch - 1) * self.plan.steps + step
         self.bar.update(self.task, completed=completed, description=f"epoch {epoch}/{self.plan.epochs}")
 

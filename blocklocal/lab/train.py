@@ -127,8 +127,13 @@ def _trainer(experiment: Experiment, processes: Processes, device: torch.device,
         from blocklocal.lab.pipeline_trainer import PipelineTrainer  # it needs one certain version of torch
 
         return PipelineTrainer(experiment, processes, device=device, trace=trace if settings.trace else None)
-    for asked, name in ((settings.trace, "--trace"), (settings.message != "fp32", "--message")):
-        if asked:
+    asked = {
+        "--trace": settings.trace,
+        "--message": settings.message != "fp32",
+        "--replicas": settings.replicas > 1,
+    }
+    for name in asked:
+        if asked[name]:
             raise UserError(f"{name} is for blocks over processes: start with bll launch, be it --processes 1")
     return SingleTrainer(experiment)
 
@@ -164,7 +169,7 @@ def _epoch(epoch: int, course: Course, processes: Processes, *, device: torch.de
     exits = trainer.test()
     record = {
         "epoch": epoch,
-        "train_loss": processes.sum(losses).tolist(),
+        "train_loss": (processes.sum(losses) / experiment.settings.replicas).tolist(),
         "test_accuracy": exits.accuracies,
         "test_accuracy_all": exits.combined_accuracy,
         "seconds": round(course.seconds, 3),

@@ -36,7 +36,7 @@ class Trainer(Protocol):
         ...
 
     def states(self) -> dict[int, State]:
-        """Of each block, what `load` needs to go on."""
+        """Of each block that this process keeps for all, what `load` needs to go on."""
         ...
 
     def load(self, states: Mapping[int, State]) -> None:
