@@ -55,12 +55,12 @@ def test_torchrun_runs_the_same_command(tmp_path, whole):
 
 
 def test_replicas_share_a_minibatch(tmp_path, whole):
-    """The order of sums differs, and heads at borders normalise over a share of the batch: near, not the same."""
+    """Batch normalisation in the heads sees 8 images in place of 16: near, not the same."""
     run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--replicas=2", processes=4)
     code, said = run.end()
     assert code == 0, said
     (_, first, _), (_, expected, _) = faults.course(run.out)[0], faults.course(whole)[0]
-    assert first == pytest.approx(expected, rel=0.1)
+    assert first == pytest.approx(expected, rel=0.25)
     assert faults.course(run.out)[-1][2][-1] > 0.8
     assert main(["eval", str(run.out)]) == 0
 
