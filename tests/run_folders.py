@@ -1,6 +1,7 @@
 """Folders of runs, written by hand as `bll train` writes them."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -12,11 +13,13 @@ def write_run(
     accuracies: list[float],
     blocks: int = 4,
     epochs: int | None = None,
+    angles: Mapping[str, Sequence[float | None]] | None = None,
     **settings: object,
 ) -> Path:
     """A run that has come through len(accuracies) epochs of `epochs`, by default all of them.
 
-    The last exit has the accuracies that are given, each exit before it 0.1 less than the next.
+    The last exit has the accuracies that are given, each exit before it 0.1 less than the next. angles: of each layer,
+    one per epoch, None where the record has none.
     """
     (path / "checkpoint").mkdir(parents=True)
     epochs = len(accuracies) if epochs is None else epochs
@@ -28,6 +31,10 @@ def write_run(
     }
     (path / "config.json").write_text(json.dumps({"settings": stored | settings, **facts}))
     records = [_record(epoch, accuracy, blocks=blocks) for epoch, accuracy in enumerate(accuracies, start=1)]
+    for i, record in enumerate(records):
+        known = {layer: degrees[i] for layer, degrees in (angles or {}).items() if degrees[i] is not None}
+        if known:
+            record["angles"] = known
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if len(accuracies) == epochs:
         (path / "model.safetensors").write_bytes(b"")

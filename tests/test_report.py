@@ -1,6 +1,7 @@
 """`bll report`: its numbers, its pictures, and a page that needs nothing else."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -152,6 +153,38 @@ def test_lines_are_the_records(runs):
         np.testing.assert_allclose(drawn("variance-cifar10-resnet20-bll")[f"border {k}"][:, 1], ratios.mean(0)[:, k])
     seconds = np.cumsum([record["seconds"] for record in records[0]])
     np.testing.assert_allclose(drawn("time-cifar10-resnet20")["bll"], np.column_stack([seconds, exits[0, :, -1]]))
+
+
+def test_angles_are_drawn_where_records_have_them(tmp_path):
+    deep = {f"deep{k}": [80.0, 70.0] for k in range(30)}
+    for seed, last in enumerate(([60.0, math.nan], [50.0, 44.0])):
+        angles = {"stem": [95.0, 85.0 + seed], **deep, "fc": [0.0, 0.0], "late": [None, 30.0], "odd": last}
+        accuracies = [0.3, 0.4 + seed / 10]
+        write_run(tmp_path / f"fa{seed}", rule="fa", seed=seed, accuracies=accuracies, blocks=1, angles=angles)
+    write_run(tmp_path / "bp", rule="bp", accuracies=[0.5, 0.6], blocks=1)
+    assert cli.main(["report", str(tmp_path)]) == 0
+    findings = compose([read(path) for path in find(tmp_path)])
+    (plot,) = (plot for plot in findings.plots if plot.name.startswith("angles"))
+    assert plot.name == "angles-cifar10-resnet20-fa"
+    (axes,) = plot.figure.axes
+    *layers, mark = axes.get_lines()
+    drawn = {line.get_label(): np.asarray(line.get_ydata()) for line in layers}
+    assert list(drawn) == ["stem", *deep, "fc", "odd", "late"]
+    np.testing.assert_array_equal(drawn["stem"], [95, 85.5])
+    np.testing.assert_array_equal(drawn["late"], [np.nan, 30])
+    np.testing.assert_array_equal(drawn["odd"], [55, 44])
+    assert list(np.unique(np.asarray(mark.get_ydata()))) == [90]
+    assert {0, 30, 60, 90} <= {*axes.get_yticks()}
+    (legend,) = plot.figure.legends
+    named = [text.get_text() for text in legend.get_texts()]
+    assert (named[0], named[-1], len(named)) == ("stem", "late", 12)
+    report = tmp_path / "report"
+    assert (report / "plots" / f"{plot.name}.png").read_bytes().startswith(b"\x89PNG")
+    text = (report / "plots" / f"{plot.name}.svg").read_text()
+    assert "degrees to the true gradient" in text
+    assert f"](plots/{plot.name}.svg)" in (report / "report.md").read_text()
+    sources = Page((report / "report.html").read_text()).sources
+    assert text in [b64decode(source.partition(",")[2]).decode() for source in sources if "svg" in source]
 
 
 def test_a_rule_has_the_same_colour_everywhere(runs):

@@ -10,7 +10,7 @@ from blocklocal.lab.config import PLACE
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.groups import Group, gather
 from blocklocal.lab.history import History
-from blocklocal.lab.plots import Plot, choose_colours, compare_groups, show_blocks
+from blocklocal.lab.plots import Plot, choose_colours, compare_groups, show_group
 from blocklocal.lab.summary import Row, summarise
 
 
@@ -60,10 +60,10 @@ def compose(runs: Sequence[History]) -> Findings:
 
 def _sections(subject: str, groups: Sequence[Group], *, colours: Mapping[str, str]) -> list[Section]:
     members = [group for group in groups if group.subject == subject]
-    divided = [group for group in members if group.blocks > 1]
+    inside = [(group, tuple(show_group(group))) for group in members]
     return [
         Section(subject, tuple(compare_groups(members, colours=colours))),
-        *(Section(f"{subject}: {group.label}", tuple(show_blocks(group))) for group in divided),
+        *(Section(f"{subject}: {group.label}", plots) for group, plots in inside if plots),
     ]
 
 
