@@ -24,11 +24,10 @@ from blocklocal.lab.groups import gather
 from blocklocal.lab.history import read
 from blocklocal.lab.models import build
 from blocklocal.lab.models.resnet import Bottleneck
-from blocklocal.lab.recipes import recipe
+from blocklocal.lab.recipes import recipe, settings_from
 from blocklocal.lab.series import arguments, complete
 from blocklocal.lab.summary import summarise
 from blocklocal.lab.table import Options
-from blocklocal.lab.train import settings_from
 
 SMALL = ["--model=mlp", "--train-size=256", "--test-size=100"]
 

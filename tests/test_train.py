@@ -22,12 +22,12 @@ from blocklocal.lab.config import Settings, encode, restore
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import prepare
 from blocklocal.lab.models import build
-from blocklocal.lab.recipes import DIGITS, recipe
+from blocklocal.lab.recipes import DIGITS, recipe, settings_from
 from blocklocal.lab.rules import RULES
 from blocklocal.lab.runs import Run
 from blocklocal.lab.schedule import SCHEDULES, cosine, onecycle
 from blocklocal.lab.state import load_weights
-from blocklocal.lab.train import settings_from, train
+from blocklocal.lab.train import train
 from blocklocal.lab.trainer import SingleTrainer
 
 TINY = Settings(model="mlp", epochs=3, train_size=256, test_size=100, threads=1)

@@ -13,7 +13,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from blocklocal.lab.processes import AGAIN, FIRST, LAUNCHED, LOGS
+from blocklocal.lab.journal import LAUNCHED, LOGS
+from blocklocal.lab.processes import AGAIN, FIRST
 from blocklocal.lab.runs import Run
 
 GRACE = 3  # seconds that a process has to end by itself before it is killed

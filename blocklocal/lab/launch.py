@@ -23,8 +23,8 @@ from blocklocal.lab.checkpoints import kept
 from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.processes import STORE, loopback
+from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
-from blocklocal.lab.train import settings_from
 
 POLL = 0.1  # seconds between two looks at the processes
 

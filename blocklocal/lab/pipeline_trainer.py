@@ -28,18 +28,16 @@ from blocklocal.pipeline.stage import Stage
 
 
 class PipelineTrainer:
-    """The experiment, which is on the CPU, as a pipeline over processes: the blocks of this one go to `device`.
+    """The experiment, which is on the CPU, as a pipeline over processes: the blocks of this one go to its device.
 
     Blocks are placed such that the measured times of the processes are even; where they stand changes no result. Of
     replicas of a block, the first keeps its state. trace: folder for a file that tells what this process does when,
     rewritten after every epoch. UserError: more processes than blocks, or not so many replicas.
     """
 
-    def __init__(
-        self, experiment: Experiment, processes: Processes, *, device: torch.device, trace: Path | None = None
-    ) -> None:
+    def __init__(self, experiment: Experiment, processes: Processes, *, trace: Path | None = None) -> None:
         self.experiment, self.settings, self.processes = experiment, experiment.settings, processes
-        self.learner, self.device = experiment.learner, device
+        self.learner, self.device = experiment.learner, processes.device
         self.replicas, blocks = self.settings.replicas, len(self.learner.blocks)
         ranks, rest = divmod(processes.size, self.replicas)
         if rest:
@@ -50,13 +48,13 @@ class PipelineTrainer:
                 "processes or more --blocks" + f" (rule {self.settings.rule} trains the model whole)" * (blocks == 1)
             )
         self.replica = processes.rank % self.replicas
-        mesh = init_device_mesh(device.type, (ranks, self.replicas), mesh_dim_names=("block", "data"))
+        mesh = init_device_mesh(self.device.type, (ranks, self.replicas), mesh_dim_names=("block", "data"))
         self.pipeline = Pipeline(
             self.learner,
             optimizer=self._descent,
             placement=self._placement(blocks, ranks=ranks),
             mesh=mesh,
-            device=device,
+            device=self.device,
             message=DTYPES[self.settings.message],
             seed=self.settings.seed,
             trace=trace is not None,

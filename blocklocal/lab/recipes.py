@@ -1,10 +1,14 @@
-"""What `bll train DATA` does where no option says otherwise."""
+"""What `bll train DATA` does: as its options say, and where no option says otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from blocklocal.lab.arguments import parse
 from blocklocal.lab.config import Settings
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.runs import Run
 
 DIGITS = Settings(threads=1)  # on images of 8x8 pixels threads wait for each other more than they compute
 
@@ -23,3 +27,23 @@ IMAGES = Settings(
 def recipe(data: str) -> Settings:
     """The recipe for a data set, by its name on the command line."""
     return replace(DIGITS if data == "digits" else IMAGES, data=data)
+
+
+def settings_from(args: Sequence[str]) -> Settings:
+    """What is not given comes from the recipe of the data set, or from the run that is resumed.
+
+    UserError: unusable arguments, or such as contradict the run that is resumed.
+    """
+    data = parse(Settings, [arg for arg in args if arg not in ("-h", "--help")], prog="bll train", default=DIGITS).data
+    settings = parse(Settings, args, prog="bll train", default=recipe(data))
+    if not settings.resume:
+        return settings
+    stored = replace(Run(settings.folder).settings(), out=settings.out, resume=True)
+    given = parse(Settings, args, prog="bll train", default=stored)
+    changed = stored.contradictions(given)
+    if changed:
+        raise UserError(
+            f"{', '.join(changed)} differs from the run in {str(settings.folder)!r}: "
+            "resume it with its own settings, or begin another run in another --out"
+        )
+    return given

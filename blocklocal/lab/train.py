@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from blocklocal.lab.arguments import parse
 from blocklocal.lab.checkpoints import Checkpoints, kept
 from blocklocal.lab.config import Settings
 from blocklocal.lab.course import Course
-from blocklocal.lab.environment import describe, find_device, peak_memory
+from blocklocal.lab.environment import describe, peak_memory
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import Experiment, prepare
-from blocklocal.lab.processes import Processes, joined, own_device
+from blocklocal.lab.processes import Processes, joined
 from blocklocal.lab.progress import Display, Plan, display
-from blocklocal.lab.recipes import DIGITS, recipe
+from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
 from blocklocal.lab.state import load_weights
 from blocklocal.lab.trainer import SingleTrainer, Trainer
@@ -32,26 +30,6 @@ def main(args: Sequence[str]) -> None:
         print(json.dumps(summary))
 
 
-def settings_from(args: Sequence[str]) -> Settings:
-    """What is not given comes from the recipe of the data set, or from the run that is resumed.
-
-    UserError: unusable arguments, or such as contradict the run that is resumed.
-    """
-    data = parse(Settings, [arg for arg in args if arg not in ("-h", "--help")], prog="bll train", default=DIGITS).data
-    settings = parse(Settings, args, prog="bll train", default=recipe(data))
-    if not settings.resume:
-        return settings
-    stored = replace(Run(settings.folder).settings(), out=settings.out, resume=True)
-    given = parse(Settings, args, prog="bll train", default=stored)
-    changed = stored.contradictions(given)
-    if changed:
-        raise UserError(
-            f"{', '.join(changed)} differs from the run in {str(settings.folder)!r}: "
-            "resume it with its own settings, or begin another run in another --out"
-        )
-    return given
-
-
 def train(settings: Settings) -> dict[str, Any]:
     """Train as the settings say; returns what `bll train` prints as its last line, nothing on any rank but 0.
 
@@ -60,25 +38,24 @@ def train(settings: Settings) -> dict[str, Any]:
     at the end. UserError: settings, data or a folder that cannot be used; a loss that is no number.
     """
     settings.check()
-    device = own_device(find_device(settings.device))
-    with joined(device=device, patience=settings.patience) as processes:
-        return _train(settings, processes, device)
+    with joined(device=settings.device, patience=settings.patience) as processes:
+        return _train(settings, processes)
 
 
-def _train(settings: Settings, processes: Processes, device: torch.device) -> dict[str, Any]:
+def _train(settings: Settings, processes: Processes) -> dict[str, Any]:
     run = Run(settings.folder)
     resume = settings.resume or (processes.restarted and run.exists)
     if processes.rank == 0 and run.exists and not resume:
         raise UserError(
             f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
         )
-    experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else device)
-    trainer = _trainer(experiment, processes, device, trace=run.traces)
+    experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else processes.device)
+    trainer = _trainer(experiment, processes, trace=run.traces)
     blocks = len(experiment.learner.blocks)
     checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
     course = Course(trainer, checkpoints, save_every=settings.save_every)
     if processes.rank == 0 and not resume:
-        _begin(run, experiment, processes, device)
+        _begin(run, experiment, processes)
     processes.meet()
     processes.log_to(run.path)
     done, rest = divmod(course.begin(processes, resume=resume), experiment.steps)
@@ -87,11 +64,11 @@ def _train(settings: Settings, processes: Processes, device: torch.device) -> di
         experiment.learner.compile()
     plan = Plan(settings.epochs, experiment.steps, settings.batch_size, blocks, done=done, rest=rest)
     console = Console(stderr=True)
-    console.print(_headline(experiment, plan, trainer, processes, device=device), highlight=False, soft_wrap=True)
+    console.print(_headline(experiment, plan, trainer, processes), highlight=False, soft_wrap=True)
     try:
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
-                record = _epoch(epoch, course, processes, device=device, shown=shown)
+                record = _epoch(epoch, course, processes, shown=shown)
                 if processes.rank == 0:
                     run.append(record)
                 records.append(record)
@@ -120,13 +97,13 @@ def _train(settings: Settings, processes: Processes, device: torch.device) -> di
     }
 
 
-def _trainer(experiment: Experiment, processes: Processes, device: torch.device, *, trace: Path) -> Trainer:
+def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Trainer:
     """UserError: more processes than blocks, or what only processes can do."""
     settings = experiment.settings
     if processes.distributed:
         from blocklocal.lab.pipeline_trainer import PipelineTrainer  # it needs one certain version of torch
 
-        return PipelineTrainer(experiment, processes, device=device, trace=trace if settings.trace else None)
+        return PipelineTrainer(experiment, processes, trace=trace if settings.trace else None)
     asked = {
         "--trace": settings.trace,
         "--message": settings.message != "fp32",
@@ -138,7 +115,7 @@ def _trainer(experiment: Experiment, processes: Processes, device: torch.device,
     return SingleTrainer(experiment)
 
 
-def _begin(run: Run, experiment: Experiment, processes: Processes, device: torch.device) -> None:
+def _begin(run: Run, experiment: Experiment, processes: Processes) -> None:
     dataset = experiment.dataset
     facts = {
         "data": {
@@ -152,10 +129,10 @@ def _begin(run: Run, experiment: Experiment, processes: Processes, device: torch
         "steps": experiment.steps,
         "processes": processes.size,
     }
-    run.create(experiment.settings, facts=facts | describe(device))
+    run.create(experiment.settings, facts=facts | describe(processes.device))
 
 
-def _epoch(epoch: int, course: Course, processes: Processes, *, device: torch.device, shown: Display) -> dict[str, Any]:
+def _epoch(epoch: int, course: Course, processes: Processes, *, shown: Display) -> dict[str, Any]:
     """Train and test through one epoch, together with the other processes; its line of metrics.jsonl."""
     trainer, experiment = course.trainer, course.experiment
     blocks = len(experiment.learner.blocks)
@@ -173,7 +150,7 @@ def _epoch(epoch: int, course: Course, processes: Processes, *, device: torch.de
         "test_accuracy": exits.accuracies,
         "test_accuracy_all": exits.combined_accuracy,
         "seconds": round(course.seconds, 3),
-        "peak_memory_mib": round(processes.largest(peak_memory(device)), 1),
+        "peak_memory_mib": round(processes.largest(peak_memory(processes.device)), 1),
         "borders": trainer.diagnose(epoch),
     }
     if angles := experiment.angles(epoch):
@@ -191,9 +168,7 @@ def _gather(experiment: Experiment, checkpoints: Checkpoints, trainer: Trainer) 
     load_weights(experiment.learner, checkpoints, minibatch=end, blocks=others)
 
 
-def _headline(
-    experiment: Experiment, plan: Plan, trainer: Trainer, processes: Processes, *, device: torch.device
-) -> str:
+def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, processes: Processes) -> str:
     settings, dataset = experiment.settings, experiment.dataset
     channels, (height, width) = dataset.channels, dataset.size
     model = f"{settings.model} in {plan.blocks} blocks" if plan.blocks > 1 else f"{settings.model} whole"
@@ -207,5 +182,5 @@ def _headline(
     return (
         f"{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test images of "
         f"{channels}x{height}x{width}, {len(dataset.classes)} classes; "
-        f"{model}{part}, rule {settings.rule}, on {device}{progress}"
+        f"{model}{part}, rule {settings.rule}, on {processes.device}{progress}"
     )
