@@ -83,11 +83,12 @@ def main(args: Sequence[str]) -> None:
         )
     processes = options.processes or max(1, _parts(settings) // options.machines[1])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the meeting may leave a last word there
         _set_environment(options, processes=processes, store=folder)
         try:
-            agent = Agent(_workers(options, rest, processes=processes, folder=folder), run=run, folder=folder)
-            result: Any = agent.run()
+            workers = _workers(options, rest, processes=processes, folder=folder)
+            result: Any = Agent(workers, run=run, folder=folder).run()
+            workers.rdzv_handler.shutdown()
         except RendezvousError as error:
             raise UserError(f"the machines did not meet at {options.rdzv_endpoint}: {error}") from error
         except SignalException as error:
