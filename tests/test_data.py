@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from blocklocal.lab.batches import Augmentation, Normalisation, ordered_batches, training_batches
@@ -56,6 +57,10 @@ def test_digits_are_split_by_class_and_complete():
     counts = torch.stack([split.labels.bincount() for split in (data.train, data.test)])
     assert torch.equal(counts[1], counts.sum(0) // 5)
     assert data.train.images.max() == 240
+    pixels, labels = load_digits(return_X_y=True)
+    of_five = torch.as_tensor(pixels[labels == 5])
+    five = torch.cat([split.images[split.labels == 5] for split in (data.train, data.test)]).flatten(1) / 15
+    assert sorted(five.double().tolist()) == sorted(of_five.tolist())
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])

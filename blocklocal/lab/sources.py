@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -28,11 +30,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".
 
 def digits(sizes: Sizes) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8; every fifth image of each class is for testing."""
-    from sklearn.datasets import load_digits
-
-    pixels, target = load_digits(return_X_y=True)
-    images = (15 * torch.as_tensor(pixels)).to(torch.uint8).reshape(-1, 1, 8, 8)  # 0..16 -> 0..240
-    labels = torch.as_tensor(target).long()
+    package = find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"  # to import sklearn takes a second
+    rows = torch.as_tensor(np.loadtxt(file, delimiter=",", dtype=np.int64))  # 64 pixels and the label
+    images = (15 * rows[:, :64]).to(torch.uint8).reshape(-1, 1, 8, 8)  # 0..16 -> 0..240
+    labels = rows[:, 64].clone()
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
         test[(labels == label).nonzero()[4::5]] = True
