@@ -1,7 +1,7 @@
 """The simulator against closed forms and against a recursion over minibatches."""
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from blocklocal.pipeline import Placement, schedule
@@ -47,33 +47,47 @@ def test_a_fixed_part_does_not_shrink_with_the_batch() -> None:
     assert data_parallel([cost], workers=2, link=NOTHING) == pytest.approx(2 * 0.5 + (0.5 + 1.5) / 2 + 0.25)
 
 
-@given(stages, st.floats(0.0, 2.0), st.integers(1, 3))
-def test_blocks_follow_the_recursion(times: list[tuple[float, float]], latency: float, ahead: int) -> None:
-    """A forward pass needs its block free and its message there; a message both sides, and the one before it there."""
+@given(stages, st.floats(0.0, 2.0), st.floats(0.0, 6.0), st.integers(1, 3))
+def test_blocks_follow_the_recursion(times: list[tuple[float, float]], latency: float, size: float, ahead: int) -> None:
+    """A forward pass needs its block free and its message there; a message a notice, and the one before it out."""
     minibatches = 12
-    done, arrived = {}, {}
+    done, left = {}, {}
     for m in range(minibatches):
         for k, (forward, backward) in enumerate(times):
             begin = done.get((k, m - 1), 0.0)
             if k:
-                posted = done.get((k, m - ahead), 0.0)
+                notice = done.get((k, m - ahead), 0.0) + latency
                 sent = done[k - 1, m] - times[k - 1][1]
-                arrived[k, m] = max(posted, sent, arrived.get((k, m - 1), 0.0)) + latency
-                begin = max(begin, arrived[k, m])
+                left[k, m] = max(notice, sent, left.get((k, m - 1), 0.0)) + size
+                begin = max(begin, left[k, m] + latency)
             done[k, m] = begin + forward + backward
+    costs = [Cost(*time, message=size) for time in times]
+    placement = Placement(tuple(range(len(times))))
     programs = [
-        list(block_local_window(actions, [Cost(*time) for time in times], Placement(tuple(range(len(times)))), first=0))
-        for actions in schedule(Placement(tuple(range(len(times)))), minibatches=minibatches, ahead=ahead).values()
+        list(block_local_window(actions, costs, placement, first=0))
+        for actions in schedule(placement, minibatches=minibatches, ahead=ahead).values()
     ]
-    last = simulate(programs, link=Link(latency=latency))[-1]
+    last = simulate(programs, link=Link(latency=latency, bandwidth=1.0))[-1]
     assert last == pytest.approx(done[len(times) - 1, minibatches - 1])
 
 
 def test_a_slow_link_sets_the_pace() -> None:
     link = Link(latency=0.5, bandwidth=2.0)
     pace = block_local(even(3, message=8.0), link=link, window=400)
-    assert pace == pytest.approx(0.5 + 8.0 / 2.0, rel=1e-2)
-    assert block_local(even(3, message=4.0), link=link, window=400) == pytest.approx(3.0, rel=1e-2)  # 2.5 s each
+    assert pace == pytest.approx(8.0 / 2.0, rel=1e-2)  # receives are posted ahead, so latency costs nothing
+    assert block_local(even(3, message=4.0), link=link, window=400) == pytest.approx(3.0, rel=1e-2)  # 3 s with notice
+
+
+@given(st.integers(2, 8), st.floats(0.0, 0.2), st.floats(1.0, 5.0))
+def test_gpipe_over_a_slow_link_waits_for_a_notice_and_a_message_each_time(
+    microbatches: int, latency: float, size: float
+) -> None:
+    forward, backward, message = (seconds / microbatches for seconds in (1.0, 2.0, 6.0 * size))
+    assume(latency <= forward)  # the first notice is there before the first output
+    passes = forward + backward + microbatches * (forward + backward + 2 * message + 4 * latency) - 2 * latency
+    costs = [Cost(1.0, 2.0, message=6.0 * size)] * 2
+    link = Link(latency=latency, bandwidth=1.0)
+    assert gpipe(costs, microbatches=microbatches, link=link) == pytest.approx(passes)
 
 
 def test_data_parallelism_is_a_ring() -> None:
@@ -88,6 +102,22 @@ def test_messages_share_a_way_and_wait_for_both_sides() -> None:
     sender = [Post(one), Post(two), Compute(5.0), Wait(one), Wait(two)]
     receiver = [Compute(2.0), Post(one), Wait(one), Post(two), Wait(two)]
     assert simulate([sender, receiver], link=Link(bandwidth=10.0)) == [5.0, 4.0]
+
+
+def test_a_sender_is_done_when_its_system_has_the_bytes() -> None:
+    message = Message(0, 1, 10.0, ())
+    programs = [[Post(message), Wait(message)]] * 2
+    assert simulate(programs, link=Link(latency=1.0, bandwidth=2.0)) == [1.0, 7.0]
+    assert simulate(programs, link=Link(latency=1.0, bandwidth=2.0, buffer=4.0)) == [4.0, 7.0]
+    assert simulate(programs, link=Link(latency=1.0, bandwidth=2.0, buffer=0.0)) == [6.0, 7.0]
+
+
+def test_a_notice_waits_behind_what_travels_the_same_way() -> None:
+    """Rank 1 sends 10 s of gradient, then says that it expects an activation, which rank 0 could have sent at once."""
+    gradient, activation = Message(1, 0, 10.0, ("B",)), Message(0, 1, 3.0, ("F",))
+    first = [Post(gradient), Post(activation), Wait(gradient), Wait(activation)]
+    second = [Compute(1.0), Post(gradient), Post(activation), Wait(activation)]
+    assert simulate([first, second], link=Link(latency=0.5, bandwidth=1.0)) == [11.5, 11.0 + 0.5 + 3.0 + 0.5]
 
 
 def test_programs_that_wait_for_each_other_are_refused() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from blocklocal.lab.pipeline_contenders import optimizer
 from blocklocal.lab.pipeline_models import Chain
-from blocklocal.pipeline import Placement
 from blocklocal.pipeline.programs import Cost
 from blocklocal.pipeline.simulator import Link
 from blocklocal.pipeline.trace import Record
@@ -20,13 +19,17 @@ from blocklocal.pipeline.trace import Record
 SIZES = (2**10, 2**23)  # bytes of the messages that measure a link
 
 
-def link(*, repetitions: int = 10) -> Link:
-    """From rank 0 to rank 1, receives posted first. Every rank calls it and gets the same."""
-    small, large = (median(_send(size) for _ in range(repetitions)) for size in SIZES)
+def link(*, repetitions: int = 20) -> Link:
+    """Between ranks 0 and 1, by messages that are expected and asked for. Every rank calls it and gets the same."""
+    rank, measured = dist.get_rank(), torch.zeros(2, 2, dtype=torch.float64)
+    for i, size in enumerate(SIZES):
+        seconds = min(_send(size) for _ in range(repetitions))  # the link's, without what delays the processes
+        if rank < 2:
+            measured[rank, i] = seconds
+    dist.all_reduce(measured)
+    (_, sent), (small, large) = measured.tolist()
     bandwidth = (SIZES[1] - SIZES[0]) / max(large - small, 1e-9)
-    measured = torch.tensor([small, bandwidth], dtype=torch.float64)
-    dist.broadcast(measured, src=1)
-    return Link(*measured.tolist())
+    return Link(latency=small / 2, bandwidth=bandwidth, buffer=max(0.0, SIZES[1] - sent * bandwidth))
 
 
 def block_costs(records: Sequence[Record], *, blocks: int, messages: Sequence[float]) -> list[Cost]:
@@ -39,40 +42,24 @@ def block_costs(records: Sequence[Record], *, blocks: int, messages: Sequence[fl
     return [Cost(f, b, message=size) for (f, b), size in zip(medians.tolist(), messages, strict=True)]
 
 
-def stage_costs(chain: Chain, *, microbatches: int, repetitions: int = 8) -> list[Cost]:
-    """Of every stage of an end-to-end pipeline, the seconds of all its microbatches; every rank times its own."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine = Placement.even(len(chain.blocks), ranks=ranks).blocks(rank)
-    h = chain.x.chunk(microbatches)[0]
-    with torch.no_grad():
-        for block in chain.blocks[: mine[0]]:
-            h = block(h)
-    h.requires_grad_(rank > 0)
-    stage = nn.Sequential(*(chain.blocks[k] for k in mine))
-    own = cost(stage, list(stage.parameters()), h, parts=microbatches, repetitions=repetitions, begin=dist.barrier)
-    costs = torch.zeros(ranks, 4, dtype=torch.float64)
-    costs[rank] = torch.tensor([own.forward, own.backward, own.update, own.message])
-    dist.all_reduce(costs)
-    return [Cost(f, b, update=u, message=size) for f, b, u, size in costs.tolist()]
+def stage_costs(seconds: Sequence[Sequence[float]], *, messages: Sequence[float]) -> list[Cost]:
+    """Of every stage of an end-to-end pipeline, from this rank's clock in a run; messages: bytes of their outputs."""
+    medians = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64)
+    medians[dist.get_rank()] = torch.tensor([median(column) for column in zip(*seconds, strict=True)])
+    dist.all_reduce(medians)
+    return [Cost(f, b, update=u, message=size) for (f, b, u), size in zip(medians.tolist(), messages, strict=True)]
 
 
 def cost(
-    forward: Callable[[Tensor], Tensor],
-    parameters: list[nn.Parameter],
-    h: Tensor,
-    *,
-    parts: int = 1,
-    repetitions: int = 8,
-    begin: Callable[[], object] = lambda: None,
+    forward: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], h: Tensor, *, parts: int = 1, repetitions: int
 ) -> Cost:
     """Of a minibatch in so many parts, each like h: both passes of all parts, and one optimizer step.
 
-    Medians over repetitions, each after a call of `begin`. An h that requires a gradient gets it.
+    Medians over repetitions. An h that requires a gradient gets it.
     """
     stepper, seconds, size = optimizer(parameters), [], 0
     for _ in range(repetitions):
         given = h.clone()  # what is timed may write into it
-        begin()
         forward_seconds, output = _timed(lambda given=given: forward(given))
         backward_seconds, _ = _timed(lambda output=output: output.backward(torch.ones_like(output)))
         update_seconds, _ = _timed(stepper.step)
@@ -95,12 +82,12 @@ def outputs(chain: Chain) -> list[float]:
 
 
 def _send(size: int) -> float:
-    """Seconds that a message of so many bytes is under way to rank 1; measured there."""
+    """Seconds from asking for so many bytes until they are there, on rank 1; of sending them, on rank 0."""
     rank, buffer, ready = dist.get_rank(), torch.zeros(size, dtype=torch.uint8), torch.zeros(1)
     if rank == 0:
         dist.recv(ready, src=1)
-        dist.send(buffer, dst=1)
-    elif rank == 1:
+        return _timed(lambda: dist.send(buffer, dst=1))[0]
+    if rank == 1:
         message = dist.irecv(buffer, src=0)
         assert message is not None
         start = time.perf_counter()

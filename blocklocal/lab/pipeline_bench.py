@@ -30,11 +30,11 @@ from blocklocal.lab import calibration
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.pipeline_contenders import (
+    EndToEnd,
     Progress,
     backpropagation,
     blocks_alone,
     blocks_in_a_pipeline,
-    end_to_end,
     learner,
     optimizer,
 )
@@ -116,14 +116,13 @@ def measure(options: Options) -> dict[str, Any]:
     message = MESSAGES[options.message]
     pipeline = Pipeline(learner(chain, loss), optimizer=optimizer, message=message, trace=True)
     alone = {"backpropagation, alone": backpropagation(chain), ALONE: blocks_alone(chain, loss)}
-    together = {
-        f"{name}, M={m}": end_to_end(chain, SCHEDULES[name][0], microbatches=m) for name, m in options.end_to_end
-    }
+    together = {f"{name}, M={m}": EndToEnd(chain, SCHEDULES[name][0], microbatches=m) for name, m in options.end_to_end}
     trace = pipeline.trace
     assert trace is not None
     seconds: dict[str, list[float]] = {name: [] for name in (*alone, AT_ONCE, BLOCKS, *together)}
     traces: list[list[Record]] = []
-    for _ in range(1 + options.rounds):
+    clocks: dict[str, list[list[float]]] = {name: [] for name in together}
+    for turn in range(1 + options.rounds):
         for name, progress in alone.items():
             mine = progress if dist.get_rank() == 0 else None
             seconds[name].append(_turn(mine, minibatches=options.minibatches // 2))
@@ -131,14 +130,16 @@ def measure(options: Options) -> dict[str, Any]:
         trace.records.clear()
         seconds[BLOCKS].append(_turn(blocks_in_a_pipeline(pipeline, chain), minibatches=options.minibatches))
         traces.append(list(trace.records))
-        for name, progress in together.items():
-            seconds[name].append(_turn(progress, minibatches=options.minibatches // 2))
-    simulated = _simulate(chain, pipeline, [record for records in traces[1:] for record in records], options)
+        for name, contender in together.items():
+            contender.stage.seconds.clear()
+            seconds[name].append(_turn(iter(contender), minibatches=options.minibatches // 2))
+            clocks[name] += contender.stage.seconds[1:] if turn else []
+    simulation = _simulate(chain, pipeline, [record for records in traces[1:] for record in records], clocks, options)
     measured = {name: found[1:] for name, found in seconds.items()}
     waiting = torch.zeros(options.processes, dtype=torch.float64)
     waiting[dist.get_rank()] = median(Timeline(records).waiting(dist.get_rank()) for records in traces[1:])
     dist.all_reduce(waiting)
-    return {"options": asdict(options), "seconds": measured, "simulated": simulated, "waiting": waiting.tolist()}
+    return {"options": asdict(options), "seconds": measured, **simulation, "waiting": waiting.tolist()}
 
 
 def _start(rank: int, options: Options, folder: str) -> None:
@@ -187,13 +188,15 @@ def _turn(progress: Progress | None, *, minibatches: int) -> float:
     return pace.item()
 
 
-def _simulate(chain: Chain, pipeline: Pipeline, records: list[Record], options: Options) -> dict[str, float]:
-    link = calibration.link()
+def _simulate(
+    chain: Chain, pipeline: Pipeline, records: list[Record], clocks: dict[str, list[list[float]]], options: Options
+) -> dict[str, Any]:
+    link, outputs, placement = calibration.link(), calibration.outputs(chain), pipeline.placement
     scale = MESSAGES[options.message].itemsize / 4
-    messages = [scale * size for size in calibration.outputs(chain)]
-    costs = calibration.block_costs(records, blocks=len(chain.blocks), messages=messages)
-    simulated = {BLOCKS: block_local(costs, link=link, placement=pipeline.placement)}
-    stages = {m: calibration.stage_costs(chain, microbatches=m) for m in options.microbatches}
+    costs = calibration.block_costs(records, blocks=len(chain.blocks), messages=[scale * size for size in outputs])
+    simulated = {BLOCKS: block_local(costs, link=link, placement=placement)}
+    borders = [outputs[placement.blocks(rank)[-1]] for rank in range(placement.size)]
     for name, m in options.end_to_end:
-        simulated[f"{name}, M={m}"] = SCHEDULES[name][1](stages[m], microbatches=m, link=link)
-    return simulated
+        stages = calibration.stage_costs(clocks[f"{name}, M={m}"], messages=borders)
+        simulated[f"{name}, M={m}"] = SCHEDULES[name][1](stages, microbatches=m, link=link)
+    return {"simulated": simulated, "link": asdict(link)}

@@ -1,7 +1,7 @@
 """What a schedule takes: programs of computing and messages, run against a clock of numbers instead of on processes.
 
-A message travels once both sides have posted it and the one before it on the same way has arrived, as it does with
-gloo; `latency` and `bandwidth` say how long it takes.
+Messages go as with gloo: the receiver's notice that a message is expected goes to the sender, behind what travels that
+way already; then the message goes, behind the one before it. The sender is done when its system has taken the bytes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Link:
-    """Between two neighbours, each way: seconds before a message moves, and bytes per second."""
+    """Between two neighbours, each way: seconds until a byte is there, bytes per second.
+
+    buffer: of a message's bytes, how many the sender's system takes at once.
+    """
 
     latency: float = 0.0
     bandwidth: float = float("inf")
+    buffer: float = float("inf")
 
     def seconds(self, size: float) -> float:
+        """Until so many bytes are there, on a way that is free."""
         return self.latency + size / self.bandwidth
 
 
@@ -62,36 +67,46 @@ class _Simulation:
         self.clock = [0.0] * len(programs)
         self.position = [0] * len(programs)
         self.posted: dict[Message, float] = {}
-        self.arrived: dict[Message, float] = {}
+        self.done: dict[tuple[int, Message], float] = {}
         self.free: dict[tuple[int, int], float] = {}
 
     def run(self) -> list[float]:
-        ranks = range(len(self.programs))
-        while any(self.position[rank] < len(self.programs[rank]) for rank in ranks):
-            if not any(self.advance(rank) for rank in ranks):
+        while any(self.step(rank) is not None for rank in range(len(self.programs))):
+            able = [rank for rank in range(len(self.programs)) if self.able(rank)]
+            if not able:
                 raise ValueError("the programs wait for each other")
+            self.advance(min(able, key=self.clock.__getitem__))  # so that messages are posted in the order of time
         return self.clock
 
-    def advance(self, rank: int) -> bool:
-        """Run a rank until it waits for what is not known yet; whether it got anywhere."""
-        begin, program = self.position[rank], self.programs[rank]
-        while self.position[rank] < len(program):
-            step = program[self.position[rank]]
-            if isinstance(step, Compute):
-                self.clock[rank] += step.seconds
-            elif isinstance(step, Post):
-                self.post(step.message, self.clock[rank])
-            elif step.message in self.arrived:
-                self.clock[rank] = max(self.clock[rank], self.arrived[step.message])
-            else:
-                break
-            self.position[rank] += 1
-        return self.position[rank] > begin
+    def step(self, rank: int) -> Step | None:
+        program, position = self.programs[rank], self.position[rank]
+        return program[position] if position < len(program) else None
 
-    def post(self, message: Message, now: float) -> None:
+    def able(self, rank: int) -> bool:
+        """Whether a rank is not at its end, nor waiting for what is not known yet."""
+        step = self.step(rank)
+        return step is not None and not (isinstance(step, Wait) and (rank, step.message) not in self.done)
+
+    def advance(self, rank: int) -> None:
+        step = self.step(rank)
+        if isinstance(step, Compute):
+            self.clock[rank] += step.seconds
+        elif isinstance(step, Post):
+            self.post(step.message, rank)
+        elif isinstance(step, Wait):
+            self.clock[rank] = max(self.clock[rank], self.done[rank, step.message])
+        self.position[rank] += 1
+
+    def post(self, message: Message, rank: int) -> None:
+        now = self.clock[rank]
+        way, back = (message.source, message.destination), (message.destination, message.source)
+        if rank == message.destination:
+            now = max(now, self.free.get(back, 0.0)) + self.link.latency  # the notice is there
         if message not in self.posted:
             self.posted[message] = now
             return
-        way = (message.source, message.destination)
         start = max(now, self.posted[message], self.free.get(way, 0.0))
-        self.arrived[message] = self.free[way] = start + self.link.seconds(message.size)
+        self.free[way] = start + message.size / self.link.bandwidth
+        left_over = max(0.0, message.size - self.link.buffer)
+        self.done[message.source, message] = start + left_over / self.link.bandwidth
+        self.done[message.destination, message] = self.free[way] + self.link.latency
