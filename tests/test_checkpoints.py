@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.optim import SGD
 
+import blocklocal as bll
 from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.state import block_state, load_block_state, pack, unpack
 
 
 def state(value: float = 0.0) -> dict[str, torch.Tensor]:
@@ -141,3 +145,46 @@ def test_what_cannot_be_written_is_said_and_leaves_the_last(tmp_path, monkeypatc
     checkpoints.save(15, {0: state(), 1: state()})
     checkpoints.wait()
     assert checkpoints.latest() == 15
+
+
+def learner(*, width: int = 8, bias: bool = True) -> bll.BlockLocal:
+    blocks = [nn.Sequential(nn.Linear(4, width, bias=bias), nn.BatchNorm1d(width)), nn.Linear(width, 3)]
+    return bll.BlockLocal(blocks, classes=3, example=torch.randn(5, 4))
+
+
+def test_the_state_of_a_block_is_all_that_it_needs():
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    first, second = learner(), learner()
+    optimizers = [[SGD(each.block_parameters(k), 0.1, momentum=0.9) for k in range(2)] for each in (first, second)]
+    for _ in range(3):
+        first.backward(x, y, optimizers=optimizers[0])
+    for k in range(2):
+        load_block_state(second, k, optimizers[1][k], block_state(first, k, optimizers[0][k]))
+    for each, own in zip((first, second), optimizers, strict=True):
+        each.backward(x, y, optimizers=own)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"width": 16}, "size mismatch"),
+        ({"bias": False}, r"unknown: blocks\.0\.0\.bias"),
+    ],
+)
+def test_the_state_of_another_model_is_refused(other, words):
+    with pytest.raises(UserError, match=f"(?s)does not fit the model as it is built now.*{words}"):
+        load_block_state(learner(**other), 0, None, block_state(learner(), 0, None))
+    with pytest.raises(UserError, match=r"missing: blocks\.0\.0\.bias"):
+        load_block_state(learner(), 0, None, block_state(learner(bias=False), 0, None))
+
+
+def test_what_is_packed_is_unpacked():
+    values = {"seed": 7, "name": "usf", "feedback": {"layer": torch.randn(2, 3)}, "random": torch.get_rng_state()}
+    found = unpack(pack(values))
+    assert found.keys() == values.keys()
+    assert torch.equal(found["feedback"]["layer"], values["feedback"]["layer"])
+    with pytest.raises(pickle.UnpicklingError):
+        unpack(pack({"trap": Trap()}))

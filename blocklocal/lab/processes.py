@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
 
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError
@@ -116,7 +115,7 @@ def _join(rank: int, size: int, *, device: torch.device, timeout: timedelta) -> 
     store = None
     if STORE in os.environ:  # a new file for every group: after a restart the port is another
         name = f"{os.environ['MASTER_PORT']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        store = FileStore(str(Path(os.environ[STORE], name)), size)
+        store = dist.FileStore(str(Path(os.environ[STORE], name)), size)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
