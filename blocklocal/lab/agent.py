@@ -23,7 +23,7 @@ GRACE = 3  # seconds that a process has to end by itself before it is killed
 class Agent(LocalElasticAgent):
     """torch's own agent, which says in a line what has failed, and does not try again what cannot go better.
 
-    `_monitor_workers`, `_start_workers` and `_remaining_restarts` are private to it, and used as they are in torch 2.13.
+    `_monitor_workers`, `_start_workers` and `_remaining_restarts` are private to it; they are those of torch 2.13.
     """
 
     def __init__(self, spec: WorkerSpec, *, run: Run, folder: str) -> None:
