@@ -59,7 +59,7 @@ class Checkpoints:
         What cannot be written is a warning, and leaves nothing behind: the last whole cut stays.
         """
         self.wait()
-        copies = {k: {name: tensor.detach().cpu().clone() for name, tensor in parts[k].items()} for k in parts}
+        copies = {k: {name: tensor.detach().to("cpu", copy=True) for name, tensor in parts[k].items()} for k in parts}
         self._pending = self._writer.submit(self._write, step, copies)
 
     def wait(self) -> None:
