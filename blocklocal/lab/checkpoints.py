@@ -38,6 +38,9 @@ HARMLESS = {
 
 UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
 
+# A part has one writer, as it should be. For good, since warnings are set for all threads at once.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
 State = dict[str, Tensor]
 
 
@@ -89,7 +92,7 @@ class Checkpoints:
                 for name, entry in found.items()
                 if isinstance(entry, TensorStorageMetadata)
             }
-            _quietly(load, state, storage_reader=reader, no_dist=True)
+            load(state, storage_reader=reader, no_dist=True)
         except UNREADABLE as error:
             raise UserError(
                 f"{str(folder)!r} is not a readable checkpoint ({_cause(error)}); start anew with another --out"
@@ -106,7 +109,7 @@ class Checkpoints:
         for k, state in parts.items():
             folder = self._part(step, k)
             try:
-                _quietly(save, state, storage_writer=FileSystemWriter(folder), no_dist=True)
+                save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
             except (OSError, RuntimeError, CheckpointException) as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 free = shutil.disk_usage(self.path).free / 2**20
@@ -159,13 +162,6 @@ class _Unpickler(pickle.Unpickler):
         if name not in HARMLESS.get(module, ()):
             raise pickle.UnpicklingError(f"it wants to make a {module}.{name}")
         return super().find_class(module, name)
-
-
-def _quietly(work: Any, *args: Any, **kwargs: Any) -> None:
-    """Without the remark that there are no other processes, which is as it should be."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        work(*args, **kwargs)
 
 
 def _cause(error: BaseException) -> str:
