@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,9 @@ class Options:
 
 def main(args: Sequence[str]) -> None:
     if {"-h", "--help"} & set(args):
-        args = ["--help"]
+        with suppress(SystemExit):
+            parse_known(Options, ["--help"], prog="bll launch")
+        settings_from(["--help"])  # the rest of the options, and the end
     options, rest = parse_known(Options, args, prog="bll launch")
     options.check()
     settings = settings_from(rest)
