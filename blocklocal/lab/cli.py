@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from blocklocal.lab.environment import keep_freed_memory
 from blocklocal.lab.errors import UserError
 
 # name: (module with main(args), what it does). The module is imported only when its command is called.
@@ -43,6 +44,7 @@ def main(args: Sequence[str]) -> int:
         print(f"blocklocal {version('blocklocal')}")
         return 0
     warnings.showwarning = _show_warning
+    keep_freed_memory()
     try:
         command, *rest = args
         if command not in COMMANDS:

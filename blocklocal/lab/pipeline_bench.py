@@ -28,6 +28,7 @@ from tyro.conf import FlagCreatePairsOff
 from blocklocal import BLL, BLL_PAPER
 from blocklocal.lab import calibration
 from blocklocal.lab.arguments import parse
+from blocklocal.lab.environment import keep_freed_memory
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.pipeline_contenders import (
     EndToEnd,
@@ -111,6 +112,7 @@ def bench(options: Options) -> dict[str, Any]:
 def measure(options: Options) -> dict[str, Any]:
     """The result, in the processes of the default group; every one of them gets it."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     torch.manual_seed(0)
     chain, loss = CHAINS[options.model](options.processes), LOSSES[options.rule]
     message = MESSAGES[options.message]
