@@ -90,11 +90,13 @@ def test_gpipe_over_a_slow_link_waits_for_a_notice_and_a_message_each_time(
     assert gpipe(costs, microbatches=microbatches, link=link) == pytest.approx(passes)
 
 
-def test_data_parallelism_is_a_ring() -> None:
+def test_data_parallelism_is_a_ring_whose_last_bucket_comes_after_the_backward_pass() -> None:
     costs = even(4, weights=100.0)
     fast, slow = Link(bandwidth=1e9), Link(latency=0.1, bandwidth=50.0)
     assert data_parallel(costs, workers=4, link=fast) == pytest.approx(3.0)
-    assert data_parallel(costs, workers=4, link=slow) == pytest.approx(1.0 + 6 * (0.1 + 100.0 / 50.0))
+    assert data_parallel(costs, workers=4, link=slow) == pytest.approx(1.0 + 2.0 + 6 * (0.1 + 100.0 / 50.0))
+    ring, last = 6 * (0.1 + 75.0 / 50.0), 6 * (0.1 + 25.0 / 50.0)
+    assert data_parallel(costs, workers=4, link=slow, bucket=100.0) == pytest.approx(1.0 + ring + last)
 
 
 def test_messages_share_a_way_and_wait_for_both_sides() -> None:

@@ -70,7 +70,7 @@ def test_other_ways_by_their_closed_forms() -> None:
         assert pace == pytest.approx(6.0 * (m + 3 - 1) / m + 1.0), "two blocks on each of three ranks"
     assert free["data parallel"] == pytest.approx(18.0 / 3 + 3.0)
     slow = predict(costs(*blocks, ranks=3), ranks=3, link=link).others
-    assert slow["data parallel"] == pytest.approx(6.0 / 3 + 3.0 + 4 * (0.1 + 600.0 / 3 / 50.0))
+    assert slow["data parallel"] == pytest.approx(18.0 / 3 + 3.0 + 4 * (0.1 + 600.0 / 3 / 50.0))
     assert not predict(costs(*blocks, ranks=1), ranks=1, link=link).others
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from blocklocal.lab.pipeline_contenders import optimizer
+from blocklocal.lab.pipeline_contenders import Replicas, optimizer
 from blocklocal.lab.pipeline_models import Chain
 from blocklocal.pipeline.programs import Cost
 from blocklocal.pipeline.simulator import Link
@@ -71,6 +72,22 @@ def cost(
     return Cost(f, b, update=u, message=size, weights=sum(parameter.nbytes for parameter in parameters))
 
 
+def replica_cost(chain: Chain, *, repetitions: int = 10) -> Cost:
+    """Of the whole chain and minibatch, `workers` times what a replica takes for its share as all compute.
+
+    Every rank calls it and gets the longest. backward: with the processor's time for summing the gradients, which it
+    cannot give to the pass; what a slow link adds to that is not in it.
+    """
+    replica, workers = Replicas(chain), dist.get_world_size()
+    dist.barrier()
+    share = cost(replica.loss, replica.parameters, replica.x, repetitions=repetitions)
+    summing = median(_sum(share.weights) for _ in range(repetitions))
+    seconds = torch.tensor([share.forward, share.backward + summing, share.update], dtype=torch.float64)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    f, b, u = seconds.tolist()
+    return replace(share, forward=workers * f, backward=workers * b, update=u)
+
+
 def outputs(chain: Chain) -> list[float]:
     """Bytes of every block's output."""
     sizes, h = [], chain.x
@@ -95,6 +112,15 @@ def _send(size: int) -> float:
         message.wait()
         return time.perf_counter() - start
     return 0.0
+
+
+def _sum(size: float) -> float:
+    """Seconds of the processor, on this rank, for gradients of so many bytes: into a bucket, summed, and out of it."""
+    gradients = torch.zeros(int(size) // 4)
+    bucket, start = torch.empty_like(gradients), time.process_time()
+    dist.all_reduce(torch.div(gradients, dist.get_world_size(), out=bucket))
+    gradients.copy_(bucket)
+    return time.process_time() - start
 
 
 def _timed(work: Callable[[], Tensor | None]) -> tuple[float, Tensor]:

@@ -1,4 +1,4 @@
-"""`bll bench --pipeline`: the same chain of blocks in one process, block-local over several, by GPipe and by 1F1B.
+"""`bll bench --pipeline`: a chain of blocks in one process, block-local over several, by GPipe, 1F1B and replicas.
 
 Every process computes with one thread. The contenders take turns, round after round, so that a machine which is slow
 for a while is so for all; what counts is the median. Times are those of a full pipeline.
@@ -33,6 +33,7 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.pipeline_contenders import (
     EndToEnd,
     Progress,
+    Replicas,
     backpropagation,
     blocks_alone,
     blocks_in_a_pipeline,
@@ -41,20 +42,21 @@ from blocklocal.lab.pipeline_contenders import (
 )
 from blocklocal.lab.pipeline_models import CHAINS, Chain
 from blocklocal.pipeline import Pipeline
-from blocklocal.pipeline.programs import block_local, gpipe, one_forward_one_backward
+from blocklocal.pipeline.programs import block_local, data_parallel, gpipe, one_forward_one_backward
 from blocklocal.pipeline.timeline import Timeline
 from blocklocal.pipeline.trace import Record
 
 LOSSES = {"bll": BLL, "bll-paper": BLL_PAPER}
 MESSAGES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCKS, ALONE = "block-local", "block-local, alone"
+REPLICAS = "data parallel"
 AT_ONCE = "block-local, alone in each"  # process at the same time: what they take from each other by being there
 SCHEDULES = {"GPipe": (ScheduleGPipe, gpipe), "1F1B": (Schedule1F1B, one_forward_one_backward)}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Milliseconds per minibatch of block-local learning over several processes, beside one process, GPipe and 1F1B."""
+    """Milliseconds per minibatch of blocks over several processes, beside one process, GPipe, 1F1B and replicas (DDP)."""
 
     model: Literal["mlp", "cnn", "devices"] = "mlp"
     """four blocks of Linear(1024); four of convolutions; or a block per process that sleeps instead of computing"""
@@ -119,9 +121,9 @@ def measure(options: Options) -> dict[str, Any]:
     pipeline = Pipeline(learner(chain, loss), optimizer=optimizer, message=message, trace=True)
     alone = {"backpropagation, alone": backpropagation(chain), ALONE: blocks_alone(chain, loss)}
     together = {f"{name}, M={m}": EndToEnd(chain, SCHEDULES[name][0], microbatches=m) for name, m in options.end_to_end}
-    trace = pipeline.trace
+    replicas, trace = iter(Replicas(chain)), pipeline.trace
     assert trace is not None
-    seconds: dict[str, list[float]] = {name: [] for name in (*alone, AT_ONCE, BLOCKS, *together)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*alone, AT_ONCE, BLOCKS, *together, REPLICAS)}
     traces: list[list[Record]] = []
     clocks: dict[str, list[list[float]]] = {name: [] for name in together}
     for turn in range(1 + options.rounds):
@@ -136,6 +138,7 @@ def measure(options: Options) -> dict[str, Any]:
             contender.stage.seconds.clear()
             seconds[name].append(_turn(iter(contender), minibatches=options.minibatches // 2))
             clocks[name] += contender.stage.seconds[1:] if turn else []
+        seconds[REPLICAS].append(_turn(replicas, minibatches=options.minibatches // 2))
     simulation = _simulate(chain, pipeline, [record for records in traces[1:] for record in records], clocks, options)
     measured = {name: found[1:] for name, found in seconds.items()}
     waiting = torch.zeros(options.processes, dtype=torch.float64)
@@ -201,4 +204,5 @@ def _simulate(
     for name, m in options.end_to_end:
         stages = calibration.stage_costs(clocks[f"{name}, M={m}"], messages=borders)
         simulated[f"{name}, M={m}"] = SCHEDULES[name][1](stages, microbatches=m, link=link)
+    simulated[REPLICAS] = data_parallel([calibration.replica_cost(chain)], workers=placement.size, link=link)
     return {"simulated": simulated, "link": asdict(link)}

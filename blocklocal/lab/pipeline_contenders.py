@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from blocklocal import BlockLocal
@@ -55,6 +57,26 @@ def blocks_alone(chain: Chain, loss: LocalLoss) -> Progress:
 def blocks_in_a_pipeline(pipeline: Pipeline, chain: Chain) -> Progress:
     """Block-local over all processes, from an empty pipeline."""
     return map(len, pipeline.train(repeat((chain.x, chain.y))))
+
+
+class Replicas:
+    """Backpropagation of the whole chain in every process, on its share of the minibatch (DDP)."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.x, self.y = (whole.tensor_split(dist.get_world_size())[dist.get_rank()] for whole in (chain.x, chain.y))
+        self.model = nn.Sequential(*copy.deepcopy(chain.blocks))  # DDP stays with its parameters for good
+        self.parameters = list(self.model.parameters())
+
+    def loss(self, x: Tensor) -> Tensor:
+        return cross_entropy(self.model(x), self.y)
+
+    def __iter__(self) -> Progress:
+        model, stepper = DistributedDataParallel(self.model), optimizer(self.parameters)
+        while True:
+            cross_entropy(model(self.x), self.y).backward()
+            stepper.step()
+            stepper.zero_grad()
+            yield 1
 
 
 class ClockedStage(PipelineStage):

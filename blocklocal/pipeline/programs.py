@@ -77,11 +77,20 @@ def one_forward_one_backward(costs: Sequence[Cost], *, microbatches: int, link: 
     return _end_to_end(costs, microbatches, link, _one_forward_one_backward)
 
 
-def data_parallel(costs: Sequence[Cost], *, workers: int, link: Link) -> float:
-    """Seconds per minibatch of `workers` replicas of the whole model: a ring all-reduce beside the backward pass."""
+def data_parallel(costs: Sequence[Cost], *, workers: int, link: Link, bucket: float = 25 * 2**20) -> float:
+    """Seconds per minibatch of `workers` replicas of the whole model, each with its share of the minibatch.
+
+    Gradients are summed in buckets of so many bytes, as DDP of torch does it, by ring all-reduces: beside the backward
+    pass, but for the last bucket, which is full when that is done.
+    """
     parts = [cost.split(workers) for cost in costs]
-    reduction = 2 * (workers - 1) * link.seconds(sum(cost.weights for cost in costs) / workers)
-    backward = max(sum(part.backward for part in parts), reduction)
+    weights = sum(cost.weights for cost in costs)
+
+    def ring(size: float) -> float:
+        return 2 * (workers - 1) * link.seconds(size / workers)
+
+    last = min(weights, bucket)
+    backward = max(sum(part.backward for part in parts), ring(weights - last)) + ring(last)
     return sum(part.forward + part.update for part in parts) + backward
 
 
