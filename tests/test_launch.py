@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,15 +55,23 @@ def test_torchrun_runs_the_same_command(tmp_path, whole):
     assert faults.same(tmp_path / "run", whole)
 
 
-def test_replicas_share_a_minibatch(tmp_path, whole):
-    """Batch normalisation in the heads sees 8 images in place of 16: near, not the same."""
-    run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--replicas=2", processes=4)
+@pytest.mark.parametrize("options", [(), ("--shard",)])
+def test_replicas_share_a_minibatch(tmp_path, whole, options, capsys):
+    """Batch normalisation sees 8 images in place of 16: near, not the same. The weights that are kept are whole."""
+    run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--replicas=2", *options, processes=4)
+    run.wait_until_training()
+    run.until(run.cuts)
+    run.signal(3, signal.SIGKILL)  # goes on from what the first replica kept, of which each takes its share
     code, said = run.end()
     assert code == 0, said
+    assert "killed by SIGKILL" in said
     (_, first, _), (_, expected, _) = faults.course(run.out)[0], faults.course(whole)[0]
     assert first == pytest.approx(expected, rel=0.25)
-    assert faults.course(run.out)[-1][2][-1] > 0.8
-    assert main(["eval", str(run.out)]) == 0
+    reached = faults.course(run.out)[-1][2]
+    assert reached[-1] > 0.8
+    for k, accuracy in enumerate(reached):
+        assert main(["eval", f"--exit={k}", str(run.out)]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == accuracy
 
 
 def test_a_killed_process_changes_nothing(tmp_path, whole):
@@ -139,6 +148,7 @@ def test_what_no_restart_can_mend_ends_the_run(tmp_path, monkeypatch):
         (["--speed=3"], "--speed"),
         (["--lr=-1"], "--lr -1.0 is out of range"),
         (["--patience=0"], "--patience 0.0 is out of range"),
+        (["--shard"], "--shard spreads a block over its replicas: add --replicas"),
         (["--replicas=3"], "--replicas 3 is out of range: 1 or more, and a divisor of --batch-size"),
     ],
 )

@@ -63,6 +63,8 @@ class Settings:
     """CPU threads; 0 leaves the choice to PyTorch"""
     replicas: int = 1
     """over processes: copies of every block, each of which learns from its share of a minibatch"""
+    shard: bool = False
+    """with --replicas: each copy keeps a share of the block's weights and optimizer state (FSDP2)"""
     message: Literal["fp32", "bf16"] = "fp32"
     """over processes: what travels from block to block"""
     seed: int = 0
@@ -105,6 +107,8 @@ class Settings:
         for name, (fine, what) in allowed.items():
             if not fine:
                 raise UserError(f"{flag(name)} {getattr(self, name)} is out of range: {what}")
+        if self.shard and self.replicas == 1:
+            raise UserError("--shard spreads a block over its replicas: add --replicas, from 2 on")
 
     @property
     def folder(self) -> Path:

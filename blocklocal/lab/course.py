@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
@@ -105,7 +106,8 @@ class Course:
         """The last step of an epoch may spoil weights after the last loss that was seen."""
         for k in self.trainer.blocks:
             for parameter in self.experiment.learner.block_parameters(k):
-                if not parameter.isfinite().all():
+                own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                if not own.isfinite().all():
                     raise UserError(
                         f"weights of block {k} are not finite after the last step of epoch {epoch}: {self._remedy}"
                     )

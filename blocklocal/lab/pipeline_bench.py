@@ -56,7 +56,7 @@ SCHEDULES = {"GPipe": (ScheduleGPipe, gpipe), "1F1B": (Schedule1F1B, one_forward
 
 @dataclass(frozen=True)
 class Options:
-    """Milliseconds per minibatch of blocks over several processes, beside one process, GPipe, 1F1B and replicas (DDP)."""
+    """Milliseconds per minibatch of blocks over processes, beside one process, GPipe, 1F1B and data parallelism."""
 
     model: Literal["mlp", "cnn", "devices"] = "mlp"
     """four blocks of Linear(1024); four of convolutions; or a block per process that sleeps instead of computing"""

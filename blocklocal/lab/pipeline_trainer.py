@@ -22,7 +22,7 @@ from blocklocal.lab.experiment import DTYPES, EXAMPLE, Experiment
 from blocklocal.lab.processes import Processes
 from blocklocal.lab.state import block_state, load_block_state
 from blocklocal.learner import warn_of_collapse
-from blocklocal.pipeline import Placement, balanced
+from blocklocal.pipeline import Placement, balanced, replicate, shard
 from blocklocal.pipeline.pipeline import Batch
 from blocklocal.pipeline.stage import Stage
 
@@ -54,6 +54,7 @@ class PipelineTrainer:
             optimizer=self._descent,
             placement=self._placement(blocks, ranks=ranks),
             mesh=mesh,
+            data_parallel=shard if self.settings.shard else replicate,
             device=self.device,
             message=DTYPES[self.settings.message],
             seed=self.settings.seed,
@@ -78,9 +79,8 @@ class PipelineTrainer:
             self.pipeline.trace.save(self.traces / f"rank{self.processes.rank}.jsonl")
 
     def states(self) -> dict[int, State]:
-        if self.replica > 0:
-            return {}
-        return {stage.k: block_state(self.learner, stage.k, stage.optimizer) for stage in self.pipeline.stages}
+        states = {stage.k: block_state(self.learner, stage.k, stage.optimizer) for stage in self.pipeline.stages}
+        return states if self.replica == 0 else {}  # the others have given the first their shares
 
     def load(self, states: Mapping[int, State]) -> None:
         for stage in self.pipeline.stages:

@@ -20,7 +20,7 @@ from blocklocal.lab.processes import Processes, joined
 from blocklocal.lab.progress import Display, Plan, display
 from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
-from blocklocal.lab.state import load_weights
+from blocklocal.lab.state import load_weights, unshard
 from blocklocal.lab.trainer import SingleTrainer, Trainer
 
 
@@ -84,7 +84,7 @@ def _train(settings: Settings, processes: Processes) -> dict[str, Any]:
     if processes.rank > 0:
         return {}
     checkpoints.discard_others(checkpoints.latest())
-    _gather(experiment, checkpoints, trainer)
+    _gather(experiment, checkpoints, own=trainer.blocks)
     run.save_model(experiment.learner.model)
     return {
         "rule": settings.rule,
@@ -107,7 +107,7 @@ def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Tr
     asked = {
         "--trace": settings.trace,
         "--message": settings.message != "fp32",
-        "--replicas": settings.replicas > 1,
+        "--replicas": settings.replicas > 1,  # and with them --shard
     }
     for name in asked:
         if asked[name]:
@@ -159,10 +159,13 @@ def _epoch(epoch: int, course: Course, processes: Processes, *, shown: Display) 
     return record
 
 
-def _gather(experiment: Experiment, checkpoints: Checkpoints, trainer: Trainer) -> None:
+def _gather(experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[int]) -> None:
     """The blocks that other processes have trained, from the checkpoint of the end. OSError: it is not there."""
     end = experiment.settings.epochs * experiment.steps
-    others = [k for k in range(len(experiment.learner.blocks)) if k not in trainer.blocks]
+    if experiment.settings.shard:
+        unshard(experiment.learner)
+        own = ()
+    others = [k for k in range(len(experiment.learner.blocks)) if k not in own]
     if others and checkpoints.latest() != end:
         raise OSError("the last checkpoint is not whole, and with it the other processes' blocks: --resume tries again")
     load_weights(experiment.learner, checkpoints, minibatch=end, blocks=others)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from blocklocal.border import Border
 from blocklocal.learner import BlockLocal
 from blocklocal.pipeline.materialize import materialize
-from blocklocal.pipeline.replicas import DataParallel, replicate, sum_feedback
+from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers, sum_feedback
 from blocklocal.pipeline.runtime import Inlet, Runtime
 from blocklocal.pipeline.schedule import Action, Placement, schedule
 from blocklocal.pipeline.stage import LocalStep, Stage, Travel
@@ -64,6 +64,7 @@ class Pipeline:
             raise ValueError(f"window={window}, ahead={ahead}: both count minibatches, from 1 on")
         self.learner, self.device, self.window = learner, torch.device(device), window
         group, replicas = _dimensions(mesh)
+        self._replicas = replicas
         self.rank = dist.get_rank(group)
         self.placement = _place(placement, blocks=len(learner.blocks), ranks=dist.get_world_size(group))
         replica = 0 if replicas is None else replicas.get_local_rank()
@@ -165,6 +166,9 @@ class Pipeline:
             yield self._results
 
     def _set_mode(self, *, training: bool) -> None:
+        if self._replicas is not None and not training and self.learner.training:
+            for step in self.steps:
+                share_buffers(step, self._replicas.get_group())
         self.learner.train(training)
         for stage in self.stages:
             stage.train(training)

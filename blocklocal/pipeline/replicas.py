@@ -1,4 +1,4 @@
-"""Replicas of a block over the `data` dimension of the mesh: how their gradients, weights and feedback are shared."""
+"""Replicas of a block over the `data` dimension of the mesh: how what they learn is shared."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def shard(step: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """Every replica holds a share of the block's parameters, gradients and optimizer state (FSDP2)."""
     fully_shard(step, mesh=mesh)
     return step
+
+
+def share_buffers(step: nn.Module, group: dist.ProcessGroup) -> None:
+    """Give every replica the buffers of the first, such as the running statistics of batch normalisation."""
+    for buffer in step.buffers():
+        dist.broadcast(buffer, group=group, group_src=0)
 
 
 def sum_feedback(step: nn.Module, group: dist.ProcessGroup) -> None:
