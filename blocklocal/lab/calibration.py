@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import mean, median
 
 import torch
 import torch.distributed as dist
@@ -33,22 +33,25 @@ def link(*, repetitions: int = 20) -> Link:
     return Link(latency=small / 2, bandwidth=bandwidth, buffer=max(0.0, SIZES[1] - sent * bandwidth))
 
 
-def block_costs(records: Sequence[Record], *, blocks: int, messages: Sequence[float]) -> list[Cost]:
-    """Of every block, from this rank's records of a run; messages: bytes of the blocks' outputs."""
-    medians = torch.zeros(blocks, 2, dtype=torch.float64)
-    for k in {record.block for record in records}:
+def block_costs(rounds: Sequence[Sequence[Record]], *, blocks: int, messages: Sequence[float]) -> list[Cost]:
+    """Of every block, from this rank's records of several rounds; messages: bytes of the blocks' outputs."""
+    seconds = torch.zeros(blocks, 2, dtype=torch.float64)
+    for k in {record.block for record in rounds[0]}:
         for i, doing in enumerate(("forward", "backward")):
-            medians[k, i] = median(r.seconds for r in records if r.block == k and r.doing == doing)
-    dist.all_reduce(medians)
-    return [Cost(f, b, message=size) for (f, b), size in zip(medians.tolist(), messages, strict=True)]
+            seconds[k, i] = median(
+                mean(r.seconds for r in records if r.block == k and r.doing == doing) for records in rounds
+            )
+    dist.all_reduce(seconds)
+    return [Cost(f, b, message=size) for (f, b), size in zip(seconds.tolist(), messages, strict=True)]
 
 
-def stage_costs(seconds: Sequence[Sequence[float]], *, messages: Sequence[float]) -> list[Cost]:
-    """Of every stage of an end-to-end pipeline, from this rank's clock in a run; messages: bytes of their outputs."""
-    medians = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64)
-    medians[dist.get_rank()] = torch.tensor([median(column) for column in zip(*seconds, strict=True)])
-    dist.all_reduce(medians)
-    return [Cost(f, b, update=u, message=size) for (f, b, u), size in zip(medians.tolist(), messages, strict=True)]
+def stage_costs(rounds: Sequence[Sequence[Sequence[float]]], *, messages: Sequence[float]) -> list[Cost]:
+    """Of every stage of an end-to-end pipeline, from this rank's clock in several rounds; messages: see above."""
+    seconds = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64)
+    means = [[mean(column) for column in zip(*minibatches, strict=True)] for minibatches in rounds]
+    seconds[dist.get_rank()] = torch.tensor([median(column) for column in zip(*means, strict=True)])
+    dist.all_reduce(seconds)
+    return [Cost(f, b, update=u, message=size) for (f, b, u), size in zip(seconds.tolist(), messages, strict=True)]
 
 
 def cost(

@@ -30,7 +30,7 @@ from blocklocal.pipeline.stage import Stage
 class PipelineTrainer:
     """The experiment, which is on the CPU, as a pipeline over processes: the blocks of this one go to its device.
 
-    Blocks are placed such that the measured times of the processes are even; where they stand changes no result. Of
+    Blocks are placed such that the times that the processes measure are even; that changes no result. Of
     replicas of a block, the first keeps its state. trace: folder for a file that tells what this process does when,
     rewritten after every epoch. UserError: more processes than blocks, or not so many replicas.
     """
@@ -140,7 +140,8 @@ class PipelineTrainer:
             return None
         train = self.experiment.dataset.train
         x = self.experiment.normalisation(train.images[:EXAMPLE])
-        return balanced(self.learner, x, train.labels[:EXAMPLE], ranks=ranks)
+        with self.experiment.autocast(self.device):
+            return balanced(self.learner, x, train.labels[:EXAMPLE], ranks=ranks, device=self.device)
 
     def _descent(self, parameters: list[nn.Parameter]) -> Optimizer:
         return descent(parameters, self.settings)
