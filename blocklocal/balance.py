@@ -137,18 +137,22 @@ def _synchronize(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def partition(cost: Callable[[int, int], float], *, segments: int, blocks: int) -> list[int]:
+def partition(costs: Sequence[Callable[[int, int], float]], *, segments: int) -> list[int]:
     """The first segments of all blocks but block 0, such that the dearest block is as cheap as can be.
 
-    cost(first, last) is that of a block made of segments first..last. Among the optima one with a small sum of squares
-    is taken, so that the other blocks are even too. Exact, by dynamic programming.
+    costs: of every block, cost(first, last) if it is made of segments first..last. Among the optima one with a small
+    sum of squares is taken, so that the other blocks are even too. Exact, by dynamic programming.
     """
-    costs = [[cost(i, j) if i <= j else 0.0 for j in range(segments)] for i in range(segments)]
-    best = [(costs[0][j], costs[0][j] ** 2) for j in range(segments)]
+    tables = {
+        cost: [[cost(i, j) if i <= j else 0.0 for j in range(segments)] for i in range(segments)]
+        for cost in dict.fromkeys(costs)
+    }
+    best = [(cost, cost**2) for cost in tables[costs[0]][0]]
     choices: list[list[int]] = []
-    for block in range(1, blocks):
+    for block in range(1, len(costs)):
+        table = tables[costs[block]]
         ranked = [
-            min(((max(best[i - 1][0], costs[i][j]), best[i - 1][1] + costs[i][j] ** 2), i) for i in range(block, j + 1))
+            min(((max(best[i - 1][0], table[i][j]), best[i - 1][1] + table[i][j] ** 2), i) for i in range(block, j + 1))
             if j >= block
             else ((math.inf, math.inf), 0)
             for j in range(segments)

@@ -199,7 +199,7 @@ def _useful(model: nn.Module, traced: Trace, names: list[str]) -> list[str]:
 
 def _starts(profile: Profile, *, blocks: int, balance: str) -> list[int]:
     cost = profile.memory if balance == "memory" else profile.time
-    return partition(cost, segments=len(profile.segments), blocks=blocks)
+    return partition([cost] * blocks, segments=len(profile.segments))
 
 
 def _prefixes(name: str) -> list[str]:

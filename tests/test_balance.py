@@ -35,7 +35,7 @@ def test_partition_is_the_best_of_all(table: tuple[list[list[float]], int]) -> N
         edges = [0, *starts, n]
         return max(costs[first][end - 1] for first, end in itertools.pairwise(edges))
 
-    found = partition(lambda first, last: costs[first][last], segments=n, blocks=blocks)
+    found = partition([lambda first, last: costs[first][last]] * blocks, segments=n)
     assert len(found) == blocks - 1
     assert sorted(set(found)) == found
     assert dearest(tuple(found)) == min(map(dearest, itertools.combinations(range(1, n), blocks - 1)))
@@ -43,7 +43,7 @@ def test_partition_is_the_best_of_all(table: tuple[list[list[float]], int]) -> N
 
 def test_partition_evens_out_the_other_blocks() -> None:
     seconds = [9, 1, 1, 1, 1]
-    assert partition(lambda i, j: sum(seconds[i : j + 1]), segments=5, blocks=3) == [1, 3]
+    assert partition([lambda i, j: sum(seconds[i : j + 1])] * 3, segments=5) == [1, 3]
 
 
 def test_costs_counted_by_hand() -> None:

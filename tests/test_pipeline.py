@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 import blocklocal as bll
-from blocklocal.pipeline import Pipeline, Placement, balanced, replicate, shard
+from blocklocal.pipeline import Pipeline, Placement, balanced, placement, replicate, shard
 
 CLASSES, BLOCKS, STEPS = 4, 4, 60
 LAST = 5  # samples in the last minibatch, which is smaller
@@ -249,6 +249,21 @@ def placed(rank: int) -> dict[str, Tensor]:
 def test_all_ranks_learn_of_the_balanced_placement(tmp_path: Path) -> None:
     first, second = processes.run(placed, processes=2, folder=tmp_path)
     assert torch.equal(first["ranks"], second["ranks"])
+
+
+def placed_on_uneven_devices(rank: int) -> dict[str, Tensor]:
+    """Four ranks are two ranks of two replicas; replica 3 takes three times as long as the others."""
+
+    def measured(*_: object, **__: object) -> list[float]:
+        return [3.0 if rank == 3 else 1.0] * BLOCKS
+
+    placement.block_seconds = measured
+    return {"ranks": torch.tensor(balanced(learner(), *next(minibatches(1)), ranks=2).ranks)}
+
+
+def test_a_slow_device_gets_less_to_do(tmp_path: Path) -> None:
+    for part in processes.run(placed_on_uneven_devices, processes=4, folder=tmp_path):
+        assert part["ranks"].tolist() == [0, 0, 0, 1]
 
 
 def misused(rank: int) -> dict[str, Tensor]:

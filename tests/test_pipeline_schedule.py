@@ -78,21 +78,27 @@ def test_even_placements(blocks: int, ranks: int) -> None:
     assert max(counts) - min(counts) <= 1
 
 
-@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=7), st.integers(1, 4))
-def test_a_spread_is_as_even_as_any(seconds: list[float], ranks: int) -> None:
-    if ranks > len(seconds):
+@given(
+    st.integers(1, 7).flatmap(
+        lambda n: st.lists(st.lists(st.floats(0.01, 10), min_size=n, max_size=n), min_size=1, max_size=4)
+    )
+)
+def test_a_spread_is_as_even_as_any(seconds: list[list[float]]) -> None:
+    """seconds: of each block on each rank, which need not be equally fast."""
+    ranks, blocks = len(seconds), len(seconds[0])
+    if ranks > blocks:
         with pytest.raises(ValueError, match="every rank needs a block"):
-            spread(seconds, ranks=ranks)
+            spread(seconds)
         return
 
     def busiest(placement: Placement) -> float:
-        return max(sum(seconds[k] for k in placement.blocks(rank)) for rank in range(ranks))
+        return max(sum(seconds[rank][k] for k in placement.blocks(rank)) for rank in range(ranks))
 
     every = (
-        Placement(tuple(sum(k >= start for start in starts) for k in range(len(seconds))))
-        for starts in combinations(range(1, len(seconds)), ranks - 1)
+        Placement(tuple(sum(k >= start for start in starts) for k in range(blocks)))
+        for starts in combinations(range(1, blocks), ranks - 1)
     )
-    assert busiest(spread(seconds, ranks=ranks)) == pytest.approx(min(map(busiest, every)))
+    assert busiest(spread(seconds)) == pytest.approx(min(map(busiest, every)))
 
 
 FOLDER = Path(pipeline.__file__).parent

@@ -52,7 +52,7 @@ seconds = st.floats(0.1, 5.0)
 @given(st.lists(st.tuples(seconds, seconds), min_size=1, max_size=6))
 def test_no_placement_is_better(times: list[tuple[float, float]]) -> None:
     """Where messages take no time, the least that the busiest rank can have."""
-    found = predict(costs(*(Cost(*time) for time in times), ranks=len(times)), ranks=len(times), link=Link())
+    found = predict(costs(*(Cost(*time) for time in times), ranks=len(times)), speeds=(1.0,) * len(times), link=Link())
     for n, pace in enumerate(found.block_local, start=1):
         cuts = [(0, *inner, len(times)) for inner in combinations(range(1, len(times)), n - 1)]
         busiest = [max(sum(map(sum, times[a:b])) for a, b in pairwise(cut)) for cut in cuts]
@@ -63,32 +63,49 @@ def test_no_placement_is_better(times: list[tuple[float, float]]) -> None:
 def test_other_ways_by_their_closed_forms() -> None:
     link = Link(latency=0.1, bandwidth=50.0)
     blocks = [Cost(1.0, 2.0, update=0.5, weights=100.0)] * 6
-    free = predict(costs(*blocks, ranks=3), ranks=3, link=Link()).others
+    free = predict(costs(*blocks, ranks=3), speeds=(1.0,) * 3, link=Link()).others
     assert list(free) == ["GPipe, M=2", "GPipe, M=4", "GPipe, M=8", "1F1B, M=4", "1F1B, M=8", "data parallel"]
     for name, pace in list(free.items())[:-1]:
         m = int(name[-1])
         assert pace == pytest.approx(6.0 * (m + 3 - 1) / m + 1.0), "two blocks on each of three ranks"
     assert free["data parallel"] == pytest.approx(18.0 / 3 + 3.0)
-    slow = predict(costs(*blocks, ranks=3), ranks=3, link=link).others
+    slow = predict(costs(*blocks, ranks=3), speeds=(1.0,) * 3, link=link).others
     assert slow["data parallel"] == pytest.approx(18.0 / 3 + 3.0 + 4 * (0.1 + 600.0 / 3 / 50.0))
-    assert not predict(costs(*blocks, ranks=1), ranks=1, link=link).others
+    assert not predict(costs(*blocks, ranks=1), speeds=(1.0,), link=link).others
+
+
+def test_a_slow_rank_gets_less_and_counts_for_all() -> None:
+    blocks = [Cost(1.0, 2.0, update=0.5, weights=100.0)] * 6
+    found = predict(costs(*blocks, ranks=2), speeds=(1.0, 0.5), link=Link())
+    assert [placement.ranks for placement in found.placements] == [(0,) * 6, (0, 0, 0, 0, 1, 1)]
+    assert found.block_local == [pytest.approx(6 * 3.5), pytest.approx(4 * 3.5)]
+    assert found.work(found.placements[1]) == [pytest.approx(4 * 3.5), pytest.approx(2 * 3.5 / 0.5)]
+    assert found.others["data parallel"] == pytest.approx((18.0 / 2 + 3.0) / 0.5), "half of the images for each"
+    even = predict(costs(*[Cost(1.0, 2.0)] * 6, ranks=2), speeds=(1.0, 0.5), link=Link())
+    assert even.others["GPipe, M=4"] == pytest.approx(12.0 * (4 + 2 - 1) / 4), "both stages take 12 s"
+
+
+@pytest.mark.parametrize("speeds", [["1"], ["1", "1", "1"], ["1", "0"], ["1", "-2"], ["inf", "1"]])
+def test_speeds_are_one_per_rank(speeds: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["blocks", "mlp", "--plan=2", "--speeds", *speeds]) == 2
+    assert "a number above 0 for each of 2 ranks" in capsys.readouterr().err
 
 
 def test_advice_names_what_limits() -> None:
     blocks = [Cost(1.0, 2.0, message=8.0), Cost(0.5, 1.0, message=80.0), Cost(0.5, 1.0)]
-    free = advice(predict(costs(*blocks, ranks=3), ranks=3, link=Link()))
+    free = advice(predict(costs(*blocks, ranks=3), speeds=(1.0,) * 3, link=Link()))
     assert "placement=[0, 1, 1], 2.00 times as fast" in free, "a third rank would not make it faster"
     assert "limits it is rank 0, 3000.0 ms of work (mean: 3000.0 ms)" in free
-    late = advice(predict(costs(*blocks, ranks=2), ranks=2, link=Link(latency=0.5, bandwidth=2.0)))
+    late = advice(predict(costs(*blocks, ranks=2), speeds=(1.0,) * 2, link=Link(latency=0.5, bandwidth=2.0)))
     assert "placement=[0, 1, 1]" in late
     assert "limits it is the link, 4500.0 ms for the output of block 0 (work: 3000.0 ms)" in late
-    cut_off = advice(predict(costs(*blocks, ranks=2), ranks=2, link=Link(bandwidth=0.1)))
+    cut_off = advice(predict(costs(*blocks, ranks=2), speeds=(1.0,) * 2, link=Link(bandwidth=0.1)))
     assert "placement=[0, 0, 0], 1.00 times as fast" in cut_off
 
 
 def test_faster_ways_are_named() -> None:
     local, plain = [Cost(2.0, 4.0)] * 2, [Cost(0.5, 1.0)] * 2
-    line = advice(predict(Costs(local, dict.fromkeys(PARTS, plain)), ranks=2, link=Link()))
+    line = advice(predict(Costs(local, dict.fromkeys(PARTS, plain)), speeds=(1.0,) * 2, link=Link()))
     assert "0.50 times as fast" in line
     assert "predicted to be faster: backpropagation, alone, GPipe, M=2" in line
     assert "data parallel" in line

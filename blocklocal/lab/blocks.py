@@ -43,6 +43,8 @@ class Options:
     """images in the batch that is measured"""
     plan: int = 0
     """instead: place the blocks on so many ranks, and predict what pipelines of up to so many take"""
+    speeds: tuple[float, ...] = ()
+    """with --plan: how fast each rank is, this process being 1; without, all are as fast as this process"""
     link: str = ""
     """with --plan: between ranks, such as 100mbit or 100mbit,0.5ms (latency); without, messages take no time"""
     message: Literal["fp32", "bf16"] = "fp32"
@@ -71,7 +73,16 @@ def main(args: Sequence[str]) -> None:
     from blocklocal.lab import plan  # which needs the pipeline, and that one version of torch
 
     names = [", ".join(submodules(learner.model, block)) for block in learner.blocks]
-    plan.show(learner, x, y, names=names, ranks=options.plan, link=options.link, message=options.message)
+    plan.show(
+        learner,
+        x,
+        y,
+        names=names,
+        ranks=options.plan,
+        speeds=options.speeds,
+        link=options.link,
+        message=options.message,
+    )
 
 
 def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:

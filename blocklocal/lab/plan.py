@@ -12,8 +12,8 @@ from torch import Tensor
 
 from blocklocal import BlockLocal
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.pipeline_bench import MESSAGES
-from blocklocal.lab.predictions import Predictions, busy, measure, predict, stages
+from blocklocal.lab.pipeline_options import MESSAGES
+from blocklocal.lab.predictions import Predictions, measure, predict
 from blocklocal.pipeline.simulator import Link
 
 RATE = re.compile(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)?(?:,(\d+(?:\.\d+)?)(?:ms)?)?")
@@ -27,14 +27,23 @@ def show(
     *,
     names: Sequence[str],
     ranks: int,
+    speeds: Sequence[float],
     link: str,
     message: Literal["fp32", "bf16"],
 ) -> None:
-    """Measure, predict and print. names: of what is in each block. UserError: too many ranks, a link unheard of."""
+    """Measure, predict and print. names: of what is in each block. speeds: of the ranks; if empty, all are as this one.
+
+    UserError: too many ranks, speeds that are none or of other ranks, a link unheard of.
+    """
     between, blocks = parse_link(link), len(learner.blocks)
     if not 1 <= ranks <= blocks:
         raise UserError(f"--plan {ranks}: 1 to {blocks}, since every rank needs one of the {blocks} blocks (--blocks)")
-    predictions = predict(measure(learner, x, y, ranks=ranks, message=MESSAGES[message]), ranks=ranks, link=between)
+    speeds = speeds or (1.0,) * ranks
+    if len(speeds) != ranks or not all(0 < speed < float("inf") for speed in speeds):
+        raise UserError(
+            f"--speeds {' '.join(f'{s:g}' for s in speeds)}: write a number above 0 for each of {ranks} ranks"
+        )
+    predictions = predict(measure(learner, x, y, ranks=ranks, message=MESSAGES[message]), speeds=speeds, link=between)
     console = Console()
     console.print(placement_table(predictions, names=names, title=f"one step on {len(x)} images, on {ranks} ranks"))
     console.print(predictions_table(predictions))
@@ -78,7 +87,7 @@ def predictions_table(predictions: Predictions) -> Table:
 def advice(predictions: Predictions) -> str:
     """Which placement to take, what limits it, and what would be faster still, in one line."""
     seconds, placement = predictions.block_local[predictions.best], predictions.placements[predictions.best]
-    work = [busy(stage) for stage in stages(predictions.costs.local, placement)]
+    work = predictions.work(placement)
     messages = [(predictions.link.seconds(block.message), k) for k, block in enumerate(predictions.costs.local)]
     longest, border = max(((taken, k) for taken, k in messages if placement.sends(k)), default=(0.0, 0))
     if longest > max(work):

@@ -1,6 +1,6 @@
 """What the simulator says of a model's blocks on several ranks, from their costs in one process.
 
-Blocks are measured one by one, with their local losses and as stages of backpropagation; a rank is taken to be as fast
+Blocks are measured one by one, with their local losses and as stages of backpropagation. A rank of speed 1 is as fast
 as this process.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blocklocal import BlockLocal
 from blocklocal.lab.calibration import cost
-from blocklocal.lab.pipeline_bench import SCHEDULES
+from blocklocal.lab.pipeline_options import SCHEDULES
 from blocklocal.pipeline import Placement, spread
 from blocklocal.pipeline.programs import Cost, block_local, data_parallel
 from blocklocal.pipeline.simulator import Link
@@ -39,6 +39,7 @@ class Predictions:
     others: other ways, on all ranks."""
 
     costs: Costs
+    speeds: Sequence[float]
     link: Link
     placements: list[Placement]
     block_local: list[float]
@@ -49,6 +50,10 @@ class Predictions:
     def best(self) -> int:
         """The index of the fewest ranks that are as fast as any number of them, to a hundredth."""
         return next(i for i, seconds in enumerate(self.block_local) if seconds <= 1.01 * min(self.block_local))
+
+    def work(self, placement: Placement) -> list[float]:
+        """Seconds of each rank's own on a minibatch, with a placement of blocks."""
+        return [busy(stage) for stage in stages(_slowed(self.costs.local, placement, self.speeds), placement)]
 
 
 def measure(learner: BlockLocal, x: Tensor, y: Tensor, *, ranks: int, message: torch.dtype) -> Costs:
@@ -75,26 +80,55 @@ def measure(learner: BlockLocal, x: Tensor, y: Tensor, *, ranks: int, message: t
     return Costs(local, end_to_end)
 
 
-def predict(costs: Costs, *, ranks: int, link: Link) -> Predictions:
-    """What every way of training takes, with placements that even out the time of the blocks."""
-    placements = [spread([busy(block) for block in costs.local], ranks=n + 1) for n in range(ranks)]
-    whole = costs.end_to_end[1]
-    placed = spread([busy(block) for block in whole], ranks=ranks)
+def predict(costs: Costs, *, speeds: Sequence[float], link: Link) -> Predictions:
+    """What every way of training takes, with placements that even out the time of the blocks.
+
+    speeds: of each rank, that of the process that has measured being 1.
+    """
+    ranks, whole = len(speeds), costs.end_to_end[1]
+    placements = [_even(costs.local, speeds[: n + 1]) for n in range(ranks)]
+    placed = _even(whole, speeds)
     others = {
-        f"{name}, M={m}": program(stages(costs.end_to_end[m], placed), microbatches=m, link=link)
+        f"{name}, M={m}": program(
+            stages(_slowed(costs.end_to_end[m], placed, speeds), placed), microbatches=m, link=link
+        )
         for name, (_, program) in SCHEDULES.items()
         for m in MICROBATCHES
         if ranks > 1 and m in costs.end_to_end and (name == "GPipe" or m >= ranks)
     }
     if ranks > 1 and ranks in costs.end_to_end:
-        others["data parallel"] = data_parallel(costs.end_to_end[ranks], workers=ranks, link=link)
+        slowest = [_at_speed(block, min(speeds)) for block in costs.end_to_end[ranks]]
+        others["data parallel"] = data_parallel(slowest, workers=ranks, link=link)
     return Predictions(
         costs,
+        speeds,
         link,
         placements,
-        block_local=[block_local(costs.local, link=link, placement=placement) for placement in placements],
+        block_local=[
+            block_local(_slowed(costs.local, placement, speeds), link=link, placement=placement)
+            for placement in placements
+        ],
         alone=sum(map(busy, whole)),
         others=others,
+    )
+
+
+def _even(costs: Sequence[Cost], speeds: Sequence[float]) -> Placement:
+    return spread([[busy(block) / speed for block in costs] for speed in speeds])
+
+
+def _slowed(costs: Sequence[Cost], placement: Placement, speeds: Sequence[float]) -> list[Cost]:
+    """What the blocks cost where they are placed."""
+    return [_at_speed(block, speeds[rank]) for block, rank in zip(costs, placement.ranks, strict=True)]
+
+
+def _at_speed(block: Cost, speed: float) -> Cost:
+    return replace(
+        block,
+        forward=block.forward / speed,
+        backward=block.backward / speed,
+        update=block.update / speed,
+        fixed=block.fixed / speed,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,34 +15,47 @@ from blocklocal.learner import BlockLocal
 from blocklocal.pipeline.schedule import Placement
 
 
-def balanced(learner: BlockLocal, x: Tensor, y: Tensor, *, ranks: int) -> Placement:
+def balanced(learner: BlockLocal, x: Tensor, y: Tensor, *, ranks: int, device: torch.device | str = "cpu") -> Placement:
     """The placement on so many ranks that evens out the blocks' times on a minibatch.
 
-    Every process calls it; that of rank 0 measures, on a copy of the learner, and tells the others.
+    Every process calls it and measures all blocks, on a copy of the learner and on its own device, while the others do:
+    a slow device gets less to do. Where a rank has replicas, the slowest counts.
     """
-    placed = torch.zeros(len(learner.blocks), dtype=torch.int64)
-    if dist.get_rank() == 0:
-        placed += torch.tensor(spread(block_seconds(learner, x, y), ranks=ranks).ranks)
-    dist.broadcast(placed, src=0)
-    return Placement(tuple(placed.tolist()))
+    seconds = torch.zeros(ranks, len(learner.blocks), dtype=torch.float64)
+    own = dist.get_rank() * ranks // dist.get_world_size()
+    seconds[own] = torch.tensor(block_seconds(learner, x, y, device=torch.device(device)))
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return spread(seconds.tolist())
 
 
-def spread(seconds: list[float], *, ranks: int) -> Placement:
-    """Of blocks that take so long, on so many ranks.
+def spread(seconds: Sequence[Sequence[float]]) -> Placement:
+    """Of blocks that take so long, rank by rank.
 
-    >>> spread([1.0, 1.0, 2.0], ranks=2).ranks
+    >>> spread([[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]).ranks
     (0, 0, 1)
+    >>> spread([[1.0, 1.0, 2.0], [0.5, 0.5, 1.0]]).ranks
+    (0, 1, 1)
     """
-    if not 1 <= ranks <= len(seconds):
-        raise ValueError(f"{ranks} ranks for {len(seconds)} blocks: every rank needs a block")
-    starts = partition(lambda i, j: sum(seconds[i : j + 1]), segments=len(seconds), blocks=ranks)
-    return Placement(tuple(sum(k >= start for start in starts) for k in range(len(seconds))))
+    ranks, blocks = len(seconds), len(seconds[0])
+    if ranks > blocks:
+        raise ValueError(f"{ranks} ranks for {blocks} blocks: every rank needs a block")
+    starts = partition([_total(row) for row in seconds], segments=blocks)
+    return Placement(tuple(sum(k >= start for start in starts) for k in range(blocks)))
 
 
-def block_seconds(learner: BlockLocal, x: Tensor, y: Tensor, *, repetitions: int = 3) -> list[float]:
-    """Of every block, the best time of a forward and a local backward pass."""
-    learner, seconds, h = copy.deepcopy(learner).train(), [], x
+def _total(seconds: Sequence[float]) -> Callable[[int, int], float]:
+    return lambda first, last: sum(seconds[first : last + 1])
+
+
+def block_seconds(
+    learner: BlockLocal, x: Tensor, y: Tensor, *, device: torch.device, repetitions: int = 3
+) -> list[float]:
+    """Of every block, the best time of a forward and a local backward pass on a device, which has one block at once."""
+    learner, seconds, h, y = copy.deepcopy(learner).train(), [], x.to(device), y.to(device)
     for k in range(len(learner.blocks)):
+        parts = [learner.blocks[k], *learner.borders[k : k + 1]]
+        for part in parts:
+            part.to(device)
         times, output = [], h
         for _ in range(repetitions):
             start = time.perf_counter()
@@ -52,4 +66,6 @@ def block_seconds(learner: BlockLocal, x: Tensor, y: Tensor, *, repetitions: int
             times.append(time.perf_counter() - start)
         seconds.append(min(times))
         h = output
+        for part in parts:
+            part.to("cpu")
     return seconds
