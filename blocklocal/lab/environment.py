@@ -51,16 +51,17 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for the next step; does nothing without the C library of GNU.
+def keep_freed_memory(*, largest: int = 2**25) -> None:
+    """Let this process keep the memory that it frees for the next step: blocks of up to so many bytes.
 
-    That library hands blocks of some MiB back to the system as it sees fit, and gets them again page by page. Whether
-    it does depends on the sizes that came before, so that the same step takes up to half as long again in one process
-    as in another: no ground to compare anything on.
+    By itself the C library of GNU hands blocks of some MiB back to the system as it sees fit, and gets them again page
+    by page. Whether it does depends on the sizes that came before, so that the same step takes up to twice as long in
+    one process as in another. What is kept has holes: with the largest blocks in it, it is up to twice what is used.
+    Under another C library this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: from so many bytes on, a block is given back when it is freed
+        mallopt(-3, largest)  # M_MMAP_THRESHOLD: a block of this size is given back when it is freed
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from blocklocal.lab.contenders import Contender
+from blocklocal.lab.environment import keep_freed_memory
 from blocklocal.lab.footprint import Footprint, allocated, measure
 
 Watch = Callable[[str], None]
@@ -64,6 +65,7 @@ def measure_all(
             first_seconds[label], _ = _take(contender, device)
         peaks[label] = allocated(contender.step, device=device)
     times: dict[str, list[tuple[float, float]]] = {label: [] for label in contenders}
+    keep_freed_memory(largest=2**30)  # no contender shall have page faults that another is spared
     with _collector_off():
         for turn in range(-warmup, rounds):
             watch(f"time, round {max(turn + 1, 0)} of {rounds}")
