@@ -46,7 +46,10 @@ def block_costs(rounds: Sequence[Sequence[Record]], *, blocks: int, messages: Se
 
 
 def stage_costs(rounds: Sequence[Sequence[Sequence[float]]], *, messages: Sequence[float]) -> list[Cost]:
-    """Of every stage of an end-to-end pipeline, from this rank's clock in several rounds; messages: see above."""
+    """Of every stage of an end-to-end pipeline, from this rank's clock in the minibatches of several rounds.
+
+    messages: bytes of the stages' outputs.
+    """
     seconds = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64)
     means = [[mean(column) for column in zip(*minibatches, strict=True)] for minibatches in rounds]
     seconds[dist.get_rank()] = torch.tensor([median(column) for column in zip(*means, strict=True)])

@@ -30,7 +30,7 @@ from blocklocal.pipeline.stage import Stage
 class PipelineTrainer:
     """The experiment, which is on the CPU, as a pipeline over processes: the blocks of this one go to its device.
 
-    Blocks are placed such that the times that the processes measure are even; that changes no result. Of
+    Blocks are placed such that the times that the processes measure are even; where they stand changes no result. Of
     replicas of a block, the first keeps its state. trace: folder for a file that tells what this process does when,
     rewritten after every epoch. UserError: more processes than blocks, or not so many replicas.
     """
