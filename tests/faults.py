@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 BLL = [sys.executable, "-m", "blocklocal"]
 SETTINGS = ["--model=mlp", "--train-size=1024", "--test-size=100", "--batch-size=16", "--save-every=16", "--threads=1"]
+STEPS = 1024 // 16  # minibatches of an epoch
 STARTED = re.compile(r"rank \d+ of \d+, process (\d+) on")
 PATIENCE = 300.0  # seconds that a test waits for what must come
 
@@ -142,12 +143,15 @@ def two_machines() -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
 def kill_one_after_another(folder: Path, whole: Path, *, epochs: int, kills: int, processes: int) -> str:
     """kill -9 of each rank in turn, at a random moment."""
     draw, seconds, killed = random.Random(0), [], 0.0
+    share = epochs * STEPS / (2 * kills)  # of the run, so that it is not over before the last kill
     run = Launched(folder / "kills", f"--epochs={epochs}", f"--restarts={kills}", processes=processes)
     for kill in range(kills):
         run.wait_until_training()
         if kill:
             seconds.append(time.monotonic() - killed)
-        time.sleep(draw.uniform(0.2, 1.0))
+        goal = max(run.cuts(), default=0) + draw.uniform(0, share)
+        run.until(lambda goal=goal: max(run.cuts(), default=0) >= goal)
+        time.sleep(draw.uniform(0, 0.1))
         run.signal(kill % processes, signal.SIGKILL)
         killed = time.monotonic()
     code, said = run.end()
@@ -272,7 +276,7 @@ def stop(folder: Path, whole: Path, *, epochs: int, patience: float, processes: 
     """A rank stops for good: it computes nothing, reads nothing, and does not end."""
     run = Launched(folder / "stopped", f"--epochs={epochs}", f"--patience={patience}", processes=processes)
     run.wait_until_training()
-    time.sleep(0.3)
+    run.until(run.cuts)
     begin = time.monotonic()
     run.signal(1, signal.SIGSTOP)
     run.wait_until_training()
@@ -332,7 +336,7 @@ def cut_cable(folder: Path, whole: Path, *, epochs: int, seconds: float) -> str:
         second = Launched(out, *meeting, "--interface=bllB", processes=1, before=there)
         first.processes = 2  # ranks 0 and 1 write their logs into the same folder
         first.wait_until_training()
-        time.sleep(0.5)
+        first.until(first.cuts)
         subprocess.run([*here, "ip", "link", "set", "bllA", "down"], check=True)
         before = first.cuts()
         time.sleep(seconds)

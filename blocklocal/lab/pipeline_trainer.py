@@ -18,13 +18,15 @@ from blocklocal.lab.data import Split
 from blocklocal.lab.descent import descent, set_rate
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.evaluate import SIZE, Exits, grade
-from blocklocal.lab.experiment import DTYPES, EXAMPLE, Experiment
+from blocklocal.lab.experiment import DTYPES, Experiment
 from blocklocal.lab.processes import Processes
 from blocklocal.lab.state import block_state, load_block_state
 from blocklocal.learner import warn_of_collapse
 from blocklocal.pipeline import Placement, balanced, replicate, shard
 from blocklocal.pipeline.pipeline import Batch
 from blocklocal.pipeline.stage import Stage
+
+MEASURED = 32  # images of a minibatch by which processes measure the blocks, at most
 
 
 class PipelineTrainer:
@@ -139,9 +141,10 @@ class PipelineTrainer:
         if ranks in (1, blocks):
             return None
         train = self.experiment.dataset.train
-        x = self.experiment.normalisation(train.images[:EXAMPLE])
+        rows = slice(min(self.settings.batch_size // self.replicas, MEASURED))
+        x = self.experiment.normalisation(train.images[rows])
         with self.experiment.autocast(self.device):
-            return balanced(self.learner, x, train.labels[:EXAMPLE], ranks=ranks, device=self.device)
+            return balanced(self.learner, x, train.labels[rows], ranks=ranks, device=self.device)
 
     def _descent(self, parameters: list[nn.Parameter]) -> Optimizer:
         return descent(parameters, self.settings)

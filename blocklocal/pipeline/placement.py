@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from statistics import mean
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from torch import Tensor
 from blocklocal.balance import partition
 from blocklocal.learner import BlockLocal
 from blocklocal.pipeline.schedule import Placement
+
+LEAST = 0.1  # seconds for which a block is measured
 
 
 def balanced(learner: BlockLocal, x: Tensor, y: Tensor, *, ranks: int, device: torch.device | str = "cpu") -> Placement:
@@ -47,24 +50,25 @@ def _total(seconds: Sequence[float]) -> Callable[[int, int], float]:
     return lambda first, last: sum(seconds[first : last + 1])
 
 
-def block_seconds(
-    learner: BlockLocal, x: Tensor, y: Tensor, *, device: torch.device, repetitions: int = 3
-) -> list[float]:
-    """Of every block, the best time of a forward and a local backward pass on a device, which has one block at once."""
+def block_seconds(learner: BlockLocal, x: Tensor, y: Tensor, *, device: torch.device) -> list[float]:
+    """Of every block, the seconds of a forward and a local backward pass on a device, which has one block at once.
+
+    The mean over so long that it shows whether the device has other work besides.
+    """
     learner, seconds, h, y = copy.deepcopy(learner).train(), [], x.to(device), y.to(device)
     for k in range(len(learner.blocks)):
         parts = [learner.blocks[k], *learner.borders[k : k + 1]]
         for part in parts:
             part.to(device)
         times, output = [], h
-        for _ in range(repetitions):
+        while len(times) < 2 or sum(times[1:]) < LEAST:
             start = time.perf_counter()
             loss, output = learner.local(k, h, y)
             loss.backward()
             if loss.is_cuda:
                 torch.cuda.synchronize(loss.device)
             times.append(time.perf_counter() - start)
-        seconds.append(min(times))
+        seconds.append(mean(times[1:]))  # the first time is longer
         h = output
         for part in parts:
             part.to("cpu")
