@@ -65,6 +65,8 @@ class Run:
         """UserError: no run here, or not one of this version."""
         try:
             return restore(self.facts()["settings"])
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{str(self.config)!r} is not a configuration of this version ({error})") from error
 
