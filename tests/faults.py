@@ -341,7 +341,7 @@ def cut_cable(folder: Path, whole: Path, *, epochs: int, seconds: float) -> str:
         before = first.cuts()
         time.sleep(seconds)
         assert first.launcher.poll() is None, "it is still training"
-        assert max(first.cuts(), default=0) <= max(before, default=0) + 64, "nothing went through"
+        assert max(first.cuts(), default=0) <= max(before, default=0) + STEPS, "nothing went through"
         subprocess.run([*here, "ip", "link", "set", "bllA", "up"], check=True)
         for run in (first, second):
             code, said = run.end()
