@@ -246,9 +246,10 @@ def test_options_come_from_the_recipe_or_from_the_run(tmp_path):
         settings_from([*place, "--lr=3", "--seed=8"])
     with pytest.raises(UserError, match=r"^'[^']*' holds no run"):
         settings_from([f"--out={tmp_path / 'other'}", "--resume"])
-    run.config.write_text('{"settings": {"speed": 3}}')
-    with pytest.raises(UserError, match="not a configuration"):
-        settings_from(place)
+    for content in ('{"settings": {"speed": 3}}', "{"):
+        run.config.write_text(content)
+        with pytest.raises(UserError, match="not a configuration"):
+            settings_from(place)
 
 
 @pytest.mark.parametrize(

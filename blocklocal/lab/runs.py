@@ -56,19 +56,24 @@ class Run:
         _write(self.config, lambda path: path.write_text(content + "\n"))
 
     def facts(self) -> dict[str, Any]:
-        """All that config.json says. UserError: no run here."""
+        """All that config.json says. UserError: no run here, or not one that can be read."""
         if not self.exists:
             raise UserError(f"{str(self.path)!r} holds no run: it has no config.json")
-        return json.loads(self.config.read_text())
+        try:
+            return json.loads(self.config.read_text())
+        except ValueError as error:
+            raise self._misfit(error) from error
 
     def settings(self) -> Settings:
         """UserError: no run here, or not one of this version."""
+        facts = self.facts()
         try:
-            return restore(self.facts()["settings"])
-        except UserError:
-            raise
+            return restore(facts["settings"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{str(self.config)!r} is not a configuration of this version ({error})") from error
+            raise self._misfit(error) from error
+
+    def _misfit(self, error: Exception) -> UserError:
+        return UserError(f"{str(self.config)!r} is not a configuration of this version ({error})")
 
     def append(self, record: dict[str, Any]) -> None:
         """One more line of metrics.jsonl."""
