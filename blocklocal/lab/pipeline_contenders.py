@@ -36,10 +36,13 @@ def learner(chain: Chain, loss: LocalLoss) -> BlockLocal:
 
 def backpropagation(chain: Chain) -> Progress:
     """The whole chain in one process."""
-    model = nn.Sequential(*chain.blocks)
+    return _descent(nn.Sequential(*chain.blocks), chain.x, chain.y)
+
+
+def _descent(model: nn.Module, x: Tensor, y: Tensor) -> Progress:
     stepper = optimizer(list(model.parameters()))
     while True:
-        cross_entropy(model(chain.x), chain.y).backward()
+        cross_entropy(model(x), y).backward()
         stepper.step()
         stepper.zero_grad()
         yield 1
@@ -71,12 +74,7 @@ class Replicas:
         return cross_entropy(self.model(x), self.y)
 
     def __iter__(self) -> Progress:
-        model, stepper = DistributedDataParallel(self.model), optimizer(self.parameters)
-        while True:
-            cross_entropy(model(self.x), self.y).backward()
-            stepper.step()
-            stepper.zero_grad()
-            yield 1
+        return _descent(DistributedDataParallel(self.model), self.x, self.y)
 
 
 class ClockedStage(PipelineStage):
