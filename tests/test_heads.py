@@ -27,11 +27,11 @@ def message(h: Tensor, at: Site, feedback: Feedback | None = None) -> Message:
     return Message(h, site=at, statistic=bll.spatial_mean, feedback=built)
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual"])
+@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual", "pooled"])
 @pytest.mark.parametrize("shape", [(CHANNELS, 8, 8), (CHANNELS, 1, 1), (CHANNELS,), (7, CHANNELS)], ids=str)
 def test_heads_give_logits_and_every_parameter_learns(head: str, shape: tuple[int, ...]) -> None:
     at = site(*shape)
-    if head in ("conv", "residual") and len(shape) < 3:
+    if head in ("conv", "residual", "pooled") and len(shape) < 3:
         with pytest.raises(ValueError, match=f'head="{head}" needs feature maps .* has shape .*"mlp" or "linear"'):
             HEADS[head](at)
         return
@@ -97,7 +97,7 @@ def test_residual_units_make_one_map_in_the_backward_pass() -> None:
     assert most(lambda h: plain(unit, h)) > 3 * a_map
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual", "evidence"])
+@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual", "pooled", "evidence"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_heads_in_other_precisions(head: str, dtype: torch.dtype) -> None:
     at = site(CHANNELS, 4, 4)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, ClosedFormFeedback, Predictive
+from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, ClosedFormFeedback, Predictive, Variational
 from blocklocal.alignment import (
     Alignment,
     DirectFeedbackAlignment,
@@ -89,6 +89,7 @@ def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
 RULES: dict[str, Rule] = {
     "bll": block_local(BLL),
     "bll-paper": block_local(BLL_PAPER, feedback=ClosedFormFeedback(forgetting=0.0)),  # the optimum of each batch alone
+    "bll-pooled": block_local(0.1 * Variational() + Predictive("pooled")),
     "pred": block_local(Predictive()),
     "predsim": block_local(PRED_SIM),
     "bp": backpropagation,
