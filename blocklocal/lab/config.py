@@ -20,7 +20,7 @@ class Settings:
     model: str = "cnn"
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
-    """in blocks: bll, bll-pooled, bll-paper, pred, predsim; whole: bp (backpropagation), fa, usf, brsf, frsf, dfa, drtp"""
+    """in blocks: bll, bll-pooled, bll-paper, pred, predsim; whole: bp (backprop), fa, usf, brsf, frsf, dfa, drtp"""
     train_size: int = 0
     """train on a sample of so many images, always the same; 0: on all"""
     test_size: int = 0
