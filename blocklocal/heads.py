@@ -2,7 +2,8 @@
 
 `linear` and `mlp` read the channel statistics, `conv` and `residual` the feature map itself through two strided stages
 that end in its mean, `pooled` the same at half its resolution; a deeper head approximates p(y | z_k) better, at more
-cost. `evidence` has no parameters: the messages themselves classify, since log q(y | x) is the logarithm of the integral of alpha_k(z) beta_k(z; y).
+cost. `evidence` has no parameters: the messages themselves classify, since log q(y | x) is the logarithm of the
+integral of alpha_k(z) beta_k(z; y).
 """
 
 from __future__ import annotations
