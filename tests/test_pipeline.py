@@ -112,7 +112,7 @@ def test_a_placement_changes_nothing_where_messages_are_rounded_and_layers_draw(
 
 
 def plain_loop(rank: int) -> dict[str, Tensor]:
-    """The schedule without the runtime of torch: isend and irecv around `learner.local`, two blocks on rank 0."""
+    """The schedule without the executor: isend and irecv around `learner.local`, two blocks on rank 0."""
     mine = learner()
     blocks = Placement((0, 0, 1, 2)).blocks(rank)
     optimizers = {k: optimizer(mine.block_parameters(k)) for k in blocks}
@@ -134,7 +134,7 @@ def plain_loop(rank: int) -> dict[str, Tensor]:
     return state(mine, blocks)
 
 
-def test_the_runtime_of_torch_does_what_a_plain_loop_does(tmp_path: Path) -> None:
+def test_the_executor_does_what_a_plain_loop_does(tmp_path: Path) -> None:
     plain = together(processes.run(plain_loop, processes=3, folder=tmp_path))
     assert [name for name in plain if not torch.equal(plain[name], one_process()[name])] == []
 
@@ -275,7 +275,9 @@ def misused(rank: int) -> dict[str, Tensor]:
         list(Pipeline(learner(), optimizer=optimizer).train((None, y) for _, y in minibatches(1)))
     with pytest.raises(ValueError, match="labels run from 4 to 4: allowed is 0 to 3"):
         list(Pipeline(learner(), optimizer=optimizer).train((x, torch.full_like(y, 4)) for x, y in minibatches(1)))
-    with pytest.raises(ValueError, match=r"block 0 gives \(6, 4, 4\) per sample, and gave \(6, 6, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"rank 0, block 0, minibatch 0: the block gives \(6, 4, 4\) per sample, and gave \(6, 6, 6\)"
+    ):
         list(Pipeline(learner(), optimizer=optimizer).train((x[..., 1:-1, 1:-1], y) for x, y in minibatches(1)))
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("rows",))
     with pytest.raises(ValueError, match="mesh with dimensions"):
