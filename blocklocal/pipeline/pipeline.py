@@ -18,7 +18,7 @@ from blocklocal.pipeline.executor import Executor, Minibatch, TensorSpec
 from blocklocal.pipeline.materialize import materialize
 from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers, sum_feedback
 from blocklocal.pipeline.schedule import Action, Placement, schedule
-from blocklocal.pipeline.stage import LocalStep, Stage, Travel
+from blocklocal.pipeline.stage import LocalStep, MessageType, Stage
 from blocklocal.pipeline.trace import Trace
 
 Batch = tuple[Tensor | None, Tensor]
@@ -35,7 +35,8 @@ class Pipeline:
     optimizer: makes one from a block's parameters. placement: the rank of each block, by default nearly as many blocks
     on each; `balanced` measures a better one. mesh: with a dimension "block" and, for replicas, "data"; by default all
     processes are one pipeline. data_parallel: what makes replicas of a block, `replicate` (DDP) or `shard` (FSDP2).
-    message: dtype of what travels between blocks, by default that of the parameters. window: so many minibatches are
+    message: dtype of what travels between blocks, by default that of the parameters; a narrower one rounds the outputs
+    of all blocks but the last. window: so many minibatches are
     handed in and out at once; a rank is never further ahead of the next one. ahead: so many minibatches early a receive
     is posted. accumulate: the number of minibatches whose mean gradient makes an optimizer step. timeout: seconds after
     which a message that does not come is an error that names rank, block and minibatch; over NCCL the process group's
@@ -82,7 +83,7 @@ class Pipeline:
         self.trace = Trace(rank=dist.get_rank(), replica=replica, device=self.device) if trace else None
         self.minibatches = 0
         """So many minibatches this rank has learnt from."""
-        travel = _travel(learner, message)
+        message_type = _message_type(learner, message)
         self.steps = [materialize(LocalStep(learner, k), device=self.device, seed=seed) for k in self.blocks]
         """The blocks of this rank with their borders."""
         self.stages = [
@@ -90,7 +91,7 @@ class Pipeline:
                 step if replicas is None else _replicas(step, replicas, data_parallel),
                 k,
                 optimizer=_optimizer(optimizer, step),
-                travel=travel,
+                message_type=message_type,
                 outlet=None if k == len(learner.borders) else _shape(learner, k),
                 accumulate=accumulate,
                 seed=seed + replica,
@@ -98,13 +99,14 @@ class Pipeline:
             )
             for k, step in zip(self.blocks, self.steps, strict=True)
         ]
+
+        def specs(k: int) -> list[TensorSpec]:
+            return [TensorSpec(_shape(learner, k), message_type.dtype)]
+
         self._executor = Executor(
             self.stages,
-            receives={
-                k: [TensorSpec(_shape(learner, k - 1), travel.message)]
-                for k in self.blocks
-                if self.placement.receives(k)
-            },
+            receives={k: specs(k - 1) for k in self.blocks if self.placement.receives(k)},
+            sends={k: specs(k) for k in self.blocks if self.placement.sends(k)},
             rank=self.rank,
             group=group,
             device=self.device,
@@ -210,9 +212,9 @@ def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: i
     return placed
 
 
-def _travel(learner: BlockLocal, message: torch.dtype | None) -> Travel:
-    compute = next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return Travel(message=message or compute, compute=compute)
+def _message_type(learner: BlockLocal, message: torch.dtype | None) -> MessageType:
+    own = next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return MessageType(message or own, rounds=message is not None)
 
 
 def _replicas(step: LocalStep, mesh: DeviceMesh, data_parallel: DataParallel) -> nn.Module:

@@ -36,20 +36,24 @@ class LocalStep(nn.Module):
 
 
 @dataclass(frozen=True)
-class Travel:
-    """What crosses a border: `message` is its dtype under way, `compute` that in which the next block takes it.
+class MessageType:
+    """The dtype of what crosses a border while it travels; the next block takes it in the dtype that it had before.
 
-    Every border rounds to `message`, also one between two blocks of the same rank: a placement changes no result.
+    rounds: whether it may be narrower than a block's output. Then every border rounds to it, also one between two
+    blocks of the same rank, so that a placement changes no result.
     """
 
-    message: torch.dtype
-    compute: torch.dtype
+    dtype: torch.dtype
+    rounds: bool
 
-    def send(self, h: Tensor) -> Tensor:
-        return h.to(self.message).contiguous()
-
-    def receive(self, h: Tensor) -> Tensor:
-        return h if torch.is_autocast_enabled(h.device.type) else h.to(self.compute)
+    def round(self, h: Tensor) -> Tensor:
+        if torch.promote_types(h.dtype, self.dtype) == self.dtype:
+            return h
+        if not self.rounds:
+            raise ValueError(
+                f"the block gives {h.dtype}, and messages are {self.dtype}, as parameters are: pass message={h.dtype}"
+            )
+        return h.to(self.dtype).to(h.dtype)
 
 
 class Stage(nn.Module):
@@ -69,7 +73,7 @@ class Stage(nn.Module):
         k: int,
         *,
         optimizer: Optimizer | None,
-        travel: Travel,
+        message_type: MessageType,
         outlet: tuple[int, ...] | None,
         seed: int,
         trace: Trace | None,
@@ -77,8 +81,8 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         self.step, self.k, self.outlet = step, k, outlet
-        self.optimizer, self.travel, self.seed, self.trace = optimizer, travel, seed, trace
-        self.accumulate = accumulate
+        self.optimizer, self.message_type, self.accumulate = optimizer, message_type, accumulate
+        self.seed, self.trace = seed, trace
         self.minibatch = 0
         self.result: Tensor | None = None
 
@@ -90,8 +94,6 @@ class Stage(nn.Module):
         self.minibatch = minibatch
         self._lap("wait")
         (h,) = message
-        if self.k > 0:
-            h = self.travel.receive(h)
         with seeded(self.seed, minibatch, self.k, device=h.device):
             result, h = self.step(h, y if self.training else None)
         self.result = _apart(result, message)
@@ -101,10 +103,9 @@ class Stage(nn.Module):
                     f"the block gives {tuple(h.shape[1:])} per sample, and gave {self.outlet} for the learner's "
                     "example=: minibatches of a pipeline have the example's shape"
                 )
-            h = self.travel.send(h)
-        h = _apart(h, message)
+            h = self.message_type.round(h)
         self._lap("forward")
-        return (h,)
+        return (_apart(h, message),)
 
     def finish(self) -> Tensor:
         """The local loss, after learning from it; in evaluation mode the prediction of exit k."""
