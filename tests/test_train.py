@@ -198,7 +198,7 @@ def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path, monke
         file.write(json.dumps({**lines(tmp_path)[0], "epoch": 2}) + "\n" + '{"epoch": 3, "train')
     half = tmp_path / "checkpoint" / "step-8" / "block-0"
     half.mkdir(parents=True)
-    (half / ".metadata").write_bytes(b"one block of four")
+    (half / "index.json").write_bytes(b"one block of four")
     train(replace(settings, resume=True))
     assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3]
 
