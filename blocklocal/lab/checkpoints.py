@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.part import Part, State
+from blocklocal.lab.part import Part, State, Value
 from blocklocal.lab.runs import Run
 
 STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
@@ -110,7 +110,7 @@ def kept(run: Run) -> str:
     return f"{str(run.path)!r} keeps the checkpoint of {place}"
 
 
-def _copy(value: Tensor | str | int | float) -> Tensor | str | int | float:
+def _copy(value: Value) -> Value:
     if not isinstance(value, Tensor):
         return value
     return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

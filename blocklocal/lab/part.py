@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from blocklocal.lab.errors import UserError
 
-State = dict[str, Tensor | str | int | float]
+Value = Tensor | str | int | float
+State = dict[str, Value]
 
 FORMAT = 1
 TENSORS, INDEX = "tensors.safetensors", "index.json"
@@ -74,7 +76,7 @@ class Part:
             )
         try:
             return self._read()
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{str(self.path)!r} is not a readable checkpoint ({error}); start anew with another --out"
             ) from error
@@ -94,7 +96,7 @@ class Part:
         described = self._described(file)
         _compare({name: found.get(name) for name in described}, described)
         _compare({"sha256": found.get("sha256")}, {"sha256": _digest(file)})
-        tensors, values = load_file(file), _values(found)
+        tensors, values = _load(file), _values(found)
         content = described | {"sha256": found["sha256"], "tensors": _outlines(tensors), "values": values}
         _compare({name: found[name] for name in found if name != "checksum"}, content)
         if _encode(content) != written:
@@ -111,6 +113,13 @@ def _outlines(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         for name, tensor in tensors.items()
     }
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 def _digest(file: Path) -> str:
@@ -142,7 +151,7 @@ def _values(found: dict[str, Any]) -> dict[str, str | int | float]:
     if not isinstance(values, dict):
         raise ValueError(f"{INDEX}: values is {_short(values)}")
     for name, value in values.items():
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{INDEX}: values/{_short(name)[1:-1]} is {_short(value)}")
     return values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,12 @@ def _check_fit(stored: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     differing = [name for name in stored if name in own and _kind(stored[name]) != _kind(own[name])]
     lists = {"missing": own.keys() - stored, "unknown": stored.keys() - own, "of another shape or type": differing}
     if any(lists.values()):
-        raise misfit("; ".join(f"{what}: {', '.join(sorted(names)) or 'none'}" for what, names in lists.items()))
+        raise misfit("; ".join(f"{what}: {_listed(names)}" for what, names in lists.items()))
+
+
+def _listed(names: Collection[str]) -> str:
+    first, rest = sorted(names)[:4], len(names) - 4
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "") or "none"
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
