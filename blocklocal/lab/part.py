@@ -78,7 +78,8 @@ class Part:
             return self._read()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{str(self.path)!r} is not a readable checkpoint ({error}); start anew with another --out"
+                f"{str(self.path)!r} is not a readable checkpoint ({error}); "
+                "take it from a copy, or train anew with another --out"
             ) from error
 
     def _read(self) -> State:
