@@ -267,7 +267,7 @@ def put(**entries: object) -> Callable[[Part], object]:
 @pytest.mark.parametrize(
     ("change", "words", "testing"),
     [
-        (flip, r"block-0' is not a readable checkpoint \(index\.json: sha256", True),
+        (flip, r"block-0' is not a readable checkpoint \(tensors\.safetensors is not", True),
         (lambda part: (part.path / "index.json").write_text("{}"), r"\(index\.json: format nothing", True),
         (
             lambda part: (part.path / "index.json").rename(part.path / ".metadata"),

@@ -55,7 +55,7 @@ class Part:
         self.path.mkdir(parents=True, exist_ok=True)
         index.unlink(missing_ok=True)
         save_file(tensors, file)
-        content = self._described(file) | {"sha256": _digest(file), "tensors": _outlines(tensors), "values": values}
+        content = self._content(file.stat().st_size, _digest(file), tensors) | {"values": values}
         unnamed.write_bytes(_encode(content))
         shutil.copymode(unnamed, file)  # safetensors lets nobody else read it
         for path in (file, unnamed):
@@ -94,19 +94,25 @@ class Part:
             raise ValueError(f"{INDEX} has {index.stat().st_size} bytes, {LARGEST} at most")
         written = index.read_bytes()
         found = _decode(written)
-        described = self._described(file)
-        _compare({name: found.get(name) for name in described}, described)
-        _compare({"sha256": found.get("sha256")}, {"sha256": _digest(file)})
-        tensors, values = _load(file), _values(found)
-        content = described | {"sha256": found["sha256"], "tensors": _outlines(tensors), "values": values}
+        _compare({name: found.get(name) for name in self._place}, self._place)
+        if found.get("bytes") != (size := file.stat().st_size):
+            raise ValueError(f"{TENSORS} has {size} bytes, and {INDEX}: bytes is {_short(found.get('bytes'))}")
+        if found.get("sha256") != (digest := _digest(file)):
+            raise ValueError(f"{TENSORS} is not the file whose sha256 is in {INDEX}")
+        tensors = _load(file)
+        content = self._content(size, digest, tensors) | {"values": _values(found)}
         _compare({name: found[name] for name in found if name != "checksum"}, content)
         if _encode(content) != written:
             raise ValueError(f"{INDEX} does not have its own checksum")
-        return {**tensors, **values}
+        return {**tensors, **content["values"]}
 
-    def _described(self, file: Path) -> dict[str, Any]:
-        size = file.stat().st_size
-        return {"format": FORMAT, "step": self.step, "block": self.block, "file": TENSORS, "bytes": size}
+    def _content(self, size: int, digest: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Of the index, what follows from the place and the tensors."""
+        return self._place | {"bytes": size, "sha256": digest, "tensors": _outlines(tensors)}
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"format": FORMAT, "step": self.step, "block": self.block, "file": TENSORS}
 
 
 def _outlines(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
