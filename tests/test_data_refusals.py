@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -261,3 +263,47 @@ def test_names_of_no_data_set_are_refused(name):
     assert "unknown data" in said
     assert "\n" not in said
     assert len(said) < 6000
+
+
+class Hub(ModuleType):
+    """In place of the package `datasets`: one repository whose splits are tables, or an error."""
+
+    Image = type("Image", (), {"__init__": lambda self, decode: None})
+
+    def __init__(self, splits: dict[str, pa.Table] | Exception) -> None:
+        super().__init__("datasets")
+        self.splits = splits
+
+    def load_dataset(self, repository: str) -> dict[str, "HubSplit"]:
+        if isinstance(self.splits, Exception):
+            raise self.splits
+        return {name: HubSplit(content) for name, content in self.splits.items()}
+
+
+class HubSplit:
+    def __init__(self, content: pa.Table) -> None:
+        self.content, self.column_names = content, content.column_names
+        self.features = dict.fromkeys(self.column_names)
+
+    def with_format(self, kind: str) -> pa.Table:
+        return self.content
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        (IndexError("list index out of range"), "cannot get 'some/data' from the Hugging Face hub (list index"),
+        (AssertionError(), "hub (AssertionError)"),
+        (ConnectionError("no\nnetwork"), "hub (no)"),
+        ({"train": table([GOOD] * 4, LABELS)}, "has the splits train: train and test are needed"),
+        ({}, "has the splits none"),
+        ({"train": table([GOOD] * 4, [0, 1, None, 1]), "test": table([GOOD], [0])}, "'some/data (train)': row 2"),
+        ({"train": table([GOOD] * 4, LABELS), "test": table([GOOD], [-1])}, "label -1 of test image 0"),
+        ({"train": table([GOOD] * 4, LABELS), "test": table([b"?"], [0])}, "some/data (test), row 0 is not an image"),
+    ],
+)
+def test_what_comes_from_the_hub_is_named(monkeypatch, splits, words):
+    monkeypatch.setitem(sys.modules, "datasets", Hub(splits))
+    said = refused("hf:some/data")
+    assert words in said
+    assert "\n" not in said

@@ -126,7 +126,7 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         model.to(device)
-    few = _spread(images, size=min(FEW, settings.batch_size))
+    few = _spread(images, size=min(FEW, settings.batch_size // settings.replicas))
     x, y, context = (
         normalisation(dataset.train.images[few]),
         dataset.train.labels[few],

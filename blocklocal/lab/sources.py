@@ -43,13 +43,12 @@ def digits(sizes: Sizes) -> Dataset:
 def hub(repository: str, sizes: Sizes) -> Dataset:
     """A data set of the Hugging Face hub, kept in the cache of `datasets`."""
     import datasets
-    from datasets.exceptions import DatasetsError
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # its retries, where there is no connection, say nothing that the error does not
     try:
         splits = datasets.load_dataset(repository)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except Exception as error:  # of the hub's client, its cache and the readers of any format
         raise UserError(
             f"cannot get {repository!r} from the Hugging Face hub ({reason(error)}); "
             "check name and connection, or name a folder with its Parquet files instead"

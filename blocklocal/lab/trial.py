@@ -69,9 +69,9 @@ def _fault(logits: object, *, shape: tuple[int, int], device: torch.device) -> s
     """What is wrong with a model's output, if anything."""
     images, classes = shape
     if not isinstance(logits, Tensor):
-        return f"gives a {type(logits).__name__}: a tensor of logits is needed"
+        return f"gives an object of type {type(logits).__name__}, not a tensor of logits"
     if logits.dim() == 2 and len(logits) == images and logits.shape[1] != classes:
-        return f"gives {logits.shape[1]} outputs for {classes} classes"
+        return f"gives {logits.shape[1]} logits per image for {classes} classes"
     if logits.shape != shape:
         return (
             f"gives a tensor of shape {(*logits.shape,)} for {images} images and {classes} classes: needed is {shape}"

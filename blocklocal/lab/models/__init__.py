@@ -72,8 +72,8 @@ def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> n
         else:
             model = _own(source, function)(channels=channels, size=size, classes=classes)
     if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise UserError(f"model {name!r}: the function gives {kind}, an object of torch.nn.Module is needed")
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
+        raise UserError(f"model {name!r}: its function gives {kind}, not a torch.nn.Module")
     return model
 
 
