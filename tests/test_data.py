@@ -149,7 +149,7 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def ordered_batches_depend_on_seed_and_epoch_alone():
+def test_batches_depend_on_seed_and_epoch_alone():
     split, everything = numbered(20), Augmentation(flip=True, crop=2, cutout=3)
 
     def draw():
