@@ -1,53 +1,15 @@
 """Data sets against the images they were made from, batches against one image at a time."""
 
-import io
-import json
-from pathlib import Path
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from data_folders import encode, picture, table, write
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from blocklocal.lab.batches import Augmentation, Normalisation, ordered_batches, training_batches
 from blocklocal.lab.data import Split, load
 from blocklocal.lab.errors import UserError
-
-PIXELS = np.random.default_rng(0)
-
-
-def picture(height: int = 8, width: int = 8, channels: int = 3) -> np.ndarray:
-    shape = (height, width, channels) if channels > 1 else (height, width)
-    return PIXELS.integers(0, 256, shape, dtype=np.uint8)
-
-
-def encode(pixels: np.ndarray, form: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, form, lossless=True)
-    return file.getvalue()
-
-
-def table(contents, labels, *, image="image", label="label", names=None) -> pa.Table:
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    cells = pa.array([{"bytes": content, "path": None} for content in contents], kind)
-    columns = pa.table({image: cells, label: labels})
-    if names:
-        features = {label: {"names": names, "_type": "ClassLabel"}}
-        columns = columns.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    return columns
-
-
-def write(folder: Path, train: pa.Table, test: pa.Table | None = None) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    half = len(train) // 2
-    pq.write_table(train[:half], folder / "train-00000-of-00002.parquet")
-    pq.write_table(train[half:], folder / "train-00001-of-00002.parquet")
-    pq.write_table(train if test is None else test, folder / "test-00000-of-00001.parquet")
-    return str(folder)
 
 
 def test_digits_are_split_by_class_and_complete():
@@ -187,7 +149,7 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def ordered_batches_depend_on_seed_and_epoch_alone():
+def test_batches_depend_on_seed_and_epoch_alone():
     split, everything = numbered(20), Augmentation(flip=True, crop=2, cutout=3)
 
     def draw():

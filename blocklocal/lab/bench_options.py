@@ -13,6 +13,7 @@ from blocklocal.lab.config import flag
 from blocklocal.lab.contenders import RULES, Workload
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import DTYPES
+from blocklocal.lab.trial import FEW, try_model
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Options:
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return Workload(
+        work = Workload(
             model,
             x,
             y,
@@ -109,3 +110,5 @@ class Options:
             head=self.head,
             accumulate=self.accumulate,
         )
+        try_model(model, x[:FEW], name=self.model, classes=self.classes, context=work.autocast())
+        return work

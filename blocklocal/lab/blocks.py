@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,7 +18,8 @@ from blocklocal import BlockLocal
 from blocklocal.lab import models, rules
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.config import flag
-from blocklocal.lab.errors import UserError
+from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.trial import FEW, try_learning, try_model
 from blocklocal.memory import MemoryTracker
 
 
@@ -59,14 +61,18 @@ def main(args: Sequence[str]) -> None:
     size = (options.size, options.size)
     model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
     x = torch.randn(options.batch_size, options.channels, *size)
+    try_model(model, x[:FEW], name=options.model, classes=options.classes, context=nullcontext())
     task = rules.Task(
         classes=options.classes,
         example=x,
         blocks=options.blocks,
         at=options.at or models.CUTS.get((options.model, options.blocks)),
     )
-    learner = rules.apply(options.rule, model, task).learner
     y = torch.randint(options.classes, (len(x),))
+    with blame(f"model {options.model!r} does not fit rule {options.rule!r}"):
+        learning = rules.apply(options.rule, model, task)
+    try_learning(learning, x[:FEW], y[:FEW], name=options.model, context=nullcontext())
+    learner = learning.learner
     if not options.plan:
         Console().print(table(learner, x, y))
         return

@@ -28,6 +28,7 @@ class Options(Settings):
 
     rule: Suppress[str] = "bp"
     resume: Suppress[bool] = False
+    trust: Suppress[bool] = False
     rules: str = "bp,bll"
     """rules, with commas between them"""
     seeds: int = 3

@@ -83,6 +83,8 @@ class Settings:
     """folder of the run (default: runs/DATA-MODEL-RULE-seedN)"""
     resume: bool = False
     """go on from the last checkpoint in --out, with the settings kept there"""
+    trust: bool = False
+    """with --resume: run the code of the model package.module:function that is kept there (or repeat --model)"""
 
     def check(self) -> None:
         """UserError: a number out of its range."""
@@ -131,7 +133,7 @@ class Settings:
 
 
 # They say where a run is, how it was called and watched, not what it computes.
-PLACE = ("out", "resume", "save_every", "patience", "trace")
+PLACE = ("out", "resume", "trust", "save_every", "patience", "trace")
 
 
 def last_name(name: str) -> str:

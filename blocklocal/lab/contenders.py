@@ -141,6 +141,7 @@ IN_BLOCKS: dict[str, Build] = {
     "bll": local(BLL),
     "bll-checkpoint": local(BLL, checkpointed=True),
     "bll-sum": summed,
+    "bll-pooled": local(rules.BLL_POOLED),
     "bll-paper": local(BLL_PAPER),
     "pred": local(Predictive()),
     "predsim": local(PRED_SIM),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blocklocal.lab.errors import UserError
+
+TEST_NAMES = ("test", "validation", "val")  # of the test split: the first one that is there
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,16 @@ class Dataset:
         """Height and width in pixels."""
         return self.train.images.shape[2], self.train.images.shape[3]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What config.json of a run says of its data, as plain values."""
+        return {
+            "training_images": len(self.train),
+            "test_images": len(self.test),
+            "shape": [self.channels, *self.size],
+            "classes": list(self.classes),
+        }
+
     def to(self, device: torch.device) -> Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
@@ -84,11 +99,11 @@ def load(name: str, *, train_size: int = 0, test_size: int = 0) -> Dataset:
         dataset = sources.digits(sizes)
     elif name in sources.HUB:
         dataset = sources.hub(sources.HUB[name], sizes)
-    elif name.startswith("hf:"):
+    elif re.fullmatch(r"hf:\w[\w.-]*/\w[\w.-]*", name):  # a path would be taken for a folder of this machine
         dataset = sources.hub(name.removeprefix("hf:"), sizes)
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):
         dataset = sources.folder(Path(name), sizes)
-    elif Path(name).exists():
+    elif os.path.exists(name):
         raise UserError(f"data {name!r} is a file: name the folder that holds train-*.parquet or train/CLASS/ images")
     else:
         known = ", ".join(["digits", *sources.HUB])
@@ -111,6 +126,9 @@ def _checked(dataset: Dataset) -> Dataset:
                 f"data {dataset.name!r}: label {int(split.labels[row])} of {part} image {row} is out of range, "
                 f"labels are 0 to {len(dataset.classes) - 1}"
             )
+    if len(dataset.train.labels.unique()) < 2:
+        only = dataset.classes[int(dataset.train.labels[0])]
+        raise UserError(f"data {dataset.name!r}: all training images are of class {only!r}, two classes are needed")
     return dataset
 
 

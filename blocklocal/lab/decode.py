@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import DecompressionBombWarning
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 
-from blocklocal.lab.errors import UserError
+from blocklocal.lab.errors import UserError, reason
 
 # Named, so that Pillow looks at these decoders only: three times as fast for WebP as its search through all.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+GREY, COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of at most 8 bits per channel
 
 
 def decode(encoded: Iterable[tuple[str, bytes]]) -> Tensor:
     """uint8 (N, C, H, W) from (name, bytes) pairs: one channel where all images are grey, else three.
 
-    Threads do not help: for small images the interpreter's lock, not the decoder, is what they would wait for.
-    UserError: no image, bytes that are no image, images of more than one size; it gives the image's name.
+    Of 16 bits per channel the higher 8 are kept, as Pillow itself does with colours, and an image is turned as its EXIF
+    orientation says. Threads do not help: for small images the interpreter's lock, not the decoder, is what they would
+    wait for.
+
+    UserError: no image, bytes that are no image, images of more than one size, with several frames, transparent pixels
+    or values without a known range; it gives the image's name.
     """
-    pictures = list(_arrays(encoded))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damage that Pillow can read past, such as in EXIF data
+        warnings.simplefilter("error", DecompressionBombWarning)
+        pictures = list(_arrays(encoded))
     if not pictures:
         raise UserError("no images")
     if len({picture.ndim for picture in pictures}) > 1:
@@ -37,12 +49,13 @@ def _arrays(encoded: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
     for name, content in encoded:
         try:
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                grey = image.mode in ("1", "L", "LA")
-                picture = np.asarray(image.convert("L" if grey else "RGB"))
+                picture = _pixels(image)
         except UnidentifiedImageError as error:
             raise UserError(f"{name} is not an image ({', '.join(FORMATS)} can be read)") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{name} is not a readable image ({error})") from error
+        except _Unfit as error:
+            raise UserError(f"{name} {error}") from None
+        except Exception as error:  # on damaged files Pillow's decoders raise errors of any kind
+            raise UserError(f"{name} is not a readable image ({reason(error)})") from error
         first = first or picture.shape[:2]
         if picture.shape[:2] != first:
             height, width = picture.shape[:2]
@@ -51,3 +64,39 @@ def _arrays(encoded: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
                 "bring all images to one size"
             )
         yield picture
+
+
+class _Unfit(Exception):
+    """What an image has that this module does not turn into pixels."""
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a JPEG with previews behind the picture
+        raise _Unfit(f"holds {frames} frames: keep each in a file of its own")
+    if image.has_transparency_data and not _opaque(image):
+        raise _Unfit(f"has transparent pixels (mode {image.mode}): put it on a background")
+    ImageOps.exif_transpose(image, in_place=True)
+    if _has_16_bits(image):
+        return (np.asarray(image) >> 8).astype(np.uint8)
+    if image.mode not in GREY + COLOUR:
+        raise _Unfit(
+            f"is a {image.format} of mode {image.mode}, whose values have no known range or no one colour: "
+            "convert it to 8 or 16 bits per channel, grey or RGB"
+        )
+    return np.asarray(image.convert("L" if image.mode in GREY else "RGB"))
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    """Whether a grey image spans black at 0 to white at 65535; Pillow's mode alone does not say so."""
+    if image.format == "PPM":
+        return image.mode == "I"  # scaled to that range
+    if isinstance(image, TiffImageFile):  # the same mode for 12 bits, and for white at 0
+        bits, black_is_zero = image.tag_v2.get(BITSPERSAMPLE), image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 1
+        return image.mode.startswith("I;16") and bits == (16,) and black_is_zero
+    return image.mode.startswith("I;16")
+
+
+def _opaque(image: Image.Image) -> bool:
+    whole = image if image.getbands()[-1] == "A" else image.convert("RGBA")
+    return whole.getchannel("A").getextrema()[0] == 255

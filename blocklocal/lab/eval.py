@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,8 @@ from blocklocal.lab.arguments import parse
 from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.evaluate import Exits
-from blocklocal.lab.experiment import prepare
+from blocklocal.lab.experiment import check_data, prepare
+from blocklocal.lab.models import refuse_code
 from blocklocal.lab.runs import Run
 from blocklocal.lab.state import load_weights
 
@@ -34,38 +35,44 @@ class Options:
     """another place of the same data set"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, ..."""
+    trust: bool = False
+    """run the code of the model package.module:function that the run names"""
 
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll eval")
     run = Run(options.run)
     settings = run.settings()
+    if not options.trust:
+        refuse_code(settings.model, run=str(run.path), remedy="add --trust")
     experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
+    check_data(experiment.dataset, run.facts())
     learner = experiment.learner
+    accuracy_of = chosen(options.exit, blocks=len(learner.blocks))
     checkpoints = Checkpoints(run.checkpoints, blocks=len(learner.blocks))
     minibatch = checkpoints.latest()
     if minibatch is None:
         raise UserError(f"{str(run.path)!r} has no checkpoint: it was stopped before the first")
     load_weights(learner, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
     epoch, exits = round(minibatch / experiment.steps, 2), experiment.test()
-    accuracy = choose(exits, options.exit)
+    accuracy = accuracy_of(exits)
     Console().print(_table(exits, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))
     print(json.dumps({"run": str(options.run), "epoch": epoch, "exit": options.exit, "accuracy": accuracy}))
 
 
-def choose(exits: Exits, exit: str) -> float:
-    """The accuracy that `--exit` asks for. UserError: no such exit."""
-    last = len(exits.accuracies) - 1
+def chosen(exit: str, *, blocks: int) -> Callable[[Exits], float]:
+    """The accuracy that `--exit` asks for, of the exits of so many blocks. UserError: no such exit."""
+    last = blocks - 1
     if exit == "all":
-        return exits.combined_accuracy
+        return lambda exits: exits.combined_accuracy
     if exit == "last":
-        return exits.accuracies[last]
-    if exit.isdecimal() and int(exit) <= last:
-        return exits.accuracies[int(exit)]
+        return lambda exits: exits.accuracies[last]
+    if exit.isascii() and exit.isdecimal() and int(exit) <= last:
+        return lambda exits: exits.accuracies[int(exit)]
     threshold = _threshold(exit)
     if threshold is None:
         raise UserError(f"--exit {exit}: choose last, all, a block from 0 to {last}, or a threshold between 0 and 1")
-    return exits.early_accuracy(threshold)
+    return lambda exits: exits.early_accuracy(threshold)
 
 
 def _threshold(exit: str) -> float | None:

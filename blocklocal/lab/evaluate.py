@@ -10,6 +10,7 @@ from torch import Tensor
 from blocklocal import BlockLocal
 from blocklocal.lab.batches import Normalisation, ordered_batches
 from blocklocal.lab.data import Split
+from blocklocal.lab.errors import UserError
 
 SIZE = 500  # images at once
 
@@ -25,6 +26,13 @@ class Exits:
     correct: Tensor
     confidence: Tensor
     combined: Tensor
+
+    def __post_init__(self) -> None:
+        """UserError: an exit gives nan, which would count as one of the classes."""
+        wrong = self.confidence.isnan().nonzero()
+        if len(wrong):
+            exit, image = wrong[0].tolist()
+            raise UserError(f"exit {exit} gives nan for test image {image}: its weights or statistics have run away")
 
     @property
     def accuracies(self) -> list[float]:

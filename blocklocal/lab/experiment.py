@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from blocklocal.lab.batches import Augmentation, Normalisation
 from blocklocal.lab.config import Settings
 from blocklocal.lab.data import Dataset, load
 from blocklocal.lab.environment import find_device
-from blocklocal.lab.errors import UserError
+from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.evaluate import Exits, evaluate
+from blocklocal.lab.trial import FEW, try_learning, try_model
 
 EXAMPLE = 8  # images by which the blocks are balanced and the borders get their shapes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -68,8 +70,7 @@ class Experiment:
 
     def autocast(self, device: torch.device | None = None) -> torch.autocast:
         """The arithmetic that the settings ask for, on the experiment's device or another."""
-        dtype = DTYPES[self.settings.dtype]
-        return torch.autocast((device or self.device).type, dtype, enabled=dtype != torch.float32)
+        return autocast(self.settings, device=device or self.device)
 
     def test(self) -> Exits:
         """All exits on the test images."""
@@ -85,10 +86,31 @@ class Experiment:
         return alignment.angles(*next(self.training_batches(epoch)), criterion=self.learner.criterion)
 
 
+def check_data(dataset: Dataset, facts: Mapping[str, Any]) -> None:
+    """UserError: another data set than that of the run whose config.json gives the facts, as far as they tell."""
+    known, found = facts.get("data", {}), dataset.facts
+    for name in found:
+        if name in known and known[name] != found[name]:
+            raise UserError(
+                f"data {dataset.name!r} is not what the run was trained on: {name.replace('_', ' ')} "
+                f"{_short(found[name])} now, {_short(known[name])} then"
+            )
+
+
+def _short(value: object) -> str:
+    return str(value) if len(str(value)) < 200 else f"{str(value)[:200]} ..."
+
+
+def autocast(settings: Settings, *, device: torch.device) -> torch.autocast:
+    dtype = DTYPES[settings.dtype]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def prepare(settings: Settings, *, device: torch.device | None = None) -> Experiment:
     """The experiment of these settings, on their device or another.
 
-    UserError: an unknown device, data set, model or rule; too few images; a model that cannot be cut as asked.
+    UserError: an unknown device, data set, model or rule; too few images; a model that cannot be cut as asked, or does
+    not train on a few images.
     """
     settings.check()
     rules.find(settings.rule)
@@ -105,6 +127,17 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     normalisation = Normalisation.of(dataset.train.images)
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, channels=dataset.channels, size=dataset.size, classes=len(dataset.classes))
+    with blame(f"model {settings.model!r} cannot be put on {device}"):
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        model.to(device)
+    few = _spread(images, size=min(FEW, settings.batch_size // settings.replicas))
+    x, y, context = (
+        normalisation(dataset.train.images[few]),
+        dataset.train.labels[few],
+        autocast(settings, device=device),
+    )
+    try_model(model, x, name=settings.model, classes=len(dataset.classes), context=context)
     task = rules.Task(
         classes=len(dataset.classes),
         example=normalisation(dataset.train.images[:EXAMPLE]),
@@ -113,9 +146,14 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         criterion=partial(cross_entropy, label_smoothing=settings.label_smoothing),
         seed=settings.seed,
     )
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    learning = rules.apply(settings.rule, model.to(device), task)
+    with blame(f"model {settings.model!r} does not fit rule {settings.rule!r}"):
+        learning = rules.apply(settings.rule, model, task)
     if settings.channels_last:  # the heads at the borders too
         learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    try_learning(learning, x, y, name=settings.model, context=context)
     return Experiment(settings, device, dataset, normalisation, learning)
+
+
+def _spread(images: int, *, size: int) -> Tensor:
+    """So many rows of a split, evenly apart: of several classes also where the images are sorted by class."""
+    return torch.arange(size) * images // size

@@ -8,6 +8,7 @@ from dataclasses import replace
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.models import refuse_code
 from blocklocal.lab.runs import Run
 
 DIGITS = Settings(threads=1)  # on images of 8x8 pixels threads wait for each other more than they compute
@@ -38,7 +39,9 @@ def settings_from(args: Sequence[str]) -> Settings:
     settings = parse(Settings, args, prog="bll train", default=recipe(data))
     if not settings.resume:
         return settings
-    stored = replace(Run(settings.folder).settings(), out=settings.out, resume=True)
+    stored = replace(Run(settings.folder).settings(), out=settings.out, resume=True, trust=settings.trust)
+    if settings.model != stored.model and not settings.trust:
+        refuse_code(stored.model, run=str(settings.folder), remedy=f"repeat --model {stored.model} or add --trust")
     given = parse(Settings, args, prog="bll train", default=stored)
     changed = stored.contradictions(given)
     if changed:

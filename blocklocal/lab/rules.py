@@ -86,10 +86,12 @@ def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
     return build
 
 
+BLL_POOLED = 0.1 * Variational() + Predictive("pooled")
+
 RULES: dict[str, Rule] = {
     "bll": block_local(BLL),
     "bll-paper": block_local(BLL_PAPER, feedback=ClosedFormFeedback(forgetting=0.0)),  # the optimum of each batch alone
-    "bll-pooled": block_local(0.1 * Variational() + Predictive("pooled")),
+    "bll-pooled": block_local(BLL_POOLED),
     "pred": block_local(Predictive()),
     "predsim": block_local(PRED_SIM),
     "bp": backpropagation,

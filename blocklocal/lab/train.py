@@ -15,7 +15,7 @@ from blocklocal.lab.config import Settings
 from blocklocal.lab.course import Course
 from blocklocal.lab.environment import describe, peak_memory
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.experiment import Experiment, prepare
+from blocklocal.lab.experiment import Experiment, check_data, prepare
 from blocklocal.lab.processes import Processes, joined
 from blocklocal.lab.progress import Display, Plan, display
 from blocklocal.lab.recipes import settings_from
@@ -50,6 +50,8 @@ def _train(settings: Settings, processes: Processes) -> dict[str, Any]:
             f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
         )
     experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else processes.device)
+    if resume:
+        check_data(experiment.dataset, run.facts())
     trainer = _trainer(experiment, processes, trace=run.traces)
     blocks = len(experiment.learner.blocks)
     checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
@@ -116,14 +118,8 @@ def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Tr
 
 
 def _begin(run: Run, experiment: Experiment, processes: Processes) -> None:
-    dataset = experiment.dataset
     facts = {
-        "data": {
-            "training_images": len(dataset.train),
-            "test_images": len(dataset.test),
-            "shape": [dataset.channels, *dataset.size],
-            "classes": dataset.classes,
-        },
+        "data": experiment.dataset.facts,
         "parameters": sum(parameter.numel() for parameter in experiment.learner.model.parameters()),
         "blocks": len(experiment.learner.blocks),
         "steps": experiment.steps,

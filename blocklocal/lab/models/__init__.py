@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import nn
 
-from blocklocal.lab.errors import UserError
+from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.models.resnet import BasicBlock, Bottleneck, ResNet
 from blocklocal.lab.models.small import cnn, mlp
 from blocklocal.lab.models.vgg import vgg8
@@ -54,21 +54,36 @@ def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> n
     """A new model for images of `channels` and `size` (height, width) pixels, with `classes` logits.
 
     name: one of `MODELS`, `timm:NAME`, `torchvision:NAME`, or `package.module:function`, a function that is called with
-    channels=, size=, classes= and gives the module. UserError: no such model, package or function.
+    channels=, size=, classes= and gives the module. UserError: no such model, package or function, or one that fails.
     """
-    if name in MODELS:
-        return MODELS[name](channels=channels, size=size, classes=classes)
     source, colon, function = name.partition(":")
-    if not colon:
+    if name not in MODELS and not colon:
         raise UserError(
             f"unknown model {name!r}: choose {', '.join(MODELS)}, "
             "timm:NAME, torchvision:NAME or package.module:function"
         )
-    if source == "timm":
-        return _timm(function, channels=channels, classes=classes)
-    if source == "torchvision":
-        return _torchvision(function, channels=channels, classes=classes)
-    return _own(source, function)(channels=channels, size=size, classes=classes)
+    with blame(f"model {name!r} cannot be made"):
+        if name in MODELS:
+            model = MODELS[name](channels=channels, size=size, classes=classes)
+        elif source == "timm":
+            model = _timm(function, channels=channels, classes=classes)
+        elif source == "torchvision":
+            model = _torchvision(function, channels=channels, classes=classes)
+        else:
+            model = _own(source, function)(channels=channels, size=size, classes=classes)
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
+        raise UserError(f"model {name!r}: its function gives {kind}, not a torch.nn.Module")
+    return model
+
+
+def refuse_code(name: str, *, run: str, remedy: str) -> None:
+    """UserError: the model that a run names is a function, so that any code might be run to build it."""
+    source, colon, _ = name.partition(":")
+    if name not in MODELS and colon and source not in ("timm", "torchvision"):
+        raise UserError(
+            f"the run in {run!r} has the model {name!r}, whose code would be run: {remedy} if you know that code"
+        )
 
 
 def _timm(name: str, *, channels: int, classes: int) -> nn.Module:
