@@ -39,10 +39,13 @@ out.mkdir(parents=True, exist_ok=True)
 with (out / "calls").open("a") as file:
     print(*sys.argv[1:], file=file)
 settings = {settings}[str(out)]
-(out / "config.json").write_text(json.dumps({{"settings": settings}}))
+facts = {{"data": {{}}, "parameters": 1, "blocks": 1, "steps": 1, "processes": 1, "git": None}}
+facts |= {{"versions": {{}}, "device": {{}}}}
+(out / "config.json").write_text(json.dumps({{"settings": settings, **facts}}))
 if settings["rule"] == {failing!r}:
     sys.exit(2)
-record = {{"epoch": 1, "test_accuracy": [0.5], "test_accuracy_all": 0.5, "seconds": 1.0, "peak_memory_mib": 1.0}}
+record = {{"epoch": 1, "train_loss": [1.0], "test_accuracy": [0.5], "test_accuracy_all": 0.5, "borders": []}}
+record |= {{"seconds": 1.0, "peak_memory_mib": 1.0}}
 (out / "metrics.jsonl").write_text(json.dumps(record) + "\\n")
 (out / "model.safetensors").touch()
 """

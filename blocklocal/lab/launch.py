@@ -80,10 +80,10 @@ def main(args: Sequence[str]) -> None:
     settings = settings_from(rest)
     settings.check()
     run = Run(settings.folder)
-    if run.exists and not settings.resume:
-        raise UserError(
-            f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
-        )
+    if settings.resume:
+        run.records()  # before anything is started
+    else:
+        run.refuse()
     processes = options.processes or max(1, _parts(settings) // options.machines[1])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the meeting may leave a last word there
