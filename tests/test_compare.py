@@ -190,12 +190,13 @@ def test_run_that_cannot_begin_stops_the_series(tmp_path, monkeypatch):
 def test_series_waits_for_a_process_that_a_killed_one_left(tmp_path, pretend, capsys):
     runs = series(tmp_path)
     pretend(runs)
-    with (tmp_path / ".lock").open("w") as lock:
+    runs[0].folder.mkdir()
+    with (runs[0].folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         left = subprocess.Popen(["sleep", "0.5"], pass_fds=[lock.fileno()])
     complete(runs, folder=tmp_path, console=Console(stderr=True))
     assert left.poll() == 0
-    assert "waiting" in capsys.readouterr().err
+    assert "waiting for another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

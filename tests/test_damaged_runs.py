@@ -142,7 +142,10 @@ def test_what_is_no_file(run, capsys, file, make):
         *((name, MISSING) for name in ("epoch", "train_loss", "test_accuracy", "test_accuracy_all", "seconds")),
         *((name, MISSING) for name in ("peak_memory_mib", "borders")),
         *(("epoch", value) for value in (1, 3, 0, -2, 2.0, "2", True, None, 10**30)),
-        *(("train_loss", value) for value in (1.0, [], [1.0], [1.0, 2.0, 3.0], [1.0, "2"], [1.0, None], [[1.0], [2.0]])),
+        *(
+            ("train_loss", value)
+            for value in (1.0, [], [1.0], [1.0, 2.0, 3.0], [1.0, "2"], [1.0, None], [[1.0], [2.0]])
+        ),
         *(("train_loss", [1.0, value]) for value in (math.nan, math.inf, -math.inf)),
         *(("test_accuracy", value) for value in ([0.5], [0.5, 0.5, 0.5], [0.5, math.nan], [0.5, 1.5], [-0.5, 0.5], {})),
         *(("test_accuracy_all", value) for value in (math.nan, 2, "0.5", None)),
@@ -231,7 +234,9 @@ def test_parts_of_a_trace(run, capsys, place, value):
     refused(run, "trace", f"line 5 of '{file}'", place, capsys=capsys)
 
 
-@pytest.mark.parametrize("garbage", [b"", b"no json", b'{"rank": 1, "repl', b"null", b"[]", b"\xff\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "garbage", [b"", b"no json", b'{"rank": 1, "repl', b"null", b"[]", b"\xff\xff", b"[" * 100_000]
+)
 def test_lines_that_are_no_trace(run, capsys, garbage):
     file = run / "trace" / "rank1.jsonl"
     first, *rest = file.read_bytes().splitlines()

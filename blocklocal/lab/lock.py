@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blocklocal.lab.errors import UserError
@@ -37,6 +37,12 @@ def alone(folder: Path, *, flag: str = "--out", patience: float = MOMENT) -> Ite
         finally:
             (folder / FILE).unlink(missing_ok=True)
             os.close(lock)
+
+
+def clear(folder: Path) -> None:
+    """Take away the file that a killed process has left."""
+    with suppress(UserError), alone(folder, patience=0.0):
+        pass
 
 
 def is_held(folder: Path) -> bool:

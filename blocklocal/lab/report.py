@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> None:
 
 def check(*, folder: Path, page: Path) -> None:
     """UserError: a report cannot be written there."""
-    with outputs.room(folder / PLOTS, flag="--out"):
+    with outputs.room(folder, flag="--out"), outputs.room(folder / PLOTS, flag="--out"):
         outputs.check_file(folder / MARKDOWN, flag="--out")
         outputs.check_file(page, flag="--html")
 
