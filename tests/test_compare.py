@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -150,6 +151,48 @@ def test_row_of_a_group_counts_finished_runs_where_there_are_some(tmp_path):
     write_run(tmp_path / "b", seed=1, accuracies=[0.2], epochs=2)
     (row,) = summarise(gather([read(tmp_path / "a"), read(tmp_path / "b")]))
     assert (row.accuracy_mean, row.runs, row.runs_planned) == (0.8, 1, 2)
+
+
+def test_runs_of_one_seed_are_one_sample(tmp_path, capsys):
+    """Of two, the finished one counts, and of two finished ones the later; the other is named."""
+    for name, seed, accuracy in [("old", 0, 0.7), ("new", 0, 0.8), ("other", 1, 0.9)]:
+        write_run(tmp_path / name, seed=seed, accuracies=[0.5, accuracy])
+    write_run(tmp_path / "late", accuracies=[0.6], epochs=2)
+    for name, seconds in [("new", 2000), ("old", 1000), ("late", 3000)]:
+        os.utime(tmp_path / name / "metrics.jsonl", (seconds, seconds))
+    with pytest.warns(UserWarning, match="is left out") as said:
+        (row,) = summarise(gather([read(path) for path in sorted(tmp_path.iterdir())]))
+    assert (row.runs, row.runs_planned, row.seeds) == (2, 2, (0, 1))
+    assert row.accuracy_mean == pytest.approx(0.85)
+    assert row.accuracy_std == pytest.approx(np.std([0.8, 0.9], ddof=1))
+    kept = f"'{tmp_path / 'new'}' has the same settings and the same seed"
+    assert [str(warning.message) for warning in said] == [
+        f"'{tmp_path / name}' is left out: {kept}" for name in ("late", "old")
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["report", str(tmp_path), f"--out={tmp_path / 'report'}"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("bll: warning: ") == err.count("is left out") == err.count("\n") == 2
+    assert "(2 runs)" in (tmp_path / "report" / "report.md").read_text().splitlines()[0]
+    assert "unfinished" not in out.splitlines()[-2]
+
+
+def test_a_run_that_is_named_twice_is_one(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "run", accuracies=[0.5])
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "run", "./run/", str(tmp_path / "run"), "link", "--out=report"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["runs"] == 1
+    assert err == ""
+
+
+def test_runs_of_one_group_have_the_same_blocks(tmp_path):
+    for seed, blocks in enumerate((4, 2)):
+        write_run(tmp_path / str(seed), seed=seed, accuracies=[0.5], blocks=blocks)
+    with pytest.raises(UserError, match="have the same settings, but 4 and 2 blocks"):
+        gather([read(tmp_path / "0"), read(tmp_path / "1")])
 
 
 def test_groups_of_one_rule_are_told_apart(tmp_path):
