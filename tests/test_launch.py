@@ -29,6 +29,9 @@ def listening(pids: list[int]) -> set[str]:
 
 
 def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, whole):
+    stale = tmp_path / "run" / "trace" / "rank7.jsonl"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of more processes than there are now\n")
     run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--trace", processes=3)
     run.wait_until_training()
     addresses = listening([run.launcher.pid, *run.pids()])

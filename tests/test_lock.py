@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from blocklocal.lab import cli
+from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.lock import alone, clear, holder, is_held
+from blocklocal.lab.lock import MOMENT, alone, clear, holder, is_held
+from blocklocal.lab.train import train
 
 SMALL = ["--model=mlp", "--train-size=128", "--test-size=50", "--epochs=1"]
 HOLD = "import sys, time, pathlib; from blocklocal.lab.lock import alone\nwith alone(pathlib.Path(sys.argv[1])):\n    "
@@ -122,6 +124,24 @@ def test_commands_leave_a_folder_that_is_in_use_alone(tmp_path, capsys, command,
         assert f"'{run / folder}' is in use by process {os.getpid()} on " in err
         assert out == ""
         assert {path: path.is_file() and path.read_bytes() for path in run.rglob("*")} == before
+
+
+def test_after_a_restart_the_process_before_has_time_to_end(tmp_path, monkeypatch):
+    entered, settings = threading.Event(), Settings(model="mlp", epochs=1, train_size=128, out=str(tmp_path / "run"))
+
+    def linger() -> None:
+        with alone(tmp_path / "run"):
+            entered.set()
+            time.sleep(2 * MOMENT)
+
+    thread = threading.Thread(target=linger)
+    thread.start()
+    entered.wait()
+    with pytest.raises(UserError, match="in use by"):
+        train(settings)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(settings)["epochs"] == 1
+    thread.join()
 
 
 def test_two_that_start_at_once(tmp_path):
