@@ -274,6 +274,11 @@ def test_folders_without_a_run(run, capsys):
     for command in (["report", str(run)], ["eval", str(run)], ["train", "--resume", f"--out={run}"]):
         assert cli.main(command) == 2
         assert "holds no run" in capsys.readouterr().err
+    before = files(run)
+    for command in ("train", "launch"):
+        assert cli.main([command, *OPTIONS, f"--out={run}"]) == 2
+        assert "is of a run that has no config.json" in capsys.readouterr().err
+    assert files(run) == before
     shutil.rmtree(run / "trace")
     assert cli.main(["timeline", str(run)]) == 2
     assert "holds no trace" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,14 @@ class Run:
         return os.path.exists(self.config)  # where a path cannot be, there is none
 
     def refuse(self) -> None:
-        """UserError: a run is there already."""
+        """UserError: a run is there already, or what is left of one."""
         if self.exists:
             raise UserError(
                 f"{str(self.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
             )
+        for file in (self.metrics, self.model):
+            if os.path.lexists(file):
+                raise UserError(f"{str(file)!r} is of a run that has no config.json: choose another folder with --out")
 
     def alone(self, *, patience: float = lock.MOMENT) -> AbstractContextManager[None]:
         """Hold the folder: whoever writes does so from the first file to the last. UserError: see `lock.alone`."""
@@ -68,7 +71,8 @@ class Run:
         try:
             outputs.write(self.config, lambda path: path.write_text(content + "\n"))
         except OSError:
-            self.checkpoints.rmdir()
+            with suppress(OSError):
+                self.checkpoints.rmdir()
             raise
 
     def facts(self) -> dict[str, Any]:
