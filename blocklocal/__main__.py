@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-LAB = ("datasets", "matplotlib", "numpy", "PIL", "pyarrow", "rich", "safetensors", "sklearn", "tyro")
+LAB = ("datasets", "matplotlib", "msgspec", "numpy", "PIL", "pyarrow", "rich", "safetensors", "sklearn", "tyro")
 
 
 def main() -> int:

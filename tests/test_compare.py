@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -39,10 +40,13 @@ out.mkdir(parents=True, exist_ok=True)
 with (out / "calls").open("a") as file:
     print(*sys.argv[1:], file=file)
 settings = {settings}[str(out)]
-(out / "config.json").write_text(json.dumps({{"settings": settings}}))
+facts = {{"data": {{}}, "parameters": 1, "blocks": 1, "steps": 1, "processes": 1, "git": None}}
+facts |= {{"versions": {{}}, "device": {{}}}}
+(out / "config.json").write_text(json.dumps({{"settings": settings, **facts}}))
 if settings["rule"] == {failing!r}:
     sys.exit(2)
-record = {{"epoch": 1, "test_accuracy": [0.5], "test_accuracy_all": 0.5, "seconds": 1.0, "peak_memory_mib": 1.0}}
+record = {{"epoch": 1, "train_loss": [1.0], "test_accuracy": [0.5], "test_accuracy_all": 0.5, "borders": []}}
+record |= {{"seconds": 1.0, "peak_memory_mib": 1.0}}
 (out / "metrics.jsonl").write_text(json.dumps(record) + "\\n")
 (out / "model.safetensors").touch()
 """
@@ -149,6 +153,48 @@ def test_row_of_a_group_counts_finished_runs_where_there_are_some(tmp_path):
     assert (row.accuracy_mean, row.runs, row.runs_planned) == (0.8, 1, 2)
 
 
+def test_runs_of_one_seed_are_one_sample(tmp_path, capsys):
+    """Of two, the finished one counts, and of two finished ones the later; the other is named."""
+    for name, seed, accuracy in [("old", 0, 0.7), ("new", 0, 0.8), ("other", 1, 0.9)]:
+        write_run(tmp_path / name, seed=seed, accuracies=[0.5, accuracy])
+    write_run(tmp_path / "late", accuracies=[0.6], epochs=2)
+    for name, seconds in [("new", 2000), ("old", 1000), ("late", 3000)]:
+        os.utime(tmp_path / name / "metrics.jsonl", (seconds, seconds))
+    with pytest.warns(UserWarning, match="is left out") as said:
+        (row,) = summarise(gather([read(path) for path in sorted(tmp_path.iterdir())]))
+    assert (row.runs, row.runs_planned, row.seeds) == (2, 2, (0, 1))
+    assert row.accuracy_mean == pytest.approx(0.85)
+    assert row.accuracy_std == pytest.approx(np.std([0.8, 0.9], ddof=1))
+    kept = f"'{tmp_path / 'new'}' has the same settings and the same seed"
+    assert [str(warning.message) for warning in said] == [
+        f"'{tmp_path / name}' is left out: {kept}" for name in ("late", "old")
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["report", str(tmp_path), f"--out={tmp_path / 'report'}"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("bll: warning: ") == err.count("is left out") == err.count("\n") == 2
+    assert "(2 runs)" in (tmp_path / "report" / "report.md").read_text().splitlines()[0]
+    assert "unfinished" not in out.splitlines()[-2]
+
+
+def test_a_run_that_is_named_twice_is_one(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path / "run", accuracies=[0.5])
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", "run", "./run/", str(tmp_path / "run"), "link", "--out=report"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["runs"] == 1
+    assert err == ""
+
+
+def test_runs_of_one_group_have_the_same_blocks(tmp_path):
+    for seed, blocks in enumerate((4, 2)):
+        write_run(tmp_path / str(seed), seed=seed, accuracies=[0.5], blocks=blocks)
+    with pytest.raises(UserError, match="have the same settings, but 4 and 2 blocks"):
+        gather([read(tmp_path / "0"), read(tmp_path / "1")])
+
+
 def test_groups_of_one_rule_are_told_apart(tmp_path):
     for blocks in (2, 4, 8):
         write_run(tmp_path / str(blocks), accuracies=[0.5], blocks=blocks, lr=0.1 * blocks)
@@ -187,12 +233,13 @@ def test_run_that_cannot_begin_stops_the_series(tmp_path, monkeypatch):
 def test_series_waits_for_a_process_that_a_killed_one_left(tmp_path, pretend, capsys):
     runs = series(tmp_path)
     pretend(runs)
-    with (tmp_path / ".lock").open("w") as lock:
+    runs[0].folder.mkdir()
+    with (runs[0].folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         left = subprocess.Popen(["sleep", "0.5"], pass_fds=[lock.fileno()])
     complete(runs, folder=tmp_path, console=Console(stderr=True))
     assert left.poll() == 0
-    assert "waiting" in capsys.readouterr().err
+    assert "waiting for another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

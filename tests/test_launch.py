@@ -12,6 +12,7 @@ import faults
 import pytest
 
 from blocklocal.lab.cli import main
+from blocklocal.lab.lock import alone
 from blocklocal.lab.recipes import DIGITS
 from blocklocal.lab.train import train
 
@@ -31,6 +32,9 @@ def listening(pids: list[int]) -> set[str]:
 
 
 def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, whole):
+    stale = tmp_path / "run" / "trace" / "rank7.jsonl"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of more processes than there are now\n")
     run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--trace", processes=3)
     run.wait_until_training()
     addresses = listening([run.launcher.pid, *run.pids()])
@@ -196,6 +200,20 @@ def test_more_processes_than_blocks(tmp_path):
     assert "2 processes for 1 block" in said
     assert "rule bp trains the model whole" in said
     assert "; restart" not in said
+
+
+def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
+    with alone(tmp_path / "run"):
+        code, said = faults.Launched(tmp_path / "run", processes=2).end()
+        assert (code, said.count("\n")) == (2, 1), said
+        assert f"is in use by process {os.getpid()} on " in said
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_unusable_settings_leave_no_folder(tmp_path):
+    code, said = faults.Launched(tmp_path / "new" / "run", "--batch-size=2000", processes=2).end()
+    assert code == 2, said
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_for_processes_needs_them(tmp_path, capsys):

@@ -205,21 +205,6 @@ def test_half_a_last_line_is_an_epoch_under_way(runs):
     assert len(read(runs / "late").records) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "complaint"),
-    [
-        ("metrics.jsonl", "no json\n", "line 1 of"),
-        ("metrics.jsonl", '{"epoch": 1}\n', "test_accuracy"),
-        ("config.json", "{", "config.json"),
-        ("config.json", '{"settings": {"at": [], "colour": "red"}}', "colour"),
-    ],
-)
-def test_files_that_no_run_has_written(runs, capsys, name, content, complaint):
-    (runs / "bp0" / name).write_text(content)
-    assert cli.main(["report", str(runs / "bp0")]) == 2
-    assert complaint in capsys.readouterr().err
-
-
 def test_folders_that_are_no_runs(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert cli.main(["report", str(tmp_path / "empty")]) == 2

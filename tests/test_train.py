@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import FACTS
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -22,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.cli import main
-from blocklocal.lab.config import Settings, encode, restore
+from blocklocal.lab.config import Settings, encode
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import prepare
 from blocklocal.lab.models import build
@@ -127,7 +128,7 @@ def test_a_run_leaves_its_folder(tmp_path):
         "model.safetensors",
     ]
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert restore(config["settings"]) == replace(settings, out=None)
+    assert Run(tmp_path / "run").settings() == replace(settings, out=None)
     assert {"versions", "device", "git", "data"} <= config.keys()
     records = lines(tmp_path / "run")
     assert [record["epoch"] for record in records] == [1, 2, 3]
@@ -315,7 +316,7 @@ def test_options_come_from_the_recipe_or_from_the_run(tmp_path):
     assert settings_from(["cifar10", "--lr", "0.5"]) == replace(recipe("cifar10"), lr=0.5)
     stored = replace(recipe("cifar10"), seed=7, at=("layer1",), compile=True)
     run = Run(tmp_path)
-    run.create(stored, facts={})
+    run.create(stored, facts=FACTS)
     place = [f"--out={tmp_path}", "--resume"]
     assert settings_from(place) == replace(stored, out=str(tmp_path), resume=True)
     assert settings_from([*place, "cifar10", "--seed=7"]) == settings_from(place)

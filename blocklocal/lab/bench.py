@@ -21,6 +21,7 @@ from blocklocal.lab.contenders import IN_BLOCKS, contender
 from blocklocal.lab.environment import describe, find_device
 from blocklocal.lab.measurement import Measurement, Watch, measure_all, ratio
 from blocklocal.lab.memory_plot import plot
+from blocklocal.lab.outputs import check_picture
 
 PIPELINE = "--pipeline"
 
@@ -45,6 +46,8 @@ def bench(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
     A rule in several numbers of blocks K has a record each, named RULE/K. UserError: options that cannot be used.
     """
     options.check()
+    if options.plot:
+        check_picture(Path(options.plot), flag="--plot")
     device = find_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -11,7 +11,7 @@ from rich.console import Console
 from tyro.conf import Suppress
 
 from blocklocal.lab.arguments import parse
-from blocklocal.lab.config import Settings, last_name
+from blocklocal.lab.config import Settings, folder_name, last_name
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.groups import gather
 from blocklocal.lab.recipes import recipe
@@ -38,14 +38,14 @@ class Options(Settings):
 
     @property
     def home(self) -> Path:
-        return Path(self.out or f"runs/compare-{last_name(self.data)}-{last_name(self.model)}")
+        return Path(self.out or Path("runs", folder_name("compare", self.data, self.model)))
 
     @property
     def series(self) -> list[Settings]:
         """All rules with the first seed, then with the next: a series that is stopped compares what it has."""
         shared = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
         return [
-            replace(shared, rule=rule, seed=seed, out=str(self.home / f"{rule}-seed{seed}"))
+            replace(shared, rule=rule, seed=seed, out=str(self.home / folder_name(rule, f"seed{seed}")))
             for seed in seed_range(self.seed, self.seeds)
             for rule in listed(self.rules, flag="--rules")
         ]

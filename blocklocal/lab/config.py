@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -123,8 +124,7 @@ class Settings:
         """Where the run is kept."""
         if self.out is not None:
             return Path(self.out)
-        names = [last_name(name) for name in (self.data, self.model)]
-        return Path("runs", "-".join([*names, self.rule, f"seed{self.seed}"]))
+        return Path("runs", folder_name(self.data, self.model, self.rule, f"seed{self.seed}"))
 
     def contradictions(self, other: Settings) -> list[str]:
         """The settings, as flags, in which `other` would be another run."""
@@ -135,10 +135,17 @@ class Settings:
 # They say where a run is, how it was called and watched, not what it computes.
 PLACE = ("out", "resume", "trust", "save_every", "patience", "trace")
 
+LONGEST = 60  # characters of a name in the name of a folder
+
 
 def last_name(name: str) -> str:
     """What stands at the end of a path, a hub name or package.module:function."""
     return name.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+
+def folder_name(*names: str) -> str:
+    """The name of a folder, put together from names of things: it leads nowhere else, and a file system can take it."""
+    return "-".join(re.sub(r"[^\w.+-]", "_", last_name(name))[:LONGEST] for name in names)
 
 
 def flag(name: str) -> str:
@@ -149,8 +156,3 @@ def flag(name: str) -> str:
 def encode(settings: Settings) -> dict[str, Any]:
     """For config.json: what a run computes."""
     return {name: value for name, value in asdict(settings).items() if name not in PLACE}
-
-
-def restore(stored: dict[str, Any]) -> Settings:
-    """From config.json. TypeError, KeyError: settings of another version."""
-    return Settings(**{**stored, "at": tuple(stored["at"])})

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from blocklocal.lab.arguments import parse
+from blocklocal.lab.lock import alone
 from blocklocal.lab.recipes import DIGITS
+from blocklocal.lab.runs import Run
 from blocklocal.lab.train import train
 
 RULES = {"bll": "4 blocks, each with its own loss", "bp": "backpropagation through the whole"}
@@ -35,10 +37,13 @@ def main(args: Sequence[str]) -> None:
     table = Table("rule", "what learns", title=f"{DIGITS.model} on {DIGITS.data}", title_justify="left")
     for column in ("test accuracy", "all exits", "training"):
         table.add_column(column, justify="right")
-    for rule, text in RULES.items():
-        result = train(replace(DIGITS, rule=rule, epochs=options.epochs, seed=options.seed, out=str(folder / rule)))
-        combined = f"{result['accuracy_all']:.2%}" if result["blocks"] > 1 else ""
-        table.add_row(rule, text, f"{result['accuracy']:.2%}", combined, f"{result['seconds']:.1f} s")
+    with alone(folder):
+        for rule in RULES:
+            Run(folder / rule).refuse()
+        for rule, text in RULES.items():
+            result = train(replace(DIGITS, rule=rule, epochs=options.epochs, seed=options.seed, out=str(folder / rule)))
+            combined = f"{result['accuracy_all']:.2%}" if result["blocks"] > 1 else ""
+            table.add_row(rule, text, f"{result['accuracy']:.2%}", combined, f"{result['seconds']:.1f} s")
     console = Console()
     console.print(table)
     console.print(f"The runs are in {folder}. Next: bll eval {folder}/bll --exit 0.9", highlight=False, soft_wrap=True)

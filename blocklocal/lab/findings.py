@@ -41,6 +41,7 @@ class Findings:
 def compose(runs: Sequence[History]) -> Findings:
     """The findings of runs. UserError: none of them has done an epoch."""
     groups = gather(runs)
+    runs = [run for group in groups for run in group.runs]
     begun = [group for group in groups if group.counted]
     if not begun:
         raise UserError("no epoch is done yet in any of these runs: there is nothing to report")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from blocklocal.lab.config import Settings, last_name
+from blocklocal.lab.errors import UserError
 from blocklocal.lab.history import History
 
 # Where a rule may differ from backpropagation at the same recipe.
@@ -58,12 +60,36 @@ class Group:
 
 
 def gather(runs: Sequence[History]) -> list[Group]:
-    """The groups, in the order in which their first runs are given."""
-    found: dict[tuple[Any, ...], list[History]] = {}
+    """The groups, in the order in which their first runs are given. Warns of a run that is left out, see `_one`."""
+    found: dict[tuple[Any, ...], dict[int, list[History]]] = {}
     for run in runs:
-        found.setdefault(tuple(_without(run.settings, ("seed",)).items()), []).append(run)
-    groups = [Group(tuple(members)) for members in found.values()]
+        seeds = found.setdefault(tuple(_without(run.settings, ("seed",)).items()), {})
+        seeds.setdefault(run.settings.seed, []).append(run)
+    groups = [Group(tuple(map(_one, seeds.values()))) for seeds in found.values()]
+    for group in groups:
+        _refuse_unlike(group)
     return [Group(group.runs, _variant(group, groups)) for group in groups]
+
+
+def _one(runs: Sequence[History]) -> History:
+    """Of runs with one seed, which are one sample: that which has come the furthest, and of such the last."""
+    chosen = max(runs, key=lambda run: (run.finished, len(run.records), run.changed))
+    for run in runs:
+        if run is not chosen:
+            what = f"{str(run.path)!r} is left out: {str(chosen.path)!r} has the same settings and the same seed"
+            warnings.warn(what, stacklevel=3)
+    return chosen
+
+
+def _refuse_unlike(group: Group) -> None:
+    """UserError: runs with the same settings, but another number of blocks, as from two versions of a model's code."""
+    first, *others = group.runs
+    for run in others:
+        if run.facts["blocks"] != first.facts["blocks"]:
+            raise UserError(
+                f"{str(first.path)!r} and {str(run.path)!r} have the same settings, but {first.facts['blocks']} and "
+                f"{run.facts['blocks']} blocks: report on one of them alone"
+            )
 
 
 def _variant(group: Group, groups: Sequence[Group]) -> str:

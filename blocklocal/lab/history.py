@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ class History:
     """A run as far as it has come.
 
     facts: what config.json says beside the settings. records: the lines of metrics.jsonl, one per epoch. finished: the
-    weights are there, after all epochs.
+    weights are there, after all epochs. changed: when the last epoch ended, in seconds of the system's clock.
     """
 
     path: Path
@@ -25,6 +25,7 @@ class History:
     facts: dict[str, Any]
     records: tuple[dict[str, Any], ...]
     finished: bool
+    changed: float
 
     @property
     def accuracies(self) -> list[float]:
@@ -45,12 +46,11 @@ class History:
 def read(path: Path) -> History:
     """The run in a folder. UserError: no run there, or files that no run has written."""
     run = Run(path)
-    settings = run.settings()
-    facts = {name: fact for name, fact in json.loads(run.config.read_text()).items() if name != "settings"}
-    lines = run.metrics.read_text().split("\n")[:-1] if run.metrics.exists() else []  # the last may be half a line
-    records = tuple(_record(line, file=run.metrics, number=number) for number, line in enumerate(lines, start=1))
+    settings, records = run.settings(), tuple(run.records())
+    facts = {name: fact for name, fact in run.facts().items() if name != "settings"}
     finished = run.model.exists() and len(records) == settings.epochs
-    return History(path, settings, facts, records, finished)
+    changed = (run.metrics if records else run.config).stat().st_mtime
+    return History(path, settings, facts, records, finished, changed)
 
 
 def find(path: Path) -> list[Path]:
@@ -60,16 +60,12 @@ def find(path: Path) -> list[Path]:
     """
     if Run(path).exists:
         return [path]
+    if not os.path.isdir(path):
+        raise UserError(f"{str(path)!r} is not a folder; a run is what bll train writes, in runs/ by default")
     found = sorted(config.parent for config in path.rglob("config.json") if Run(config.parent).exists)
     if not found:
-        what = "holds no run: it has no config.json, and no folder in it has" if path.is_dir() else "is not a folder"
-        raise UserError(f"{str(path)!r} {what}; a run is what bll train writes, in runs/ by default")
+        raise UserError(
+            f"{str(path)!r} holds no run: it has no config.json, and no folder in it has; a run is what bll train "
+            "writes, in runs/ by default"
+        )
     return found
-
-
-def _record(line: str, *, file: Path, number: int) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-        return record | {name: record[name] for name in ("epoch", "test_accuracy", "seconds", "peak_memory_mib")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"line {number} of {str(file)!r} is no epoch's record ({error!r})") from error

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+from blocklocal.lab import lock, outputs
 from blocklocal.lab.agent import Agent, first, tell
 from blocklocal.lab.arguments import parse_known
 from blocklocal.lab.checkpoints import kept
@@ -80,13 +81,16 @@ def main(args: Sequence[str]) -> None:
     settings = settings_from(rest)
     settings.check()
     run = Run(settings.folder)
-    if run.exists and not settings.resume:
-        raise UserError(
-            f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
-        )
+    if settings.resume:
+        run.records()  # before anything is started
+    else:
+        run.refuse()
     processes = options.processes or max(1, _parts(settings) // options.machines[1])
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the meeting may leave a last word there
+    with (
+        outputs.room(run.path, flag="--out"),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # the meeting may leave a last word there
+    ):
         _set_environment(options, processes=processes, store=folder)
         try:
             workers = _workers(options, rest, processes=processes, folder=folder)
@@ -98,6 +102,8 @@ def main(args: Sequence[str]) -> None:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt(kept(run) if run.exists else "") from None
             sys.exit(128 + error.sigval)
+        finally:
+            lock.clear(run.path)
     if result.is_failed():
         rank, failure = first(result.failures)
         if failure.exitcode == 2:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from blocklocal.lab import outputs
 from blocklocal.lab.footprint import Footprint
 
 
@@ -28,4 +29,4 @@ def plot(footprints: Mapping[str, Footprint], file: Path, *, title: str) -> None
     panels[0].set(ylabel="MiB alive", ylim=(0, None))
     figure.suptitle(title)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    outputs.write(file, lambda part: figure.savefig(part, format=file.suffix[1:], dpi=130))

@@ -10,12 +10,15 @@ from pathlib import Path
 from rich.console import Console
 from tyro.conf import Positional
 
+from blocklocal.lab import outputs
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.findings import Findings, compose
 from blocklocal.lab.history import find, read
 from blocklocal.lab.pages import html, markdown
 from blocklocal.lab.summary import print_table
+
+PLOTS, MARKDOWN = "plots", "report.md"  # in the report's folder
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll report")
     if not options.runs:
         raise UserError("name the folder of a run, or several: bll report runs/NAME")
-    paths = list(dict.fromkeys(path for name in options.runs for path in find(Path(name))))
-    findings = compose([read(path) for path in paths])
+    paths = list({path.resolve(): path for name in options.runs for path in find(Path(name))}.values())
     page = Path(options.html) if options.html else options.home / "report.html"
+    check(folder=options.home, page=page)
+    findings = compose([read(path) for path in paths])
     write(findings, folder=options.home, page=page)
     print_table(findings.rows, title=findings.title)
     for line in findings.unfinished:
@@ -51,13 +55,20 @@ def main(args: Sequence[str]) -> None:
     print(json.dumps(told), flush=True)
 
 
+def check(*, folder: Path, page: Path) -> None:
+    """UserError: a report cannot be written there."""
+    with outputs.room(folder, flag="--out"), outputs.room(folder / PLOTS, flag="--out"):
+        outputs.check_file(folder / MARKDOWN, flag="--out")
+        outputs.check_file(page, flag="--html")
+
+
 def write(findings: Findings, *, folder: Path, page: Path) -> None:
     """report.md and plots/ into the folder, and the page."""
-    pictures = folder / "plots"
+    pictures = folder / PLOTS
     pictures.mkdir(parents=True, exist_ok=True)
-    for plot in findings.plots:
-        (pictures / f"{plot.name}.png").write_bytes(plot.png)
-        (pictures / f"{plot.name}.svg").write_bytes(plot.svg)
-    (folder / "report.md").write_text(markdown(findings), encoding="utf-8")
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(html(findings), encoding="utf-8")
+    contents = {page: html(findings).encode(), folder / MARKDOWN: markdown(findings).encode()}
+    for plot in findings.plots:
+        contents |= {pictures / f"{plot.name}.png": plot.png, pictures / f"{plot.name}.svg": plot.svg}
+    for file, content in contents.items():
+        outputs.write(file, lambda part, content=content: part.write_bytes(content))

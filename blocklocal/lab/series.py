@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +16,11 @@ from blocklocal.lab import rules
 from blocklocal.lab.config import Settings, flag
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.history import History, read
+from blocklocal.lab.lock import alone, holder, is_held
 from blocklocal.lab.recipes import recipe
 from blocklocal.lab.runs import Run
+
+WAIT = 0.1  # seconds between two looks
 
 
 def complete(series: Sequence[Settings], *, folder: Path, console: Console) -> list[History]:
@@ -29,12 +32,13 @@ def complete(series: Sequence[Settings], *, folder: Path, console: Console) -> l
     for settings in series:
         settings.check()
         rules.find(settings.rule)
-        _refuse_other(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, console=console) as lock:
+    _refuse_one_folder_for_two(series)
+    with alone(folder):
+        for settings in series:
+            _refuse_other(settings)
         for number, settings in enumerate(series, start=1):
-            _train(settings, console=console, title=f"run {number} of {len(series)}", lock=lock)
-    return [run for settings in series if (run := read(settings.folder)).finished]
+            _train(settings, console=console, title=f"run {number} of {len(series)}")
+        return [run for settings in series if (run := read(settings.folder)).finished]
 
 
 def arguments(settings: Settings) -> list[str]:
@@ -51,17 +55,26 @@ def arguments(settings: Settings) -> list[str]:
     return args
 
 
+def _refuse_one_folder_for_two(series: Sequence[Settings]) -> None:
+    """Names that differ elsewhere than at their ends give one folder."""
+    folders = Counter(settings.folder for settings in series)
+    folder, runs = folders.most_common(1)[0]
+    if runs > 1:
+        raise UserError(f"{runs} of these runs would be kept in one folder, {str(folder)!r}: leave one of them out")
+
+
 def _refuse_other(settings: Settings) -> None:
     run = Run(settings.folder)
-    changed = run.settings().contradictions(settings) if run.exists else []
+    changed = read(run.path).settings.contradictions(settings) if run.exists else []
     if changed:
         raise UserError(
             f"{str(run.path)!r} holds a run with other settings ({', '.join(changed)}): choose another --out"
         )
 
 
-def _train(settings: Settings, *, console: Console, title: str, lock: int) -> None:
+def _train(settings: Settings, *, console: Console, title: str) -> None:
     run = Run(settings.folder)
+    _wait(run, console=console)
     done = run.exists and read(run.path).finished
     console.print(f"{title}: {run.path}{', done before' if done else ''}", highlight=False, soft_wrap=True)
     if done:
@@ -69,24 +82,16 @@ def _train(settings: Settings, *, console: Console, title: str, lock: int) -> No
     command = [sys.executable, "-m", "blocklocal", "train", *arguments(settings)]
     if run.exists:
         command.append("--resume")
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[lock]).returncode
+    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if status and not run.exists:
         raise UserError(f"the run in {str(run.path)!r} could not begin (exit code {status}), see above")
     if status:
         console.print(f"{title}: failed with exit code {status}; the same command tries it again", highlight=False)
 
 
-@contextmanager
-def _alone(folder: Path, *, console: Console) -> Iterator[int]:
-    """Holds a lock on the folder: its file descriptor, to be handed on to processes.
-
-    The lock ends with the last process that holds it, so that a training process which has outlived a killed series
-    is waited for, and is not resumed while it still writes.
-    """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(f"waiting for a run that still goes on in {folder}", highlight=False, soft_wrap=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
+def _wait(run: Run, *, console: Console) -> None:
+    """For a process that trains the run already: the series that started it may have been killed."""
+    if is_held(run.path):
+        console.print(f"waiting for {holder(run.path)}, which trains in {run.path}", highlight=False, soft_wrap=True)
+    while is_held(run.path):
+        time.sleep(WAIT)

@@ -10,7 +10,7 @@ from typing import Literal
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.cells import DATASETS, PAPER, RULES, SCALES
 from blocklocal.lab.compare import lay_side_by_side, listed, seed_range
-from blocklocal.lab.config import Settings
+from blocklocal.lab.config import Settings, folder_name
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Options:
         data = dataset if self.data is None else str(Path(self.data, dataset))
         cell = SCALES[self.scale](data, rule=rule)
         epochs = cell.epochs if self.epochs is None else self.epochs
-        out = str(self.home / f"{dataset}-{rule}-seed{seed}")
+        out = str(self.home / folder_name(dataset, rule, f"seed{seed}"))
         return replace(cell, epochs=epochs, warmup=min(cell.warmup, epochs), seed=seed, out=out)
 
 

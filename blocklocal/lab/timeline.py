@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
+from blocklocal.lab import outputs
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
 from blocklocal.pipeline.timeline import Timeline
@@ -37,19 +39,32 @@ class Options:
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll timeline")
-    files = sorted(Path(options.run, FOLDER).glob("*.jsonl"))
-    if not files:
-        raise UserError(f"{options.run!r} holds no trace: train with --trace over several processes")
     picture = Path(options.out or Path(options.run, "timeline.svg"))
-    if picture.suffix not in (".svg", ".png"):
-        raise UserError(f"--out {str(picture)!r}: a picture is .svg or .png")
-    timeline = Timeline(load(files))
-    draw(timeline, minibatches=options.minibatches).savefig(picture, bbox_inches="tight", dpi=150)
     chrome = picture.with_suffix(".json")
-    chrome.write_text(json.dumps(chrome_trace(timeline)))
-    Console().print(table(timeline))
-    print("\n".join(summary(timeline)))
+    files = find(Path(options.run))
+    outputs.check_picture(picture, flag="--out")
+    outputs.check_file(chrome, flag="--out")
+    try:
+        timeline = Timeline(load(files))
+        rows, lines, figure = table(timeline), summary(timeline), draw(timeline, minibatches=options.minibatches)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"the trace of {options.run!r} cannot be drawn: {error}") from error
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    kind = picture.suffix[1:]
+    outputs.write(picture, lambda part: figure.savefig(part, format=kind, bbox_inches="tight", dpi=150))
+    outputs.write(chrome, lambda part: part.write_text(json.dumps(chrome_trace(timeline))))
+    Console().print(rows)
+    print("\n".join(lines))
     print(f"wrote {picture}, and {chrome} for chrome://tracing or ui.perfetto.dev")
+
+
+def find(run: Path) -> list[Path]:
+    """The files of a run's trace. UserError: it has none."""
+    folder = run / FOLDER
+    files = sorted(file for file in folder.glob("*.jsonl") if file.is_file()) if os.path.isdir(folder) else []
+    if not files:
+        raise UserError(f"{str(run)!r} holds no trace: train with --trace over several processes")
+    return files
 
 
 def table(timeline: Timeline) -> Table:

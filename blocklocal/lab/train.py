@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from blocklocal.lab.course import Course
 from blocklocal.lab.environment import describe, peak_memory
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import Experiment, check_data, prepare
+from blocklocal.lab.lock import MOMENT
 from blocklocal.lab.processes import Processes, joined
 from blocklocal.lab.progress import Display, Plan, display
 from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
 from blocklocal.lab.state import load_weights, unshard
 from blocklocal.lab.trainer import SingleTrainer, Trainer
+
+RESTART = 30.0  # seconds
 
 
 def main(args: Sequence[str]) -> None:
@@ -38,17 +42,24 @@ def train(settings: Settings) -> dict[str, Any]:
     at the end. UserError: settings, data or a folder that cannot be used; a loss that is no number.
     """
     settings.check()
-    with joined(device=settings.device, patience=settings.patience) as processes:
-        return _train(settings, processes)
-
-
-def _train(settings: Settings, processes: Processes) -> dict[str, Any]:
     run = Run(settings.folder)
+    with joined(device=settings.device, patience=settings.patience) as processes, _alone(run, processes):
+        return _train(run, settings, processes)
+
+
+def _alone(run: Run, processes: Processes) -> AbstractContextManager[None]:
+    """The first process holds the folder for all; after a restart the one before it may need some time to end."""
+    if processes.rank > 0:
+        return nullcontext()
+    return run.alone(patience=RESTART if processes.restarted else MOMENT)
+
+
+def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]:
     resume = settings.resume or (processes.restarted and run.exists)
-    if processes.rank == 0 and run.exists and not resume:
-        raise UserError(
-            f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
-        )
+    if processes.rank == 0 and resume:
+        run.records()  # before anything is loaded
+    elif processes.rank == 0:
+        run.refuse()
     experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else processes.device)
     if resume:
         check_data(experiment.dataset, run.facts())
@@ -58,6 +69,8 @@ def _train(settings: Settings, processes: Processes) -> dict[str, Any]:
     course = Course(trainer, checkpoints, save_every=settings.save_every)
     if processes.rank == 0 and not resume:
         _begin(run, experiment, processes)
+    if processes.rank == 0 and settings.trace:
+        run.forget_traces()
     processes.meet()
     processes.log_to(run.path)
     done, rest = divmod(course.begin(processes, resume=resume), experiment.steps)
@@ -75,19 +88,21 @@ def _train(settings: Settings, processes: Processes) -> dict[str, Any]:
                     run.append(record)
                 records.append(record)
                 course.end_epoch(epoch)
+        checkpoints.wait()
+        processes.meet()
+        if processes.rank > 0:
+            return {}
+        checkpoints.discard_others(checkpoints.latest())
+        _gather(experiment, checkpoints, own=trainer.blocks)
+        run.save_model(experiment.learner.model)
     except KeyboardInterrupt:
         checkpoints.wait()
         raise KeyboardInterrupt(kept(run)) from None
-    except UserError as error:
+    except (UserError, OSError) as error:
         checkpoints.wait()
-        raise UserError(f"{error}; {kept(run)}") from None
-    checkpoints.wait()
-    processes.meet()
-    if processes.rank > 0:
-        return {}
-    checkpoints.discard_others(checkpoints.latest())
-    _gather(experiment, checkpoints, own=trainer.blocks)
-    run.save_model(experiment.learner.model)
+        if processes.distributed and not isinstance(error, UserError):
+            raise  # bll launch says the rest
+        raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {kept(run)}") from error
     return {
         "rule": settings.rule,
         "blocks": blocks,

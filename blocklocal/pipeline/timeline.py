@@ -20,6 +20,10 @@ class Timeline:
     def __post_init__(self) -> None:
         if not self.records:
             raise ValueError("a timeline needs records: was the pipeline made with trace=True?")
+        for rank in self.ranks:
+            course = [record.doing for record in self._of(rank, lambda _: True)]
+            if "forward" not in course or "backward" not in course[course.index("forward") :]:
+                raise ValueError(f"a timeline needs minibatches of every rank, rank {rank} has learnt from none")
 
     @property
     def ranks(self) -> list[int]:

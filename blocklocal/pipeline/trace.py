@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 Doing = Literal["forward", "backward", "send", "wait"]
+
+FAR = 1e12  # seconds, beyond every clock
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,56 @@ class Trace:
         self._last = now
 
     def save(self, path: Path) -> None:
-        """One JSON object per line."""
-        path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in self.records))
+        """One JSON object per line; the file is there as a whole, or as it was before."""
+        part = path.with_name(f"{path.name}.part")
+        try:
+            part.write_text("".join(json.dumps(asdict(record)) + "\n" for record in self.records))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def load(paths: Iterable[Path]) -> list[Record]:
-    """The records of several ranks, in the order of their start."""
-    records = [Record(**json.loads(line)) for path in paths for line in path.read_text().splitlines()]
+    """The records of several ranks, a file of each, in the order of their start.
+
+    ValueError: a file that holds something else, or not all of a line; a rank in two files.
+    """
+    records, files = [], {}
+    for path in paths:
+        *lines, rest = path.read_bytes().split(b"\n")
+        if rest:
+            raise ValueError(f"{str(path)!r} ends inside line {len(lines) + 1}")
+        for number, line in enumerate(lines, start=1):
+            record = _read(line, place=f"line {number} of {str(path)!r}")
+            if files.setdefault(record.rank, path) != path:
+                raise ValueError(
+                    f"{str(files[record.rank])!r} and {str(path)!r} both hold records of rank {record.rank}"
+                )
+            records.append(record)
     return sorted(records, key=lambda record: record.start)
+
+
+def _read(line: bytes, *, place: str) -> Record:
+    try:
+        record = Record(**json.loads(line))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{place} is no record ({error})") from error
+    allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
+        **dict.fromkeys(("rank", "replica", "block", "minibatch"), (_counts, "a number, 0 or more")),
+        "doing": (lambda value: value in get_args(Doing), ", ".join(get_args(Doing))),
+        "start": (_measures, "seconds"),
+        "end": (lambda value: _measures(value) and value >= record.start, "seconds, not before its start"),
+    }
+    for name, (fits, what) in allowed.items():
+        value = getattr(record, name)
+        if not fits(value):
+            raise ValueError(f"{place} is no record ({name}: expected {what}, got {value!r})")
+    return record
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _measures(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < FAR
