@@ -17,6 +17,7 @@ from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets
 from blocklocal.graph import mode
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, spatial_mean
+from blocklocal.outline import Outline
 from blocklocal.split import share, split
 from blocklocal.survey import site_of, survey
 
@@ -80,6 +81,7 @@ class BlockLocal(nn.Module):
             return lambda h: trial(h, y)
 
         self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
+        self._outline = Outline(model, self.blocks)
         given, self._writes_input = survey(self.blocks, example, size=self.targets.size)
         self.borders = nn.ModuleList(
             Border(
@@ -219,12 +221,14 @@ class BlockLocal(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLocal:
+        self._outline.check()
         self.model._apply(fn, recurse)
         self.borders._apply(fn, recurse)
         given = set(self.model.modules())
         for block in self.blocks:
             if isinstance(block, fx.GraphModule) and block not in given:
                 share(self.model, block)
+        self._outline.note()
         return self
 
     def _border(self, k: int) -> Border:
@@ -233,6 +237,8 @@ class BlockLocal(nn.Module):
         return border
 
     def _forward(self, k: int, h: Tensor) -> Tensor:
+        if k == 0:
+            self._outline.check()
         return self.blocks[k](h.clone() if self._writes_input[k] else h)
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:

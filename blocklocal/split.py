@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, fx, nn
 
 from blocklocal.balance import BorderLoss, Profile, measure, partition
-from blocklocal.graph import Trace, crossing, expand, trace
+from blocklocal.graph import Trace, crossing, expand, obstacle, trace
 
 
 def split(
@@ -45,7 +45,9 @@ def split(
     if at is not None:
         return cut(model, at=at)
     if blocks is None:
-        if isinstance(model, nn.Sequential):
+        if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+            if found := obstacle(model):
+                raise ValueError(f"{type(model).__name__} {found}: pass a list of modules")
             return _checked(model)
         raise ValueError(f"where to cut {type(model).__name__}? Pass at=[submodules] or blocks=K")
     if blocks < 1:
@@ -139,9 +141,17 @@ def _segments(model: nn.Module, traced: Trace, *, borders: list[fx.Node]) -> nn.
             graph = fx.Graph()
             values = {node: graph.placeholder("h")}
     blocks.append(fx.GraphModule(model, graph, class_name=f"Block{len(blocks)}"))
+    saved = model.state_dict().keys()
     for block in blocks:
-        share(model, block)
+        for path, stand_in in stand_ins(model, block):
+            for name, buffer in list(stand_in.named_buffers(recurse=False)):
+                stand_in.register_buffer(name, buffer, persistent=f"{path}.{name}".removeprefix(".") in saved)
     return nn.Sequential(*blocks)
+
+
+def stand_ins(model: nn.Module, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a block cut from `model` that are not the model's own: empty ones in place of its containers."""
+    return [(path, module) for path, module in block.named_modules() if module is not model.get_submodule(path)]
 
 
 def share(model: nn.Module, block: fx.GraphModule) -> None:
@@ -150,17 +160,10 @@ def share(model: nn.Module, block: fx.GraphModule) -> None:
     A module is in its block itself. A container that was cut stands in a block as an empty module with the tensors
     that the block reads, and these go their own way as soon as the container replaces its own.
     """
-    for path, stand_in in block.named_modules():
+    for path, stand_in in stand_ins(model, block):
         container = model.get_submodule(path)
-        if container is stand_in:
-            continue
-        for name in stand_in._parameters:
-            stand_in._parameters[name] = container._parameters[name]
-        for name in stand_in._buffers:
-            if name in container._buffers:  # else a plain attribute
-                stand_in._buffers[name] = container._buffers[name]
-            if name not in container._buffers or name in container._non_persistent_buffers_set:
-                stand_in._non_persistent_buffers_set.add(name)
+        for name, _ in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
+            setattr(stand_in, name, getattr(container, name))
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:
