@@ -44,7 +44,9 @@ class ContainerTracer(fx.Tracer):
     def create_node(self, *args, **kwargs):
         """A node of the graph, which runs in the context of its caller: one that the forward pass enters is lost."""
         if _context() != self.context:
-            raise ValueError("it enters a context, such as torch.no_grad() or torch.autocast(), which a trace would lose")
+            raise ValueError(
+                "it enters a context, such as torch.no_grad() or torch.autocast(), which a trace would lose"
+            )
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

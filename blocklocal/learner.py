@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from blocklocal.border import Border
 from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets
 from blocklocal.graph import mode
+from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, spatial_mean
 from blocklocal.outline import Outline
 from blocklocal.split import share, split
-from blocklocal.survey import site_of, survey
+from blocklocal.survey import check_prediction, site_of, survey
 
 
 class CollapseWarning(UserWarning):
@@ -39,7 +40,8 @@ class BlockLocal(nn.Module):
     classes: labels are integers 0..classes-1, one per sample (B,) or per token (B, T). outputs: dense targets of so
     many numbers, (B, outputs). loss: the local loss at each border. feedback, statistic: how beta and alpha are made.
     criterion: the loss of the last block and of predictions at borders, (prediction, y) -> scalar; cross-entropy for
-    labels.
+    labels. layout: what the features are, "tokens" (channels last), "signal" or "map" (channels second), at all borders
+    or at each; by default found from the weights that write and read them.
 
     The model passed in shares its parameters with the blocks: it is the trained model, its state dict is as it was.
 
@@ -62,6 +64,7 @@ class BlockLocal(nn.Module):
         feedback: Feedback = ClosedFormFeedback(),  # noqa: B008 (frozen settings)
         statistic: Statistic = spatial_mean,
         criterion: Criterion | None = None,
+        layout: Layout | Sequence[Layout] | None = None,
     ) -> None:
         super().__init__()
         self.targets = _targets(classes, outputs)
@@ -74,23 +77,41 @@ class BlockLocal(nn.Module):
             model = nn.Sequential(*model)
         self._model = (model,)  # in a tuple, since its modules are registered as blocks
 
-        def border(h: Tensor, prediction: Tensor) -> Callable[[Tensor], Tensor]:
-            site = site_of(h, prediction=prediction, targets=self.targets, criterion=self.criterion)
+        if blocks is not None and layout is not None and not isinstance(layout, str):
+            raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
+
+        def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
+            (chosen,) = given_layouts(layout, borders=1)
+            site = site_of(
+                h,
+                layout=chosen or found,
+                prediction=prediction,
+                targets=self.targets,
+                criterion=self.criterion,
+            )
             y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
             trial = Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
             return lambda h: trial(h, y)
 
         self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
         self._outline = Outline(model, self.blocks)
-        given, self._writes_input = survey(self.blocks, example, size=self.targets.size)
+        seen = survey(model, self.blocks, example, size=self.targets.size)
+        self._writes_input = seen.writes_input
+        layouts = given_layouts(layout, borders=len(self.blocks) - 1)
         self.borders = nn.ModuleList(
             Border(
-                site_of(h, prediction=given[-1], targets=self.targets, criterion=self.criterion),
+                site_of(
+                    h,
+                    layout=chosen or found,
+                    prediction=seen.outputs[-1],
+                    targets=self.targets,
+                    criterion=self.criterion,
+                ),
                 loss=loss,
                 feedback=feedback,
                 statistic=statistic,
             ).to(h)
-            for h in given[:-1]
+            for h, chosen, found in zip(seen.outputs, layouts, seen.layouts, strict=False)
         )
 
     @property
@@ -104,6 +125,8 @@ class BlockLocal(nn.Module):
         The output is what the next block reads; that of the last block is the prediction.
         """
         h = self._forward(k, h)
+        if k == len(self.borders):
+            check_prediction(h, size=self.targets.size)
         loss = self.criterion(h, y) if k == len(self.borders) else self.borders[k](h, y)
         return loss, h.detach()
 
@@ -273,6 +296,8 @@ def _targets(classes: int | None, outputs: int | None) -> Targets:
     size = classes if classes is not None else outputs
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{'classes' if classes is not None else 'outputs'}={size!r}: a positive integer is needed")
+    if classes == 1:
+        raise ValueError("classes=1: with one class there is nothing to tell apart; pass at least 2")
     return Targets(size, labels=classes is not None)
 
 

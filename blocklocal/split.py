@@ -40,8 +40,6 @@ def split(
         raise ValueError(f"at={at!r}: pass a list of submodules, at=[{at!r}]")
     if not isinstance(model, nn.Module):
         model = nn.Sequential(*model)
-        if at is None and blocks is None:
-            return _checked(model)
     if at is not None:
         return cut(model, at=at)
     if blocks is None:

@@ -12,14 +12,22 @@ from torch.testing import assert_close
 import blocklocal as bll
 from blocklocal.feedback import Feedback, Targets
 from blocklocal.heads import HEADS, EvidenceHead, LinearHead, ResidualUnit
+from blocklocal.layout import Layout
 from blocklocal.memory import MemoryTracker
 from blocklocal.messages import Message, Site
 
 CLASSES, CHANNELS, BATCH = 4, 6, 5
+LAYOUTS: dict[int, Layout] = {1: "vector", 2: "tokens", 3: "map"}
 
 
 def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
-    return Site(shape, targets=Targets(CLASSES, labels=labels), tokens=tokens, criterion=F.cross_entropy)
+    return Site(
+        shape,
+        layout=LAYOUTS[len(shape)],
+        targets=Targets(CLASSES, labels=labels),
+        tokens=tokens,
+        criterion=F.cross_entropy,
+    )
 
 
 def message(h: Tensor, at: Site, feedback: Feedback | None = None) -> Message:
