@@ -135,9 +135,8 @@ class EvidenceHead(nn.Module):
     def forward(self, message: Message) -> Tensor:
         assert message.feedback is not None
         classes = torch.arange(self.classes, device=message.alpha.device)
-        eta_alpha = self.family.natural(message.alpha).unsqueeze(-3)
-        eta_beta = self.family.natural(message.feedback(classes).detach())
-        return self.family.evidence(eta_alpha, eta_beta).sum(-1)
+        beta = message.feedback(classes).detach().to(message.alpha.dtype)
+        return self.family.evidence_matrix(message.alpha, beta)
 
 
 HEADS: dict[str, Head] = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -19,7 +20,7 @@ from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, spatial_mean
 from blocklocal.outline import Outline
-from blocklocal.split import share, split
+from blocklocal.split import adopt, share, split
 from blocklocal.survey import check_prediction, site_of, survey
 
 
@@ -247,12 +248,23 @@ class BlockLocal(nn.Module):
         self._outline.check()
         self.model._apply(fn, recurse)
         self.borders._apply(fn, recurse)
-        given = set(self.model.modules())
-        for block in self.blocks:
-            if isinstance(block, fx.GraphModule) and block not in given:
-                share(self.model, block)
+        for block in self._traced():
+            share(self.model, block)
         self._outline.note()
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        self._outline.check()
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        for block in self._traced():
+            adopt(self.model, block)
+        self._outline.note()
+        return result
+
+    def _traced(self) -> list[nn.Module]:
+        """The blocks that are not the model's own modules."""
+        given = set(self.model.modules())
+        return [block for block in self.blocks if block not in given]
 
     def _border(self, k: int) -> Border:
         border = self.borders[k]
@@ -262,6 +274,13 @@ class BlockLocal(nn.Module):
     def _forward(self, k: int, h: Tensor) -> Tensor:
         if k == 0:
             self._outline.check()
+        if h.is_meta:
+            raise ValueError("the input is on the meta device, where tensors have no values")
+        if any(parameter.is_meta for parameter in islice(self.blocks[k].parameters(), 1)):
+            raise ValueError(
+                f"block {k} is on the meta device, where nothing is computed: give it memory with to_empty(device=...) "
+                "and initialise it, or build the model on a real device"
+            )
         return self.blocks[k](h.clone() if self._writes_input[k] else h)
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:

@@ -56,6 +56,10 @@ def split(
         raise ValueError(f'balance={balance!r}: choose "time" or "memory"')
     if example is None:
         raise ValueError("blocks=K measures the model: pass example=, a batch of its input")
+    if any(tensor.is_meta for tensor in (example, *model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"blocks={blocks} measures the model, which a meta device cannot: pass at=, or a list of blocks"
+        )
     places = candidates(model)
     if blocks > len(places) + 1:
         raise ValueError(
@@ -152,7 +156,7 @@ def stand_ins(model: nn.Module, block: nn.Module) -> list[tuple[str, nn.Module]]
     return [(path, module) for path, module in block.named_modules() if module is not model.get_submodule(path)]
 
 
-def share(model: nn.Module, block: fx.GraphModule) -> None:
+def share(model: nn.Module, block: nn.Module) -> None:
     """Let a block cut from `model` hold the parameters and buffers that the model's containers hold now.
 
     A module is in its block itself. A container that was cut stands in a block as an empty module with the tensors
@@ -162,6 +166,14 @@ def share(model: nn.Module, block: fx.GraphModule) -> None:
         container = model.get_submodule(path)
         for name, _ in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
             setattr(stand_in, name, getattr(container, name))
+
+
+def adopt(model: nn.Module, block: nn.Module) -> None:
+    """Let the model's containers hold the parameters and buffers that a block cut from `model` holds now."""
+    for path, stand_in in stand_ins(model, block):
+        container = model.get_submodule(path)
+        for name, tensor in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
+            setattr(container, name, tensor)
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:

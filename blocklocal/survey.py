@@ -36,6 +36,7 @@ def survey(model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, s
         return Survey([], [], [False])
     if example is None:
         raise ValueError("pass example=, a batch of inputs: the borders take their shapes from it")
+    check_example(model, example)
     outputs: list[Tensor] = []
     readings: list[Reading] = []
     writes_input: list[bool] = []
@@ -65,6 +66,16 @@ def survey(model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, s
                 longer.append(h)
         _require_batch_first(longer)
     return Survey(outputs, find_layouts(outputs, readings), writes_input)
+
+
+def check_example(model: nn.Module, example: Tensor) -> None:
+    """ValueError: only one of the two is on the meta device."""
+    meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    if meta != example.is_meta:
+        raise ValueError(
+            f"example= is on the device {example.device} and the model {'is' if meta else 'is not'} on the meta "
+            "device: put both on it, or neither"
+        )
 
 
 def check_prediction(prediction: Tensor, *, size: int) -> None:
