@@ -6,6 +6,7 @@ A module that is not a container stands in the graph as one call, whatever it do
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
     """Trace `model` through `containers` (qualified names), in training and in evaluation mode.
 
     ValueError where a forward pass cannot be traced or a trace would not do what it does: where a container does more
-    than its class's forward pass says, where it makes tensors out of nothing, which tracing would freeze, enters a
-    context or sets attributes, which tracing would lose, or where the two modes differ in the functions called, since a
-    traced block could then follow one of them only.
+    than its class's forward pass says, where it makes tensors out of nothing or draws numbers, which tracing would
+    freeze, enters a context or sets attributes, which tracing would lose, or where the two modes differ in the
+    functions called, since a traced block could then follow one of them only.
     """
     where = " or ".join([type(model).__name__, *map(repr, sorted(containers))])
     modules = {name: model.get_submodule(name) for name in ("", *sorted(containers))}
@@ -77,6 +78,7 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
         with mode(model, training=training), _ambient(enabled=training):
             tracer = ContainerTracer(containers)
             before = [_State(module) for module in modules.values()]
+            draws = _Draws()
             try:
                 graph = tracer.trace(model)
             except Exception as error:
@@ -86,6 +88,7 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
                 ) from error
             finally:
                 changed = [name for state in before for name in state.restore()]
+                drawn = draws.restore()
         if any(name.startswith("_tensor_constant") for name in changed):
             raise ValueError(
                 f"the forward pass of {where} makes a tensor that does not depend on its input: "
@@ -95,6 +98,11 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
             raise ValueError(
                 f"the forward pass of {where} changes its attribute {changed[0]!r}, which a traced block would "
                 "not: move this into a submodule, or cut outside"
+            )
+        if drawn:
+            raise ValueError(
+                f"the forward pass of {where} draws random numbers that a trace would freeze, such as which layers to "
+                "skip: move the draw into a submodule, or cut outside"
             )
         traces[training] = Trace(graph, tracer.outputs)
     if str(traces[True].graph) != str(traces[False].graph):
@@ -176,6 +184,20 @@ class _State:
                 buffer.copy_(value)
                 changed.append(name)
         return changed
+
+
+class _Draws:
+    """The states of the generators of random numbers, to be given back."""
+
+    def __init__(self) -> None:
+        self.python, self.torch = random.getstate(), torch.get_rng_state()
+
+    def restore(self) -> bool:
+        """Whether anything had been drawn."""
+        drawn = random.getstate() != self.python or not torch.equal(torch.get_rng_state(), self.torch)
+        random.setstate(self.python)
+        torch.set_rng_state(self.torch)
+        return drawn
 
 
 def _context() -> tuple[object, ...]:

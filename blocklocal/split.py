@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from blocklocal.balance import BorderLoss, Profile, measure, partition
 from blocklocal.graph import Trace, crossing, expand, obstacle, trace
+from blocklocal.recompute import NORMS
 
 
 def split(
@@ -177,16 +178,27 @@ def adopt(model: nn.Module, block: nn.Module) -> None:
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:
-    """The chain, after a check that no parameter is on both sides of a border."""
+    """The chain, after a check that no parameter and no running statistics are on both sides of a border."""
     blocks = list(chain)
     for k, block in enumerate(blocks):
         names = {parameter: name for name, parameter in block.named_parameters()}
+        norms: dict[nn.Module, str] = {
+            norm: name or type(norm).__name__
+            for name, norm in block.named_modules()
+            if isinstance(norm, NORMS) and norm.track_running_stats
+        }
         for j, other in enumerate(blocks[:k]):
             for other_name, parameter in other.named_parameters():
                 if parameter in names:
                     raise ValueError(
                         f"parameter {other_name!r} of block {j} is also {names[parameter]!r} of block {k}: "
                         "no border may stand between two uses of a parameter"
+                    )
+            for other_name, norm in other.named_modules():
+                if norm in norms:
+                    raise ValueError(
+                        f"{other_name or norms[norm]!r} of block {j} is also {norms[norm]!r} of block {k}: "
+                        "no border may stand between two uses of running statistics"
                     )
     return chain
 

@@ -45,14 +45,15 @@ def survey(model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, s
     with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
         for k, block in enumerate(blocks):
             before = h._version
-            with Reading(h) as reading:
+            with Reading(h) as reading, torch.enable_grad():
                 output = block(h)
             writes_input.append(k > 0 and (h._version != before or _drops_in_place(block)))
             if not isinstance(output, Tensor) or output.dim() < 2:
                 raise ValueError(f"block {k} gives {_describe(output)}: a block gives one tensor (B, ...) of features")
-            outputs.append(output)
+            _require_own_gradient(output, blocks=blocks, k=k)
+            h = output.detach()
+            outputs.append(h)
             readings.append(reading)
-            h = output
     check_prediction(h, size=size)
     if not set(blocks) <= set(model.modules()):  # some are traced
         with mode(model, training=False), torch.random.fork_rng(devices=devices), Reading(example):
@@ -106,6 +107,25 @@ def site_of(h: Tensor, *, layout: Layout | None, prediction: Tensor, targets: Ta
             "cut where the features are one vector per token"
         )
     return site
+
+
+def _require_own_gradient(output: Tensor, *, blocks: nn.ModuleList, k: int) -> None:
+    """ValueError where the output of block k has a gradient for parameters of an earlier block."""
+    earlier = ((j, name, p) for j, block in enumerate(blocks[:k]) for name, p in block.named_parameters())
+    foreign: dict[object, tuple[int, str]] = {p: (j, name) for j, name, p in earlier}
+    waiting, known = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if (variable := getattr(node, "variable", None)) in foreign:
+            j, name = foreign[variable]
+            raise ValueError(
+                f"block {k} reads a value that depends on parameter {name!r} of block {j}, not through the features: "
+                "only the output of a block may cross a border; keep such values inside a block, or detach them"
+            )
 
 
 def _require_batch_first(outputs: list[Tensor]) -> None:
