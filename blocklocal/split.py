@@ -178,41 +178,41 @@ def adopt(model: nn.Module, block: nn.Module) -> None:
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:
-    """The chain, after a check that no parameter and no running statistics are on both sides of a border."""
+    """The chain, after a check that nothing that a step changes is on both sides of a border."""
     blocks = list(chain)
     for k, block in enumerate(blocks):
-        names = {parameter: name for name, parameter in block.named_parameters()}
-        norms: dict[nn.Module, str] = {
-            norm: name or type(norm).__name__
-            for name, norm in block.named_modules()
-            if isinstance(norm, NORMS) and norm.track_running_stats
-        }
+        names = _changing(block)
         for j, other in enumerate(blocks[:k]):
-            for other_name, parameter in other.named_parameters():
-                if parameter in names:
+            for part, name in _changing(other).items():
+                if part in names:
+                    kind = "parameter" if isinstance(part, nn.Parameter) else "running statistics"
                     raise ValueError(
-                        f"parameter {other_name!r} of block {j} is also {names[parameter]!r} of block {k}: "
-                        "no border may stand between two uses of a parameter"
-                    )
-            for other_name, norm in other.named_modules():
-                if norm in norms:
-                    raise ValueError(
-                        f"{other_name or norms[norm]!r} of block {j} is also {norms[norm]!r} of block {k}: "
-                        "no border may stand between two uses of running statistics"
+                        f"{kind} {name!r} of block {j} is also {names[part]!r} of block {k}: "
+                        "no border may stand between two uses of one"
                     )
     return chain
 
 
+def _changing(block: nn.Module) -> dict[nn.Parameter | nn.Module, str]:
+    """The parameters of a block and its layers with running statistics, with their names."""
+    norms = {
+        norm: name or type(norm).__name__
+        for name, norm in block.named_modules()
+        if isinstance(norm, NORMS) and norm.track_running_stats
+    }
+    return {**{parameter: name for name, parameter in block.named_parameters()}, **norms}
+
+
 def _useful(model: nn.Module, traced: Trace, names: list[str]) -> list[str]:
-    """The cuts that a weight matrix or kernel follows at once, and that do not stand between two uses of a parameter.
+    """The cuts that a weight matrix or kernel follows at once, and that no parameter or running statistics bridge.
 
     What follows a layer without one (normalisation, activation, dropout, pooling) belongs to the layer's block.
     """
     chain = _segments(model, traced, borders=[traced.outputs[name][0] for name in names])
-    owners: dict[nn.Parameter, list[int]] = {}
+    owners: dict[nn.Parameter | nn.Module, list[int]] = {}
     for k, segment in enumerate(chain):
-        for parameter in segment.parameters():
-            owners.setdefault(parameter, []).append(k)
+        for part in _changing(segment):
+            owners.setdefault(part, []).append(k)
     spans = [(used[0], used[-1]) for used in owners.values()]
     weighs = [any(parameter.dim() > 1 for parameter in segment.parameters()) for segment in chain]
     return [
