@@ -58,9 +58,7 @@ def split(
     if example is None:
         raise ValueError("blocks=K measures the model: pass example=, a batch of its input")
     if any(tensor.is_meta for tensor in (example, *model.parameters(), *model.buffers())):
-        raise ValueError(
-            f"blocks={blocks} measures the model, which a meta device cannot: pass at=, or a list of blocks"
-        )
+        raise ValueError(f"blocks={blocks} measures the model, and nothing runs on the meta device: pass at= or a list")
     places = candidates(model)
     if blocks > len(places) + 1:
         raise ValueError(

@@ -12,7 +12,7 @@ from blocklocal.graph import mode
 from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.messages import Criterion, Site
 
-DIMENSIONS = {"vector": 2, "tokens": 3, "signal": 3, "map": 4}
+DIMENSIONS = {"vector": range(2, 3), "tokens": range(3, 9), "signal": range(3, 4), "map": range(4, 9)}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -97,7 +97,7 @@ def site_of(h: Tensor, *, layout: Layout | None, prediction: Tensor, targets: Ta
             f"a block gives {_describe(h)}, and no layer beside the border tells which dimension holds the channels: "
             'pass layout="tokens" if it is the last, "signal" (B, C, L) or "map" (B, C, H, W) if it is the second'
         )
-    if not h.dim() >= DIMENSIONS[layout]:
+    if h.dim() not in DIMENSIONS[layout]:
         raise ValueError(f"a block gives {_describe(h)}, which is no {layout}: pass another layout=")
     site = Site(tuple(h.shape[1:]), layout=layout, targets=targets, tokens=prediction.dim() > 2, criterion=criterion)
     rows = h.movedim(1, -1) if site.channels_first else h
