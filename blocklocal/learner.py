@@ -254,11 +254,11 @@ class BlockLocal(nn.Module):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        self._outline.check()
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)
-        for block in self._traced():
-            adopt(self.model, block)
-        self._outline.note()
+        if assign:
+            for block in self._traced():
+                adopt(self.model, block)
+            self._outline.note()
         return result
 
     def _traced(self) -> list[nn.Module]:
