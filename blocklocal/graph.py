@@ -6,15 +6,13 @@ A module that is not a container stands in the graph as one call, whatever it do
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
-import torch
 from torch import fx, nn
 
+from blocklocal.effects import Draws, State, ambient, context
 from blocklocal.recompute import is_recomputed
 
 
@@ -33,7 +31,7 @@ class ContainerTracer(fx.Tracer):
         super().__init__()
         self.containers = containers
         self.outputs: dict[str, list[fx.Node]] = {}
-        self.context = _context()
+        self.context = context()
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         """The inputs of the graph: arguments of the forward pass without a default; the others keep theirs."""
@@ -44,7 +42,7 @@ class ContainerTracer(fx.Tracer):
 
     def create_node(self, *args, **kwargs):
         """A node of the graph, which runs in the context of its caller: one that the forward pass enters is lost."""
-        if _context() != self.context:
+        if context() != self.context:
             raise ValueError(
                 "it enters a context, such as torch.no_grad() or torch.autocast(), which a trace would lose"
             )
@@ -75,10 +73,9 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
             raise ValueError(f"{repr(name) if name else type(model).__name__} {found}: cut outside it")
     traces = {}
     for training in (False, True):
-        with mode(model, training=training), _ambient(enabled=training):
+        with mode(model, training=training), ambient(enabled=training):
             tracer = ContainerTracer(containers)
-            before = [_State(module) for module in modules.values()]
-            draws = _Draws()
+            states, draws = [State(module) for module in modules.values()], Draws()
             try:
                 graph = tracer.trace(model)
             except Exception as error:
@@ -87,7 +84,7 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
                     "cut outside it, or pass the blocks as a list of modules"
                 ) from error
             finally:
-                changed = [name for state in before for name in state.restore()]
+                changed = [name for state in states for name in state.restore()]
                 drawn = draws.restore()
         if any(name.startswith("_tensor_constant") for name in changed):
             raise ValueError(
@@ -160,66 +157,6 @@ def crossing(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
 def _is_container(module: nn.Module) -> bool:
     builtin = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
     return not builtin and any(True for _ in module.children())
-
-
-class _State:
-    """The attributes and buffers of a module, to be given back after its forward pass was traced."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.attributes = dict(vars(module))
-        self.buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers(recurse=False)}
-
-    def restore(self) -> list[str]:
-        """The names of those that had changed."""
-        now, then = vars(self.module), self.attributes
-        changed = [name for name in {**then, **now} if name not in then or then[name] is not now.get(name)]
-        for name in changed:
-            now.pop(name, None)
-            if name in then:
-                now[name] = then[name]
-        for name, (buffer, value, version) in self.buffers.items():
-            if getattr(self.module, name) is not buffer or buffer._version != version:
-                setattr(self.module, name, buffer)
-                buffer.copy_(value)
-                changed.append(name)
-        return changed
-
-
-class _Draws:
-    """The states of the generators of random numbers, to be given back."""
-
-    def __init__(self) -> None:
-        self.python, self.torch = random.getstate(), torch.get_rng_state()
-
-    def restore(self) -> bool:
-        """Whether anything had been drawn."""
-        drawn = random.getstate() != self.python or not torch.equal(torch.get_rng_state(), self.torch)
-        random.setstate(self.python)
-        torch.set_rng_state(self.torch)
-        return drawn
-
-
-def _context() -> tuple[object, ...]:
-    """What decides how an operation runs, beside its arguments."""
-    casts = [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _devices()]
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts
-
-
-@contextmanager
-def _ambient(*, enabled: bool) -> Iterator[None]:
-    """Gradients and autocast on, or both off: a context that is entered inside shows against one of the two."""
-    with ExitStack() as contexts:
-        contexts.enter_context(torch.set_grad_enabled(enabled))
-        for device in _devices():
-            contexts.enter_context(torch.autocast(device, torch.float16, enabled=enabled))
-        yield
-
-
-@cache
-def _devices() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
 def _first_line(error: Exception) -> str:

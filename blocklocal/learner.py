@@ -19,8 +19,8 @@ from blocklocal.graph import mode
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, spatial_mean
-from blocklocal.outline import Outline
-from blocklocal.split import adopt, share, split
+from blocklocal.outline import Outline, adopt, share
+from blocklocal.split import split
 from blocklocal.survey import check_prediction, site_of, survey
 
 

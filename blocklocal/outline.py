@@ -63,6 +63,31 @@ class Outline:
         return "the forward pass takes another course than when it was cut"
 
 
+def stand_ins(model: nn.Module, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a block cut from `model` that are not the model's own: empty ones in place of its containers."""
+    return [(path, module) for path, module in block.named_modules() if module is not model.get_submodule(path)]
+
+
+def share(model: nn.Module, block: nn.Module) -> None:
+    """Let a block cut from `model` hold the parameters and buffers that the model's containers hold now.
+
+    A module is in its block itself. A container that was cut stands in a block as an empty module with the tensors
+    that the block reads, and these go their own way as soon as the container replaces its own.
+    """
+    for path, stand_in in stand_ins(model, block):
+        container = model.get_submodule(path)
+        for name, _ in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
+            setattr(stand_in, name, getattr(container, name))
+
+
+def adopt(model: nn.Module, block: nn.Module) -> None:
+    """Let the model's containers hold the parameters and buffers that a block cut from `model` holds now."""
+    for path, stand_in in stand_ins(model, block):
+        container = model.get_submodule(path)
+        for name, tensor in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
+            setattr(container, name, tensor)
+
+
 def _members(module: nn.Module) -> dict[str, object]:
     parts = (module.named_children(), module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     return {name: value for part in parts for name, value in part}

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from blocklocal.balance import BorderLoss, Profile, measure, partition
 from blocklocal.graph import Trace, crossing, expand, obstacle, trace
+from blocklocal.outline import stand_ins
 from blocklocal.recompute import NORMS
 
 
@@ -148,31 +149,6 @@ def _segments(model: nn.Module, traced: Trace, *, borders: list[fx.Node]) -> nn.
             for name, buffer in list(stand_in.named_buffers(recurse=False)):
                 stand_in.register_buffer(name, buffer, persistent=f"{path}.{name}".removeprefix(".") in saved)
     return nn.Sequential(*blocks)
-
-
-def stand_ins(model: nn.Module, block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of a block cut from `model` that are not the model's own: empty ones in place of its containers."""
-    return [(path, module) for path, module in block.named_modules() if module is not model.get_submodule(path)]
-
-
-def share(model: nn.Module, block: nn.Module) -> None:
-    """Let a block cut from `model` hold the parameters and buffers that the model's containers hold now.
-
-    A module is in its block itself. A container that was cut stands in a block as an empty module with the tensors
-    that the block reads, and these go their own way as soon as the container replaces its own.
-    """
-    for path, stand_in in stand_ins(model, block):
-        container = model.get_submodule(path)
-        for name, _ in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
-            setattr(stand_in, name, getattr(container, name))
-
-
-def adopt(model: nn.Module, block: nn.Module) -> None:
-    """Let the model's containers hold the parameters and buffers that a block cut from `model` holds now."""
-    for path, stand_in in stand_ins(model, block):
-        container = model.get_submodule(path)
-        for name, tensor in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
-            setattr(container, name, tensor)
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:
