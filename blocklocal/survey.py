@@ -79,9 +79,9 @@ def check_example(model: nn.Module, example: Tensor) -> None:
         )
 
 
-def check_prediction(prediction: Tensor, *, size: int) -> None:
+def check_prediction(prediction: object, *, size: int) -> None:
     """ValueError: a prediction for another number of classes or outputs."""
-    if prediction.dim() < 2 or prediction.shape[-1] != size:
+    if not isinstance(prediction, Tensor) or prediction.dim() < 2 or prediction.shape[-1] != size:
         raise ValueError(
             f"the model gives {_describe(prediction)}: its last dimension must be {size}, the number of classes or "
             "outputs"
