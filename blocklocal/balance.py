@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.memory import MemoryTracker
 
-BorderLoss = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
-"""From a segment's output h and the chain's prediction the local loss, h -> scalar, of a border after that segment."""
+BorderLoss = Callable[[Tensor, Tensor, Layout | None], Callable[[Tensor], Tensor]]
+"""From a segment's output h, the chain's prediction and the layout found at h the local loss, h -> scalar, of a border
+after that segment."""
 
 
 @dataclass(frozen=True)
@@ -76,29 +78,37 @@ def measure(
     segments = copy.deepcopy(list(segments))
     devices = [example.device] if example.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        outputs = _outputs(segments, example)
+        outputs, layouts = _outputs(segments, example)
         costs = [_cost(segment, h, repetitions) for segment, h in zip(segments, [example, *outputs], strict=False)]
-        borders: dict[torch.Size, Cost] = {}
-        for h in outputs[:-1]:
-            if h.shape not in borders:
-                borders[h.shape] = _border_cost(border, h, prediction=outputs[-1], repetitions=repetitions)
-    return Profile(tuple(costs), (*(borders[h.shape] for h in outputs[:-1]), FREE))
+        kinds: list[tuple[torch.Size, Layout | None]] = [
+            (h.shape, layout) for h, layout in zip(outputs, layouts, strict=False)
+        ]
+        borders: dict[tuple[torch.Size, Layout | None], Cost] = {}
+        for h, kind in zip(outputs, kinds, strict=False):
+            if kind not in borders:
+                borders[kind] = _border_cost(border, h, prediction=outputs[-1], layout=kind[1], repetitions=repetitions)
+    return Profile(tuple(costs), (*(borders[kind] for kind in kinds), FREE))
 
 
 @torch.no_grad()
-def _outputs(segments: Sequence[nn.Module], h: Tensor) -> list[Tensor]:
-    outputs = []
+def _outputs(segments: Sequence[nn.Module], h: Tensor) -> tuple[list[Tensor], list[Layout | None]]:
+    outputs, readings = [], []
     for segment in segments:
-        h = segment(h.clone())  # a segment may write into its input
+        h = h.clone()  # a segment may write into its input
+        with Reading(h) as reading:
+            h = segment(h)
         outputs.append(h)
-    return outputs
+        readings.append(reading)
+    return outputs, find_layouts(outputs, readings)
 
 
-def _border_cost(border: BorderLoss | None, h: Tensor, *, prediction: Tensor, repetitions: int) -> Cost:
+def _border_cost(
+    border: BorderLoss | None, h: Tensor, *, prediction: Tensor, layout: Layout | None, repetitions: int
+) -> Cost:
     if border is None:
         return FREE
     try:
-        loss = border(h, prediction)
+        loss = border(h, prediction, layout)
     except ValueError:
         return IMPOSSIBLE
     return _cost(loss, h, repetitions)

@@ -31,6 +31,8 @@ class Targets:
 
     def check(self, y: Tensor) -> None:
         """Raise a ValueError where y cannot be such targets. Values are looked at on the CPU only, where it is free."""
+        if y.is_meta:
+            raise ValueError("y is on the meta device, where tensors have no values")
         if not self.labels:
             if y.shape[-1:] != (self.size,):
                 raise ValueError(f"y has shape {tuple(y.shape)}: dense targets need {self.size} in the last dimension")

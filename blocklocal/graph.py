@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from blocklocal.effects import Draws, State, ambient, context
+from blocklocal.recompute import is_recomputed
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -28,6 +31,7 @@ class ContainerTracer(fx.Tracer):
         super().__init__()
         self.containers = containers
         self.outputs: dict[str, list[fx.Node]] = {}
+        self.context = context()
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
         """The inputs of the graph: arguments of the forward pass without a default; the others keep theirs."""
@@ -35,6 +39,14 @@ class ContainerTracer(fx.Tracer):
         _, *parameters = inspect.signature(root_fn).parameters.values()
         names = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def create_node(self, *args, **kwargs):
+        """A node of the graph, which runs in the context of its caller: one that the forward pass enters is lost."""
+        if context() != self.context:
+            raise ValueError(
+                "it enters a context, such as torch.no_grad() or torch.autocast(), which a trace would lose"
+            )
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.containers
@@ -49,14 +61,21 @@ class ContainerTracer(fx.Tracer):
 def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
     """Trace `model` through `containers` (qualified names), in training and in evaluation mode.
 
-    ValueError where a forward pass cannot be traced, where it makes tensors out of nothing, which tracing would freeze,
-    or where the two modes differ in the functions called, since a traced block could then follow one of them only.
+    ValueError where a forward pass cannot be traced or a trace would not do what it does: where a container does more
+    than its class's forward pass says, where it makes tensors out of nothing or draws numbers, which tracing would
+    freeze, enters a context or sets attributes, which tracing would lose, or where the two modes differ in the
+    functions called, since a traced block could then follow one of them only.
     """
     where = " or ".join([type(model).__name__, *map(repr, sorted(containers))])
+    modules = {name: model.get_submodule(name) for name in ("", *sorted(containers))}
+    for name, module in modules.items():
+        if found := obstacle(module):
+            raise ValueError(f"{repr(name) if name else type(model).__name__} {found}: cut outside it")
     traces = {}
     for training in (False, True):
-        with mode(model, training=training):
+        with mode(model, training=training), ambient(enabled=training):
             tracer = ContainerTracer(containers)
+            states, draws = [State(module) for module in modules.values()], Draws()
             try:
                 graph = tracer.trace(model)
             except Exception as error:
@@ -65,21 +84,42 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
                     "cut outside it, or pass the blocks as a list of modules"
                 ) from error
             finally:
-                made = [name for name in vars(model) if name.startswith("_tensor_constant")]
-                for name in made:
-                    delattr(model, name)
-            if made:
-                raise ValueError(
-                    f"the forward pass of {where} makes a tensor that does not depend on its input: "
-                    "register it as a buffer, move it into a submodule, or cut outside"
-                )
-            traces[training] = Trace(graph, tracer.outputs)
+                changed = [name for state in states for name in state.restore()]
+                drawn = draws.restore()
+        if any(name.startswith("_tensor_constant") for name in changed):
+            raise ValueError(
+                f"the forward pass of {where} makes a tensor that does not depend on its input: "
+                "register it as a buffer, move it into a submodule, or cut outside"
+            )
+        if changed:
+            raise ValueError(
+                f"the forward pass of {where} changes its attribute {changed[0]!r}, which a traced block would "
+                "not: move this into a submodule, or cut outside"
+            )
+        if drawn:
+            raise ValueError(
+                f"the forward pass of {where} draws random numbers that a trace would freeze, such as which layers to "
+                "skip: move the draw into a submodule, or cut outside"
+            )
+        traces[training] = Trace(graph, tracer.outputs)
     if str(traces[True].graph) != str(traces[False].graph):
         raise ValueError(
             f"the forward pass of {where} takes another course in training than in evaluation: "
             "move what depends on self.training into a submodule of its own, such as nn.Dropout, or cut outside it"
         )
     return traces[True]
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """What a module does beside its class's forward pass, which is all that a trace through it follows."""
+    if is_recomputed(module):
+        return "is recomputed as a whole (bll.recompute)"
+    if "forward" in vars(module):
+        return "has a forward pass of its own, set on the instance"
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if any(hooks):
+        return "has hooks, and a module that is cut is never called"
+    return None
 
 
 def expand(model: nn.Module) -> frozenset[str]:

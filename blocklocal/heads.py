@@ -54,7 +54,7 @@ class ConvHead(nn.Module):
         self.linear = nn.Linear(width, site.targets.size)
 
     def forward(self, message: Message) -> Tensor:
-        return self.linear(self.features(message.h).mean((2, 3)))
+        return self.linear(self.features(message.map).mean((2, 3)))
 
 
 class ResidualHead(nn.Module):
@@ -72,7 +72,7 @@ class ResidualHead(nn.Module):
         self.linear = nn.Linear(outer, site.targets.size)
 
     def forward(self, message: Message) -> Tensor:
-        return self.linear(self.features(message.h).mean((2, 3)))
+        return self.linear(self.features(message.map).mean((2, 3)))
 
 
 class PooledResidualHead(ResidualHead):
@@ -81,7 +81,7 @@ class PooledResidualHead(ResidualHead):
     name = "pooled"
 
     def forward(self, message: Message) -> Tensor:
-        pooled = F.avg_pool2d(message.h, 2, ceil_mode=True, count_include_pad=False)
+        pooled = F.avg_pool2d(message.map, 2, ceil_mode=True, count_include_pad=False)
         return self.linear(self.features(pooled).mean((2, 3)))
 
 
@@ -135,9 +135,8 @@ class EvidenceHead(nn.Module):
     def forward(self, message: Message) -> Tensor:
         assert message.feedback is not None
         classes = torch.arange(self.classes, device=message.alpha.device)
-        eta_alpha = self.family.natural(message.alpha).unsqueeze(-3)
-        eta_beta = self.family.natural(message.feedback(classes).detach())
-        return self.family.evidence(eta_alpha, eta_beta).sum(-1)
+        beta = message.feedback(classes).detach().to(message.alpha.dtype)
+        return self.family.evidence_matrix(message.alpha, beta)
 
 
 HEADS: dict[str, Head] = {
@@ -158,6 +157,6 @@ def _conv(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
 def _require_map(site: Site, *, head: str) -> None:
     if not site.is_map:
         raise ValueError(
-            f'head="{head}" needs feature maps (B, C, H, W), and a sample at this border has shape {site.shape}: '
-            'use "mlp" or "linear"'
+            f'head="{head}" needs feature maps (B, C, H, W), and a sample at this border has shape {site.shape} '
+            f'({site.layout}): use "mlp" or "linear"'
         )

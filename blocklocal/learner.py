@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from itertools import islice
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blocklocal.border import Border
 from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets
 from blocklocal.graph import mode
+from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, dense, spatial_mean
-from blocklocal.split import share, split
-from blocklocal.survey import site_of, survey
+from blocklocal.outline import Outline, adopt, share
+from blocklocal.split import split
+from blocklocal.survey import check_prediction, site_of, survey
 
 
 class CollapseWarning(UserWarning):
@@ -38,7 +41,8 @@ class BlockLocal(nn.Module):
     classes: labels are integers 0..classes-1, one per sample (B,) or per token (B, T). outputs: dense targets of so
     many numbers, (B, outputs). loss: the local loss at each border. feedback, statistic: how beta and alpha are made.
     criterion: the loss of the last block and of predictions at borders, (prediction, y) -> scalar; cross-entropy for
-    labels.
+    labels. layout: what the features are, "tokens" (channels last), "signal" or "map" (channels second), at all borders
+    or at each; by default found from the weights that write and read them.
 
     The model passed in shares its parameters with the blocks: it is the trained model, its state dict is as it was.
 
@@ -61,6 +65,7 @@ class BlockLocal(nn.Module):
         feedback: Feedback = ClosedFormFeedback(),  # noqa: B008 (frozen settings)
         statistic: Statistic = spatial_mean,
         criterion: Criterion | None = None,
+        layout: Layout | Sequence[Layout] | None = None,
     ) -> None:
         super().__init__()
         self.targets = _targets(classes, outputs)
@@ -73,22 +78,41 @@ class BlockLocal(nn.Module):
             model = nn.Sequential(*model)
         self._model = (model,)  # in a tuple, since its modules are registered as blocks
 
-        def border(h: Tensor, prediction: Tensor) -> Callable[[Tensor], Tensor]:
-            site = site_of(h, prediction=prediction, targets=self.targets, criterion=self.criterion)
+        if blocks is not None and layout is not None and not isinstance(layout, str):
+            raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
+
+        def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
+            (chosen,) = given_layouts(layout, borders=1)
+            site = site_of(
+                h,
+                layout=chosen or found,
+                prediction=prediction,
+                targets=self.targets,
+                criterion=self.criterion,
+            )
             y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
             trial = Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
             return lambda h: trial(h, y)
 
         self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
-        given, self._writes_input = survey(self.blocks, example, size=self.targets.size)
+        self._outline = Outline(model, self.blocks)
+        seen = survey(model, self.blocks, example, size=self.targets.size)
+        self._writes_input = seen.writes_input
+        layouts = given_layouts(layout, borders=len(self.blocks) - 1)
         self.borders = nn.ModuleList(
             Border(
-                site_of(h, prediction=given[-1], targets=self.targets, criterion=self.criterion),
+                site_of(
+                    h,
+                    layout=chosen or found,
+                    prediction=seen.outputs[-1],
+                    targets=self.targets,
+                    criterion=self.criterion,
+                ),
                 loss=loss,
                 feedback=feedback,
                 statistic=statistic,
             ).to(h)
-            for h in given[:-1]
+            for h, chosen, found in zip(seen.outputs, layouts, seen.layouts, strict=False)
         )
 
     @property
@@ -102,6 +126,8 @@ class BlockLocal(nn.Module):
         The output is what the next block reads; that of the last block is the prediction.
         """
         h = self._forward(k, h)
+        if k == len(self.borders):
+            check_prediction(h, size=self.targets.size)
         loss = self.criterion(h, y) if k == len(self.borders) else self.borders[k](h, y)
         return loss, h.detach()
 
@@ -219,13 +245,26 @@ class BlockLocal(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLocal:
+        self._outline.check()
         self.model._apply(fn, recurse)
         self.borders._apply(fn, recurse)
-        given = set(self.model.modules())
-        for block in self.blocks:
-            if isinstance(block, fx.GraphModule) and block not in given:
-                share(self.model, block)
+        for block in self._traced():
+            share(self.model, block)
+        self._outline.note()
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if assign:
+            for block in self._traced():
+                adopt(self.model, block)
+            self._outline.note()
+        return result
+
+    def _traced(self) -> list[nn.Module]:
+        """The blocks that are not the model's own modules."""
+        given = set(self.model.modules())
+        return [block for block in self.blocks if block not in given]
 
     def _border(self, k: int) -> Border:
         border = self.borders[k]
@@ -233,6 +272,15 @@ class BlockLocal(nn.Module):
         return border
 
     def _forward(self, k: int, h: Tensor) -> Tensor:
+        if k == 0:
+            self._outline.check()
+        if h.is_meta:
+            raise ValueError("the input is on the meta device, where tensors have no values")
+        if any(parameter.is_meta for parameter in islice(self.blocks[k].parameters(), 1)):
+            raise ValueError(
+                f"block {k} is on the meta device, where nothing is computed: give it memory with to_empty(device=...) "
+                "and initialise it, or build the model on a real device"
+            )
         torch.clear_autocast_cache()  # of weights as they were before an optimizer step, or cast without a graph
         if k > 0:
             h = dense(h)  # as it travels from one process to another: strides decide the last bits of what follows
@@ -270,6 +318,8 @@ def _targets(classes: int | None, outputs: int | None) -> Targets:
     size = classes if classes is not None else outputs
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{'classes' if classes is not None else 'outputs'}={size!r}: a positive integer is needed")
+    if classes == 1:
+        raise ValueError("classes=1: with one class there is nothing to tell apart; pass at least 2")
     return Targets(size, labels=classes is not None)
 
 

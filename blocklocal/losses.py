@@ -153,7 +153,7 @@ class SimilarityTerm(nn.Module):
 
     def forward(self, message: Message, y: Tensor) -> Tensor:
         if message.site.is_map:
-            features = spatial_std(self.transform(message.h).flatten(2).to(message.alpha.dtype))
+            features = spatial_std(self.transform(message.map).flatten(2).to(message.alpha.dtype))
         else:
             features = self.transform(message.statistics).to(message.alpha.dtype)
         target = F.one_hot(y, self.targets.size) if self.targets.labels else y

@@ -1,8 +1,8 @@
 """What stands at a border for one batch: the block's output, its channel statistics and the feedback they meet.
 
-A statistic reduces positions, h (B, C, P) -> (B, C): feature maps (B, C, H, W) have P = H W positions, token sequences
-(B, T, D) have P = T, vectors (B, D) one. Where the model predicts per token, every token is a position of its own and
-alpha is (B, T, D).
+A statistic reduces positions, h (B, C, P) -> (B, C): feature maps (B, C, H, W) have P = H W positions, signals
+(B, C, L) P = L, token sequences (B, T, D) P = T, vectors (B, D) one. Where the model predicts per token, every token is
+a position of its own and alpha is (B, T, D).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.feedback import Targets
+from blocklocal.layout import Layout
 
 Statistic = Callable[[Tensor], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -52,20 +53,30 @@ def dense(h: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a border stands: the shape (C, H, W), (T, D) or (D,) of one sample of h, and what to predict there."""
+    """Where a border stands: the shape and layout of one sample of h, and what to predict there.
+
+    shape: (D,) of a vector, (T, D) or (H, W, D) of tokens, (C, L) of a signal, (C, H, W) of a map. tokens: there is one
+    prediction per token, not one per sample.
+    """
 
     shape: tuple[int, ...]
+    layout: Layout
     targets: Targets
     tokens: bool
     criterion: Criterion
 
     @property
-    def is_map(self) -> bool:
-        return len(self.shape) == 3
+    def channels_first(self) -> bool:
+        return self.layout in ("signal", "map")
 
     @property
     def channels(self) -> int:
-        return self.shape[0] if len(self.shape) > 2 else self.shape[len(self.shape) - 1]
+        return self.shape[0 if self.channels_first else -1]
+
+    @property
+    def is_map(self) -> bool:
+        """Whether a message has a `map`."""
+        return len(self.shape) == 3 and not self.tokens
 
 
 class Message:
@@ -81,11 +92,17 @@ class Message:
 
     @cached_property
     def statistics(self) -> Tensor:
-        if self.h.dim() > 3:
+        if self.site.tokens or self.site.layout == "vector":
+            return self.h.movedim(1, -1) if self.site.channels_first else self.h
+        if self.site.channels_first:
             return self.statistic(self.h.flatten(2))
-        if self.h.dim() == 3 and not self.site.tokens:
-            return self.statistic(self.h.transpose(1, 2))
-        return self.h
+        return self.statistic(self.h.flatten(1, -2).transpose(1, 2))
+
+    @property
+    def map(self) -> Tensor:
+        """The features as a map (B, C, H, W), where the site `is_map`."""
+        assert self.site.is_map
+        return self.h if self.site.channels_first else self.h.permute(0, 3, 1, 2)
 
     @cached_property
     def alpha(self) -> Tensor:

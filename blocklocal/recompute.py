@@ -8,8 +8,18 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
+
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+"""The normalisation layers that may keep running statistics, as buffers which a forward pass moves."""
 
 
 def recompute(module: nn.Module) -> None:
@@ -18,12 +28,19 @@ def recompute(module: nn.Module) -> None:
     For whole units, such as residual units, inside a block: half the memory or less, for a third more time. Outputs,
     gradients, dropout masks and names of parameters stay what they are; running statistics of normalisation layers are
     updated once per step. Other state that a forward pass changes is changed twice. The chain is then cut around the
-    module, never inside it.
+    module, never inside it. A second call changes nothing.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)))
     >>> recompute(model[1])
     """
-    module.forward = partial(_run, module, module.forward)
+    if not is_recomputed(module):
+        module.forward = partial(_run, module, module.forward)
+
+
+def is_recomputed(module: nn.Module) -> bool:
+    """Whether `recompute` has been applied to this very module."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is _run
 
 
 def _run(module: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object) -> object:
@@ -41,7 +58,7 @@ def _run(module: nn.Module, forward: Callable[..., object], *args: object, **kwa
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Running statistics of `module` stand still: the first forward pass has already moved them."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _NormBase)]
+    norms = [norm for norm in module.modules() if isinstance(norm, NORMS)]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:

@@ -8,7 +8,9 @@ from typing import Literal
 from torch import Tensor, fx, nn
 
 from blocklocal.balance import BorderLoss, Profile, measure, partition
-from blocklocal.graph import Trace, crossing, expand, trace
+from blocklocal.graph import Trace, crossing, expand, obstacle, trace
+from blocklocal.outline import stand_ins
+from blocklocal.recompute import NORMS
 
 
 def split(
@@ -40,12 +42,12 @@ def split(
         raise ValueError(f"at={at!r}: pass a list of submodules, at=[{at!r}]")
     if not isinstance(model, nn.Module):
         model = nn.Sequential(*model)
-        if at is None and blocks is None:
-            return _checked(model)
     if at is not None:
         return cut(model, at=at)
     if blocks is None:
-        if isinstance(model, nn.Sequential):
+        if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+            if found := obstacle(model):
+                raise ValueError(f"{type(model).__name__} {found}: pass a list of modules")
             return _checked(model)
         raise ValueError(f"where to cut {type(model).__name__}? Pass at=[submodules] or blocks=K")
     if blocks < 1:
@@ -56,6 +58,8 @@ def split(
         raise ValueError(f'balance={balance!r}: choose "time" or "memory"')
     if example is None:
         raise ValueError("blocks=K measures the model: pass example=, a batch of its input")
+    if any(tensor.is_meta for tensor in (example, *model.parameters(), *model.buffers())):
+        raise ValueError(f"blocks={blocks} measures the model, and nothing runs on the meta device: pass at= or a list")
     places = candidates(model)
     if blocks > len(places) + 1:
         raise ValueError(
@@ -139,55 +143,50 @@ def _segments(model: nn.Module, traced: Trace, *, borders: list[fx.Node]) -> nn.
             graph = fx.Graph()
             values = {node: graph.placeholder("h")}
     blocks.append(fx.GraphModule(model, graph, class_name=f"Block{len(blocks)}"))
+    saved = model.state_dict().keys()
     for block in blocks:
-        share(model, block)
+        for path, stand_in in stand_ins(model, block):
+            for name, buffer in list(stand_in.named_buffers(recurse=False)):
+                stand_in.register_buffer(name, buffer, persistent=f"{path}.{name}".removeprefix(".") in saved)
     return nn.Sequential(*blocks)
 
 
-def share(model: nn.Module, block: fx.GraphModule) -> None:
-    """Let a block cut from `model` hold the parameters and buffers that the model's containers hold now.
-
-    A module is in its block itself. A container that was cut stands in a block as an empty module with the tensors
-    that the block reads, and these go their own way as soon as the container replaces its own.
-    """
-    for path, stand_in in block.named_modules():
-        container = model.get_submodule(path)
-        if container is stand_in:
-            continue
-        for name in stand_in._parameters:
-            stand_in._parameters[name] = container._parameters[name]
-        for name in stand_in._buffers:
-            if name in container._buffers:  # else a plain attribute
-                stand_in._buffers[name] = container._buffers[name]
-            if name not in container._buffers or name in container._non_persistent_buffers_set:
-                stand_in._non_persistent_buffers_set.add(name)
-
-
 def _checked(chain: nn.Sequential) -> nn.Sequential:
-    """The chain, after a check that no parameter is on both sides of a border."""
+    """The chain, after a check that nothing that a step changes is on both sides of a border."""
     blocks = list(chain)
     for k, block in enumerate(blocks):
-        names = {parameter: name for name, parameter in block.named_parameters()}
+        names = _changing(block)
         for j, other in enumerate(blocks[:k]):
-            for other_name, parameter in other.named_parameters():
-                if parameter in names:
+            for part, name in _changing(other).items():
+                if part in names:
+                    kind = "parameter" if isinstance(part, nn.Parameter) else "running statistics"
                     raise ValueError(
-                        f"parameter {other_name!r} of block {j} is also {names[parameter]!r} of block {k}: "
-                        "no border may stand between two uses of a parameter"
+                        f"{kind} {name!r} of block {j} is also {names[part]!r} of block {k}: "
+                        "no border may stand between two uses of one"
                     )
     return chain
 
 
+def _changing(block: nn.Module) -> dict[nn.Parameter | nn.Module, str]:
+    """The parameters of a block and its layers with running statistics, with their names."""
+    norms = {
+        norm: name or type(norm).__name__
+        for name, norm in block.named_modules()
+        if isinstance(norm, NORMS) and norm.track_running_stats
+    }
+    return {**{parameter: name for name, parameter in block.named_parameters()}, **norms}
+
+
 def _useful(model: nn.Module, traced: Trace, names: list[str]) -> list[str]:
-    """The cuts that a weight matrix or kernel follows at once, and that do not stand between two uses of a parameter.
+    """The cuts that a weight matrix or kernel follows at once, and that no parameter or running statistics bridge.
 
     What follows a layer without one (normalisation, activation, dropout, pooling) belongs to the layer's block.
     """
     chain = _segments(model, traced, borders=[traced.outputs[name][0] for name in names])
-    owners: dict[nn.Parameter, list[int]] = {}
+    owners: dict[nn.Parameter | nn.Module, list[int]] = {}
     for k, segment in enumerate(chain):
-        for parameter in segment.parameters():
-            owners.setdefault(parameter, []).append(k)
+        for part in _changing(segment):
+            owners.setdefault(part, []).append(k)
     spans = [(used[0], used[-1]) for used in owners.values()]
     weighs = [any(parameter.dim() > 1 for parameter in segment.parameters()) for segment in chain]
     return [

@@ -2,59 +2,160 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from blocklocal.feedback import Targets
 from blocklocal.graph import mode
+from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.messages import Criterion, Site
+
+DIMENSIONS = {"vector": range(2, 3), "tokens": range(3, 9), "signal": range(3, 4), "map": range(4, 9)}
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The blocks' outputs, the layouts found at the borders, and which blocks write into their input."""
+
+    outputs: list[Tensor]
+    layouts: list[Layout | None]
+    writes_input: list[bool]
 
 
 @torch.no_grad()
-def survey(blocks: nn.ModuleList, example: Tensor | None, *, size: int) -> tuple[list[Tensor], list[bool]]:
-    """The blocks' outputs on `example` in evaluation mode, and which blocks write into their input.
+def survey(model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, size: int) -> Survey:
+    """What the blocks cut from `model` do on `example` in evaluation mode.
 
     Nothing for a chain of one block, which has no border. ValueError: no example, a block that gives no features, a
-    prediction of another size.
+    prediction of another size, or another prediction than the model's.
     """
     if len(blocks) == 1:
-        return [], [False]
+        return Survey([], [], [False])
     if example is None:
         raise ValueError("pass example=, a batch of inputs: the borders take their shapes from it")
+    check_example(model, example)
     outputs: list[Tensor] = []
+    readings: list[Reading] = []
     writes_input: list[bool] = []
-    h = example
-    with mode(blocks, training=False):
+    h = example.clone()
+    devices = [example.device] if example.is_cuda else []
+    with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
         for k, block in enumerate(blocks):
             before = h._version
-            output = block(h if k else h.clone())
+            with Reading(h) as reading, torch.enable_grad():
+                output = block(h)
             writes_input.append(k > 0 and (h._version != before or _drops_in_place(block)))
             if not isinstance(output, Tensor) or output.dim() < 2:
                 raise ValueError(f"block {k} gives {_describe(output)}: a block gives one tensor (B, ...) of features")
-            outputs.append(output)
-            h = output
-    if h.shape[-1] != size:
+            _require_own_gradient(output, blocks=blocks, k=k)
+            h = output.detach()
+            outputs.append(h)
+            readings.append(reading)
+    check_prediction(h, size=size)
+    if not set(blocks) <= set(model.modules()):  # some are traced
+        with mode(model, training=False), torch.random.fork_rng(devices=devices), Reading(example):
+            _compare(h, model(example.clone()))
+    _require_batch_first(outputs)
+    if any(h.dim() > 2 and h.shape[1] == len(h) for h in outputs):  # then one batch does not tell
+        h, longer = torch.cat([example, example[:1]]), []
+        with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
+            for block in blocks:
+                h = block(h.clone())
+                longer.append(h)
+        _require_batch_first(longer)
+    return Survey(outputs, find_layouts(outputs, readings), writes_input)
+
+
+def check_example(model: nn.Module, example: Tensor) -> None:
+    """ValueError: only one of the two is on the meta device."""
+    meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    if meta != example.is_meta:
         raise ValueError(
-            f"the model gives {_describe(h)}: its last dimension must be {size}, the number of classes or outputs"
+            f"example= is on the device {example.device} and the model {'is' if meta else 'is not'} on the meta "
+            "device: put both on it, or neither"
         )
-    return outputs, writes_input
 
 
-def site_of(h: Tensor, *, prediction: Tensor, targets: Targets, criterion: Criterion) -> Site:
+def check_prediction(prediction: object, *, size: int) -> None:
+    """ValueError: a prediction for another number of classes or outputs."""
+    if not isinstance(prediction, Tensor) or prediction.dim() < 2 or prediction.shape[-1] != size:
+        raise ValueError(
+            f"the model gives {_describe(prediction)}: its last dimension must be {size}, the number of classes or "
+            "outputs"
+        )
+
+
+def site_of(h: Tensor, *, layout: Layout | None, prediction: Tensor, targets: Targets, criterion: Criterion) -> Site:
     """The site of a border at h, in a model that gives this prediction: per token where it has three dimensions."""
-    tokens = prediction.dim() > 2
-    if tokens and h.shape[:-1] != prediction.shape[:-1]:
+    if h.dim() == 2:
+        layout = "vector"
+    if layout is None:
+        raise ValueError(
+            f"a block gives {_describe(h)}, and no layer beside the border tells which dimension holds the channels: "
+            'pass layout="tokens" if it is the last, "signal" (B, C, L) or "map" (B, C, H, W) if it is the second'
+        )
+    if h.dim() not in DIMENSIONS[layout]:
+        raise ValueError(f"a block gives {_describe(h)}, which is no {layout}: pass another layout=")
+    site = Site(tuple(h.shape[1:]), layout=layout, targets=targets, tokens=prediction.dim() > 2, criterion=criterion)
+    rows = h.movedim(1, -1) if site.channels_first else h
+    if site.tokens and rows.shape[:-1] != prediction.shape[:-1]:
         raise ValueError(
             f"a block gives {_describe(h)}, and the model predicts per token, {_describe(prediction)}: "
             "cut where the features are one vector per token"
         )
-    return Site(tuple(h.shape[1:]), targets=targets, tokens=tokens, criterion=criterion)
+    return site
+
+
+def _require_own_gradient(output: Tensor, *, blocks: nn.ModuleList, k: int) -> None:
+    """ValueError where the output of block k has a gradient for parameters of an earlier block."""
+    earlier = ((j, name, p) for j, block in enumerate(blocks[:k]) for name, p in block.named_parameters())
+    foreign: dict[object, tuple[int, str]] = {p: (j, name) for j, name, p in earlier}
+    waiting, known = [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        if (variable := getattr(node, "variable", None)) in foreign:
+            j, name = foreign[variable]
+            raise ValueError(
+                f"block {k} reads a value that depends on parameter {name!r} of block {j}, not through the features: "
+                "only the output of a block may cross a border; keep such values inside a block, or detach them"
+            )
+
+
+def _require_batch_first(outputs: list[Tensor]) -> None:
+    for k, h in enumerate(outputs):
+        if len(h) != len(outputs[-1]):
+            raise ValueError(
+                f"block {k} gives {_describe(h)} where the model gives {_describe(outputs[-1])}: the first dimension "
+                "of features is the batch; cut elsewhere, or put the batch first"
+            )
+
+
+def _compare(chain: Tensor, prediction: object) -> None:
+    """ValueError where the blocks predict otherwise than the model that they were cut from."""
+    if not isinstance(prediction, Tensor) or (prediction.shape, prediction.dtype) != (chain.shape, chain.dtype):
+        raise ValueError(f"the blocks give {_describe(chain)} for example=, and the model {_describe(prediction)}")
+    if chain.is_meta:
+        return
+    largest = prediction.abs().nan_to_num(posinf=0.0).max().item()
+    rounding = largest * torch.finfo(chain.dtype).eps ** 0.75
+    if not torch.allclose(chain, prediction, rtol=0.0, atol=rounding, equal_nan=True):
+        raise ValueError(
+            "the blocks give another prediction for example= than the model, by up to "
+            f"{(chain - prediction).abs().max().item():.2g}: its forward pass does what a trace loses; cut outside it, "
+            "or pass the blocks as a list of modules"
+        )
 
 
 def _drops_in_place(block: nn.Module) -> bool:
     """Whether dropout, which evaluation mode does not show, may write into the block's input."""
-    return any(isinstance(module, _DropoutNd) and module.inplace for module in block.modules())
+    return any(isinstance(module, DROPOUTS) and module.inplace for module in block.modules())
 
 
 def _describe(value: object) -> str:

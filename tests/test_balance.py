@@ -110,7 +110,7 @@ def test_measuring_changes_nothing() -> None:
 def test_borders_are_measured_where_they_can_stand() -> None:
     segments, x = [nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)], torch.randn(16, 2)
 
-    def border(h: Tensor, prediction: Tensor):
+    def border(h: Tensor, prediction: Tensor, layout: object):
         if h.shape[1] != 8:
             raise ValueError
         assert prediction.shape == (16, 2)

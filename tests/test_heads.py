@@ -10,16 +10,26 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import blocklocal as bll
+from blocklocal import families
+from blocklocal.families import Family
 from blocklocal.feedback import Feedback, Targets
 from blocklocal.heads import HEADS, EvidenceHead, LinearHead, ResidualUnit
+from blocklocal.layout import Layout
 from blocklocal.memory import MemoryTracker
 from blocklocal.messages import Message, Site
 
 CLASSES, CHANNELS, BATCH = 4, 6, 5
+LAYOUTS: dict[int, Layout] = {1: "vector", 2: "tokens", 3: "map"}
 
 
 def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
-    return Site(shape, targets=Targets(CLASSES, labels=labels), tokens=tokens, criterion=F.cross_entropy)
+    return Site(
+        shape,
+        layout=LAYOUTS[len(shape)],
+        targets=Targets(CLASSES, labels=labels),
+        tokens=tokens,
+        criterion=F.cross_entropy,
+    )
 
 
 def message(h: Tensor, at: Site, feedback: Feedback | None = None) -> Message:
@@ -134,6 +144,48 @@ def test_evidence_per_token() -> None:
     given = message(h, at, bll.GradientFeedback())
     flat = Message(h.flatten(0, 1), site=site(CHANNELS), statistic=bll.spatial_mean, feedback=given.feedback)
     assert_close(head(given).flatten(0, 1), head(flat))
+
+
+FAMILIES = [
+    bll.Gaussian(0.5),
+    bll.GaussianMeanVariance(),
+    bll.Bernoulli(),
+    bll.Categorical(4),
+    bll.Poisson(),
+]
+
+
+def every_pair(family: Family, alpha: Tensor, beta: Tensor) -> Tensor:
+    """Every message with every other, (B, n, C, P), and the evidence of each pair."""
+    return family.evidence(family.natural(alpha).unsqueeze(-3), family.natural(beta)).sum(-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
+@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=str)
+def test_evidence_of_all_pairs(family: Family, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "CHUNK", 60)  # one and two of five classes at a time
+    alpha, beta = torch.randn(*shape, 8).double().requires_grad_(), 5 + torch.randn(5, 8).double()
+    found, expected = family.evidence_matrix(alpha, beta), every_pair(family, alpha, beta)
+    assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    assert_close(*(torch.autograd.grad(e, alpha, upstream) for e in (found, expected)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(family.evidence_matrix(alpha, beta), found)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: type(family).__name__)
+def test_evidence_never_holds_all_pairs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "CHUNK", 2**14)
+    alpha, beta = torch.randn(16, 256, requires_grad=True), torch.randn(500, 256)
+
+    def peak(evidence: Callable[[], Tensor]) -> int:
+        with MemoryTracker() as tracker:
+            evidence().sum().backward()
+        return tracker.timeline.peak
+
+    product = isinstance(family, bll.Gaussian | bll.Poisson)
+    assert peak(lambda: family.evidence_matrix(alpha, beta)) < (4 * beta.nbytes if product else 2**21)
+    assert peak(lambda: every_pair(family, alpha, beta)) > 4 * 16 * 500 * 256
 
 
 def test_evidence_needs_labels() -> None:

@@ -26,6 +26,7 @@ X = torch.randn(4, 6)
         (chain(), {"example": X}, r"pass either classes= \(integer labels\) or outputs="),
         (chain(), {"classes": 4, "outputs": 4, "example": X}, "pass either classes="),
         (chain(), {"classes": 0, "example": X}, "classes=0: a positive integer is needed"),
+        (chain(), {"classes": 1, "example": X}, "classes=1: with one class there is nothing to tell apart"),
         (chain(), {"outputs": 2.5, "criterion": F.mse_loss, "example": X}, "outputs=2.5: a positive integer"),
         (chain(), {"outputs": 4, "example": X}, "dense targets have no loss of their own: pass criterion="),
         (chain(), {"classes": 7, "example": X}, r"gives a tensor of shape \(4, 4\): its last dimension must be 7"),
@@ -58,3 +59,17 @@ def test_labels_out_of_range_are_told_before_anything_moves() -> None:
             with pytest.raises(ValueError, match="labels run from 0 to 4: allowed is 0 to 3"):
                 step(X, torch.tensor([0, 1, 4, 2]))
         assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
+
+
+def test_a_prediction_of_another_size_is_told_at_the_first_step_of_one_block() -> None:
+    model = nn.Linear(6, 13)
+    learner, before = bll.BlockLocal(model, blocks=1, classes=10), copy.deepcopy(model.state_dict())
+    for step in (learner, learner.backward):
+        with pytest.raises(ValueError, match=r"gives a tensor of shape \(4, 13\): its last dimension must be 10"):
+            step(X, torch.tensor([0, 1, 9, 2]))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="the model gives a tuple: its last dimension must be 8"):
+        bll.BlockLocal(nn.LSTM(6, 8), blocks=1, classes=8).backward(X, torch.tensor([0, 1, 7, 2]))
+    dense = bll.BlockLocal(model, blocks=1, outputs=1, criterion=F.mse_loss)
+    with pytest.raises(ValueError, match="its last dimension must be 1, the number of classes or outputs"):
+        dense.backward(X, torch.zeros(4, 1))

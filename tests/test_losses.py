@@ -16,14 +16,22 @@ import blocklocal as bll
 from blocklocal.families import Family
 from blocklocal.feedback import Targets
 from blocklocal.heads import MLPHead, ResidualHead
+from blocklocal.layout import Layout
 from blocklocal.losses import Term, similarity
 from blocklocal.messages import Message, Site
 
 CLASSES, CHANNELS, BATCH = 3, 6, 5
+LAYOUTS: dict[int, Layout] = {1: "vector", 2: "tokens", 3: "map"}
 
 
 def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
-    return Site(shape, targets=Targets(CLASSES, labels=labels), tokens=tokens, criterion=F.cross_entropy)
+    return Site(
+        shape,
+        layout=LAYOUTS[len(shape)],
+        targets=Targets(CLASSES, labels=labels),
+        tokens=tokens,
+        criterion=F.cross_entropy,
+    )
 
 
 class Fixed(nn.Module):
@@ -158,7 +166,7 @@ def test_predictive_is_the_criterion_of_the_head() -> None:
     message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=None)
     loss = bll.Predictive(lambda at: Double()).build(site(CHANNELS))(message, y)
     assert_close(loss, -torch.log_softmax(2 * alpha[:, :CLASSES], 1)[torch.arange(BATCH), y].mean())
-    with pytest.raises(ValueError, match="head='fancy' is unknown: choose linear, mlp, conv, residual, evidence"):
+    with pytest.raises(ValueError, match="head='fancy' is unknown: choose linear, mlp, conv, residual, pooled, evidence"):
         bll.Predictive("fancy").build(site(CHANNELS))
 
 

@@ -128,7 +128,7 @@ def learner(case: Case) -> bll.BlockLocal:
         blocks.append(block)
     blocks[-1].append(nn.Flatten()).append(nn.Linear(h[0].numel(), CLASSES))
     loss = 0.1 * bll.Variational() + bll.Predictive("linear")
-    return bll.BlockLocal(blocks, classes=CLASSES, example=torch.randn(2, 4, 4, 4), loss=loss)
+    return bll.BlockLocal(blocks, classes=CLASSES, example=torch.randn(2, 4, 4, 4), loss=loss, layout="map")
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float, *_: object) -> None:

@@ -1,6 +1,8 @@
 """What is no chain, or would be frozen by tracing, is refused by name; what is inside uncut modules is left alone."""
 
+import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from blocklocal.split import candidates
 
 class Chain(nn.Module):
     """a, b, c in a row, by a given forward pass."""
+
+    steps: int
+    total: Tensor
 
     def __init__(self, run: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -179,3 +184,145 @@ def test_untraceable_containers_are_refused_by_name() -> None:
         bll.split(model, at=["1.relu"])
     with pytest.raises(ValueError, match="forward pass of Branching cannot be traced"):
         bll.split(zoo.Branching(6), blocks=2, example=torch.randn(2, 6))
+
+
+def stepping(m: Chain, x: Tensor) -> Tensor:
+    m.steps += 1
+    return m.b(m.a(x))
+
+
+def remembering(m: Chain, x: Tensor) -> Tensor:
+    m.last = m.a(x)
+    return m.b(m.last)
+
+
+def counting(m: Chain, x: Tensor) -> Tensor:
+    m.total += 1
+    return m.b(m.a(x) * m.total)
+
+
+@pytest.mark.parametrize(
+    ("run", "name"), [(stepping, "steps"), (remembering, "last"), (counting, "total")], ids=lambda value: str(value)
+)
+def test_an_attribute_that_is_changed_would_be_lost(run: Callable[..., Tensor], name: str) -> None:
+    model = Chain(run)
+    model.steps = 0
+    model.register_buffer("total", torch.zeros(6))
+    with pytest.raises(ValueError, match=f"of Chain changes its attribute '{name}', which a traced block would not"):
+        bll.split(model, at=["a"])
+    assert model.steps == 0
+    assert not hasattr(model, "last")
+    assert torch.equal(model.total, torch.zeros(6))
+    assert candidates(nn.Sequential(model, nn.Linear(6, 4))) == ["0"]
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(1).item()], ids=["python", "torch"])
+def test_a_draw_would_be_frozen(draw: Callable[[], float]) -> None:
+    """As of which layers to skip in this step: no trace shows it where nothing happens to be skipped."""
+    model = Chain(lambda m, x: m.c(m.b(m.a(x)) if not m.training or draw() > 0 else m.a(x)))
+    states = random.getstate(), torch.get_rng_state()
+    with pytest.raises(ValueError, match="of Chain draws random numbers that a trace would freeze"):
+        bll.split(model, at=["a"])
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+CONTEXTS: dict[str, Callable[[], AbstractContextManager]] = {
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "half": lambda: torch.autocast("cpu", torch.float16),
+    "no autocast": lambda: torch.autocast("cpu", enabled=False),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad, CONTEXTS["autocast"]], ids=str)
+def test_a_context_would_be_lost(name: str, around: Callable[[], AbstractContextManager]) -> None:
+    """A frozen stem would train, and a layer in single precision compute in half."""
+
+    def run(m: Chain, x: Tensor) -> Tensor:
+        with CONTEXTS[name]():
+            h = m.a(x).float()
+        return m.c(m.b(h))
+
+    with around(), pytest.raises(ValueError, match=r"Chain cannot be traced \(it enters a context, such as torch.no_g"):
+        bll.split(Chain(run), at=["b"])
+    model, x = nn.Sequential(Chain(run), nn.Linear(6, 4)), torch.randn(2, 6)
+    assert candidates(model) == ["0"]
+    with torch.no_grad():
+        assert torch.equal(bll.split(model, at=["0"])(x), model(x))
+
+
+def test_a_decorated_forward_pass_is_a_context_too() -> None:
+    class Frozen(Chain):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    with pytest.raises(ValueError, match="it enters a context"):
+        bll.split(Frozen(lambda m, x: m.b(m.a(x))), at=["a"])
+
+
+def test_running_statistics_on_both_sides_are_refused() -> None:
+    norm = nn.BatchNorm1d(6, affine=False)
+    model = nn.Sequential(nn.Linear(6, 6), norm, nn.Linear(6, 6), norm, nn.Linear(6, 6), nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="running statistics '1' of block 0 is also '1' of block 1: no border may"):
+        bll.split(model, at=["2"])
+    assert candidates(model) == ["0", "4"]  # none between the two uses
+    norm.track_running_stats = False
+    assert len(bll.split(model, at=["2"])) == 2
+
+
+def test_a_sequential_with_a_forward_pass_of_its_own_is_no_chain() -> None:
+    class Doubled(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(ValueError, match="where to cut Doubled"):
+        bll.split(Doubled(nn.Linear(6, 6), nn.Linear(6, 4)))
+    model, x = Doubled(nn.Linear(6, 6), nn.Linear(6, 4)), torch.randn(2, 6)
+    assert torch.equal(bll.split(model, at=["0"])(x), model(x))
+
+
+def test_blocks_that_predict_otherwise_than_the_model_are_refused() -> None:
+    def run(m: Chain, x: Tensor) -> Tensor:
+        return m.b(m.a(x if isinstance(x, Tensor) else 2 * x))  # traced, x is no Tensor
+
+    with pytest.raises(ValueError, match=r"the blocks give another prediction for example= than the model, by up to"):
+        bll.BlockLocal(Chain(run), at=["a"], classes=6, example=torch.randn(2, 6))
+
+
+def test_a_model_that_draws_is_compared_on_the_same_draws() -> None:
+    def run(m: Chain, x: Tensor) -> Tensor:
+        return m.b(nn.functional.dropout(m.a(x), 0.5))
+
+    x = torch.ones(2, 6)
+    assert not torch.equal(Chain(run)(x), Chain(run)(x))
+    learner = bll.BlockLocal(Chain(run), at=["a"], classes=6, example=x)
+    assert learner.backward(x, torch.tensor([0, 5])).isfinite().all()
+
+
+class Keeps(nn.Module):
+    def __init__(self, kept: dict[str, Tensor], *, writes: bool, detach: bool = False) -> None:
+        super().__init__()
+        self.linear, self.kept, self.writes, self.detach = nn.Linear(6, 6), kept, writes, detach
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.linear(h)
+        if self.writes:
+            self.kept["h"] = h.detach() if self.detach else h
+            return h
+        return h + self.kept["h"]
+
+
+def test_a_gradient_beside_the_features_is_refused() -> None:
+    kept: dict[str, Tensor] = {}
+    blocks = [Keeps(kept, writes=True), nn.Linear(6, 6), Keeps(kept, writes=False), nn.Linear(6, 4)]
+    for model in (blocks, nn.Sequential(*blocks)):
+        with pytest.raises(ValueError, match=r"block 2 reads a value that depends on parameter 'linear.weight' of blo"):
+            bll.BlockLocal(model, classes=4, example=torch.randn(2, 6))
+    assert bll.BlockLocal(nn.Sequential(*blocks), at=["2"], classes=4, example=torch.randn(2, 6))
+    blocks[0] = Keeps(kept, writes=True, detach=True)
+    assert bll.BlockLocal(blocks, classes=4, example=torch.randn(2, 6))

@@ -1,0 +1,72 @@
+"""What a forward pass does beside giving its output, and the context that it runs in: what a trace loses
+or freezes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+
+import torch
+from torch import nn
+
+
+class State:
+    """The attributes and buffers of a module, to be given back after its forward pass was traced."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(vars(module))
+        self.buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers(recurse=False)}
+
+    def restore(self) -> list[str]:
+        """The names of those that had changed."""
+        now, then = vars(self.module), self.attributes
+        changed = [name for name in {**then, **now} if name not in then or then[name] is not now.get(name)]
+        for name in changed:
+            now.pop(name, None)
+            if name in then:
+                now[name] = then[name]
+        for name, (buffer, value, version) in self.buffers.items():
+            if getattr(self.module, name) is not buffer or buffer._version != version:
+                setattr(self.module, name, buffer)
+                buffer.copy_(value)
+                changed.append(name)
+        return changed
+
+
+class Draws:
+    """The states of the generators of random numbers, to be given back."""
+
+    def __init__(self) -> None:
+        self.python, self.torch = random.getstate(), torch.get_rng_state()
+
+    def restore(self) -> bool:
+        """Whether anything had been drawn."""
+        drawn = random.getstate() != self.python or not torch.equal(torch.get_rng_state(), self.torch)
+        random.setstate(self.python)
+        torch.set_rng_state(self.torch)
+        return drawn
+
+
+def context() -> tuple[object, ...]:
+    """What decides how an operation runs, beside its arguments."""
+    casts = [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _devices()]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts
+
+
+@contextmanager
+def ambient(*, enabled: bool) -> Iterator[None]:
+    """Gradients and autocast on, or both off: a context that is entered inside shows against one of the two."""
+    with ExitStack() as contexts:
+        contexts.enter_context(torch.set_grad_enabled(enabled))
+        for device in _devices():
+            contexts.enter_context(torch.autocast(device, torch.float16, enabled=enabled))
+        yield
+
+
+@cache
+def _devices() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]

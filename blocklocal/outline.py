@@ -1,0 +1,102 @@
+"""The containers of a model that was cut. None is called any more, so that a change in one must not go unnoticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from blocklocal.graph import obstacle, trace
+
+
+class Outline:
+    """What the containers of `model` held when it was cut into `blocks`: the modules that are in no block themselves.
+
+    `check` is cheap and belongs at the beginning of each pass; `note` takes the containers as they are now.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        blocks = list(blocks)
+        inside = {module for block in blocks for module in block.modules()}
+        self.containers = {
+            name: module
+            for name, module in model.named_modules()
+            if module not in inside and not inside.isdisjoint(module.modules())
+        }
+        self.traced = bool(self.containers) and not set(blocks) <= set(model.modules())
+        self.note()
+
+    def note(self) -> None:
+        self.members = {name: _members(module) for name, module in self.containers.items()}
+        self.constants = {name: _constants(module) for name, module in self.containers.items()}
+        self.graph = self._graph()
+
+    def check(self) -> None:
+        """ValueError: a container has hooks, or other submodules, tensors or constants than when it was cut."""
+        for name, module in self.containers.items():
+            if found := obstacle(module):
+                raise ValueError(f"{_called(name)} {found}: build a new learner, cut outside it")
+            then, now = self.members[name], _members(module)
+            changed = [member for member in {**then, **now} if then.get(member) is not now.get(member)]
+            if changed:
+                raise ValueError(
+                    f"{_called(name)} has another {changed[0]!r} than when it was cut, and the blocks do not see it: "
+                    "build a new learner; change tensors in place, and move the learner, not the model"
+                )
+        constants = {name: _constants(module) for name, module in self.containers.items()}
+        if constants != self.constants:
+            if self._graph() != self.graph:
+                raise ValueError(f"{self._difference(constants)}, and the blocks do not see it: build a new learner")
+            self.constants = constants
+
+    def _graph(self) -> str:
+        """The graph as text, its constants among it; that of a chain which was not traced says nothing."""
+        if not self.traced:
+            return ""
+        return str(trace(self.containers[""], containers=frozenset(self.containers) - {""}).graph)
+
+    def _difference(self, constants: dict[str, dict[str, object]]) -> str:
+        for name, now in constants.items():
+            for constant, then in self.constants[name].items():
+                if now.get(constant) != then:
+                    return f"{constant!r} of {_called(name)} was {then!r} when it was cut"
+        return "the forward pass takes another course than when it was cut"
+
+
+def stand_ins(model: nn.Module, block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a block cut from `model` that are not the model's own: empty ones in place of its containers."""
+    return [(path, module) for path, module in block.named_modules() if module is not model.get_submodule(path)]
+
+
+def share(model: nn.Module, block: nn.Module) -> None:
+    """Let a block cut from `model` hold the parameters and buffers that the model's containers hold now.
+
+    A module is in its block itself. A container that was cut stands in a block as an empty module with the tensors
+    that the block reads, and these go their own way as soon as the container replaces its own.
+    """
+    for path, stand_in in stand_ins(model, block):
+        container = model.get_submodule(path)
+        for name, _ in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
+            setattr(stand_in, name, getattr(container, name))
+
+
+def adopt(model: nn.Module, block: nn.Module) -> None:
+    """Let the model's containers hold the parameters and buffers that a block cut from `model` holds now."""
+    for path, stand_in in stand_ins(model, block):
+        container = model.get_submodule(path)
+        for name, tensor in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:
+            setattr(container, name, tensor)
+
+
+def _members(module: nn.Module) -> dict[str, object]:
+    parts = (module.named_children(), module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return {name: value for part in parts for name, value in part}
+
+
+def _constants(module: nn.Module) -> dict[str, object]:
+    simple = bool | int | float | str
+    return {name: value for name, value in vars(module).items() if isinstance(value, simple) and name != "training"}
+
+
+def _called(name: str) -> str:
+    return repr(name) if name else "the model"
