@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blocklocal.arguments import passes
 from blocklocal.memory import MemoryTracker
 
 BorderLoss = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
@@ -76,7 +77,8 @@ def measure(
     segments = copy.deepcopy(list(segments))
     devices = [example.device] if example.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        outputs = _outputs(segments, example)
+        with passes(example, name="example", through="the model"):
+            outputs = _outputs(segments, example)
         costs = [_cost(segment, h, repetitions) for segment, h in zip(segments, [example, *outputs], strict=False)]
         borders: dict[torch.Size, Cost] = {}
         for h in outputs[:-1]:

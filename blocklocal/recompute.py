@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
+from blocklocal.arguments import require_module
+
 
 def recompute(module: nn.Module) -> None:
     """Make `module` keep its input alone for the backward pass, and run its forward pass again there; in place.
@@ -23,6 +25,7 @@ def recompute(module: nn.Module) -> None:
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)))
     >>> recompute(model[1])
     """
+    require_module(module, name="module")
     module.forward = partial(_run, module, module.forward)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from blocklocal.arguments import passes
 from blocklocal.feedback import Targets
 from blocklocal.graph import mode
 from blocklocal.messages import Criterion, Site
@@ -28,7 +29,8 @@ def survey(blocks: nn.ModuleList, example: Tensor | None, *, size: int) -> tuple
     with mode(blocks, training=False):
         for k, block in enumerate(blocks):
             before = h._version
-            output = block(h if k else h.clone())
+            with passes(h, name="example" if k == 0 else f"what block {k - 1} gives on example=", through=f"block {k}"):
+                output = block(h if k else h.clone())
             writes_input.append(k > 0 and (h._version != before or _drops_in_place(block)))
             if not isinstance(output, Tensor) or output.dim() < 2:
                 raise ValueError(f"block {k} gives {_describe(output)}: a block gives one tensor (B, ...) of features")

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from blocklocal.border import Border
+from blocklocal.feedback import share_feedback
 from blocklocal.learner import BlockLocal
 from blocklocal.pipeline.materialize import materialize
-from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers, sum_feedback
+from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers
 from blocklocal.pipeline.runtime import Inlet, Runtime
 from blocklocal.pipeline.schedule import Action, Placement, schedule
 from blocklocal.pipeline.stage import LocalStep, Stage, Travel
@@ -212,7 +213,7 @@ def _travel(learner: BlockLocal, message: torch.dtype | None) -> Travel:
 
 
 def _replicas(step: LocalStep, mesh: DeviceMesh, data_parallel: DataParallel) -> nn.Module:
-    sum_feedback(step, mesh.get_group())
+    share_feedback(step, mesh.get_group())
     return data_parallel(step, mesh)
 
 
