@@ -134,7 +134,7 @@ def module_of(model: Any, *, name: str = "model") -> nn.Module:
             require_module(module, name=f"{name}[{i}]")
         model = nn.Sequential(*model)
     if isinstance(model, nn.Sequential) and not len(model):
-        raise ValueError(f"{name} is empty: a chain has at least one module")
+        raise ValueError(f"{name} is empty: pass at least one module")
     return model
 
 

@@ -43,7 +43,8 @@ class Example:
         """ValueError: x is unlike the example, or unlike the block's parameters, which then is why the block failed."""
         own = next(block.parameters(), x)
         kinds = {self.dtype, own.dtype} if x.is_floating_point() else {self.dtype}
-        if x.shape[1:] == self.shape[1:] and {x.dtype} == kinds and x.device == own.device:
+        alike = x.shape[1:] == self.shape[1:] and {x.dtype} == kinds and x.device == own.device
+        if alike and not isinstance(error, IndexError):  # as of a token that an embedding does not have
             return
         with passes(x, name="x", through=f"block 0, whose example= had shape {self.shape} and {self.dtype}"):
             raise error
@@ -78,7 +79,7 @@ def check_batch(x: Tensor, y: Tensor, *, targets: Targets, example: Example | No
 
 
 def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> None:
-    """TypeError, ValueError: what cannot scale the losses of so many blocks, or step them."""
+    """TypeError, ValueError: what cannot scale the losses of this number of blocks, or step them."""
     require_factor(scale, name="scale")
     if scaler is not None:
         require(scaler, GradScaler, name="scaler", needed="pass a torch.amp.GradScaler")
@@ -95,3 +96,16 @@ def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> Non
             f"scale={scale} with optimizers=, which would step with scaled gradients: pass scaler= for mixed "
             "precision, or leave optimizers= out and step them after the last batch"
         )
+
+
+def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
+    """ValueError: an optimizer that steps a parameter of another block, whose gradient is not there yet or gone."""
+    owners = {id(parameter): k for k, own in enumerate(parameters) for parameter in own}
+    for k, optimizer in enumerate(optimizers):
+        for group in getattr(optimizer, "param_groups", ()):
+            for parameter in group["params"]:
+                if owners.get(id(parameter), k) != k:
+                    raise ValueError(
+                        f"optimizers[{k}] has a parameter of block {owners[id(parameter)]}: pass one optimizer per "
+                        "block, in the order of the blocks, made from learner.block_parameters(k)"
+                    )

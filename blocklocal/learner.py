@@ -27,7 +27,7 @@ from blocklocal.arguments import (
 from blocklocal.border import Border
 from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback, Targets, share_feedback
 from blocklocal.graph import mode
-from blocklocal.inputs import Example, check_batch, check_settings, check_steps
+from blocklocal.inputs import Example, check_batch, check_owners, check_settings, check_steps
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, spatial_mean
 from blocklocal.replicas import Group, processes
@@ -106,6 +106,7 @@ class BlockLocal(nn.Module):
         self.borders = nn.ModuleList(build(h, given[-1]) for h in given[:-1])
         for k, h in enumerate(given[:-1]):
             self._border(k).check(h[:2])
+        self._steppers: tuple[int, ...] = ()  # the optimizers that were looked at last
         self._example: Example | None = None
         if given and example is not None:
             self._example = Example(tuple(example.shape), dtype=example.dtype, prediction=tuple(given[-1].shape))
@@ -135,6 +136,7 @@ class BlockLocal(nn.Module):
     def exit(self, k: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Forward pass of block k: (prediction of exit k, output), from its input h."""
         k = self._index(k)
+        require_tensor(h, name="h")
         h = self._forward(k, h)
         return (h if k == len(self.borders) else self._border(k).predict(h)), h
 
@@ -173,6 +175,9 @@ class BlockLocal(nn.Module):
         self._check(x, y)
         self._check_replicas()
         check_steps(optimizers, scaler=scaler, scale=scale, blocks=len(self.blocks))
+        if optimizers is not None and self._steppers != (steppers := tuple(map(id, optimizers))):
+            check_owners(optimizers, [self.block_parameters(k) for k in range(len(self.blocks))])
+            self._steppers = steppers
         losses, h = [], x
         for k in range(len(self.blocks)):
             loss, h = self.local(k, h, y)

@@ -30,7 +30,7 @@ class LocalLoss:
         return WeightedSum(self.terms + other.terms)
 
     def __radd__(self, other: object) -> WeightedSum:
-        raise TypeError(f"{describe(other)} + a local loss: only terms add, such as bll.Predictive()")
+        raise TypeError(f"{describe(other)} + a local loss: pass a term, such as bll.Predictive()")
 
     def __mul__(self, weight: float) -> WeightedSum:
         require_number(weight, name="weight")

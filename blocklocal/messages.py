@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from blocklocal.arguments import describe, require_tensor
 from blocklocal.feedback import Targets
 
 Statistic = Callable[[Tensor], Tensor]
@@ -25,19 +26,28 @@ def spatial_mean(positions: Tensor) -> Tensor:
 
     A sum that is divided after, since the gradient of torch.mean is written out for every position.
     """
+    _require_positions(positions)
     total = positions.sum(2, dtype=torch.promote_types(positions.dtype, torch.float32))
     return (total / positions.shape[2]).to(positions.dtype)
 
 
 def spatial_max(positions: Tensor) -> Tensor:
     """Maximum over positions: (B, C, P) -> (B, C)."""
+    _require_positions(positions)
     return positions.amax(2)
 
 
 def spatial_std(positions: Tensor) -> Tensor:
     """Standard deviation over positions: (B, C, P) -> (B, C). Zero, with gradient zero, where there is one position."""
+    _require_positions(positions)
     variance = positions.var(2, correction=0)
     return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * (variance > 0)
+
+
+def _require_positions(positions: Tensor) -> None:
+    require_tensor(positions, name="positions")
+    if positions.dim() != 3:
+        raise ValueError(f"positions is {describe(positions)}: three dimensions (B, C, P) are needed")
 
 
 @dataclass(frozen=True)
