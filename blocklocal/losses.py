@@ -45,6 +45,10 @@ class WeightedSum(LocalLoss):
 
     weighted: tuple[tuple[float, Term], ...]
 
+    def __post_init__(self) -> None:
+        for weight, _ in self.weighted:
+            require_number(weight, name="weight")
+
     @property
     def terms(self) -> tuple[tuple[float, Term], ...]:
         return self.weighted
@@ -118,7 +122,7 @@ class Predictive(Term):
     head: str | Head | None = None
 
     def __post_init__(self) -> None:
-        if self.head is None or callable(self.head):
+        if self.head is None or (callable(self.head) and not isinstance(self.head, nn.Module)):
             return
         allowed = f"choose {', '.join(HEADS)}, or pass a function"
         require(self.head, str, name="head", needed=allowed)
@@ -130,7 +134,10 @@ class Predictive(Term):
             head: Head = ResidualHead if site.is_map else MLPHead
         else:
             head = self.head if callable(self.head) else HEADS[self.head]
-        module = head(site)
+        try:
+            module = head(site)
+        except TypeError as error:
+            raise TypeError(f"head cannot be made of a site ({error}): pass a function Site -> nn.Module") from error
         require(module, nn.Module, name="head: what it makes", needed="a function Site -> nn.Module is needed")
         return PredictiveTerm(module, site=site)
 
@@ -165,6 +172,11 @@ class SimilarityTerm(nn.Module):
         super().__init__()
         if site.tokens:
             raise ValueError("Similarity() compares samples: it does not apply to targets per token")
+        if site.targets.size < 2 or site.channels < 2:
+            raise ValueError(
+                f"Similarity() compares patterns, and there are {site.targets.size} targets and {site.channels} "
+                "channels: at least two of each are needed"
+            )
         self.targets = site.targets
         c = site.channels
         self.transform = nn.Conv2d(c, c, 3, padding=1, bias=False) if site.is_map else nn.Linear(c, c, bias=False)

@@ -293,7 +293,7 @@ def test_predictions_in_half_precision_are_compared_in_single() -> None:
     logits = torch.tensor([[8.0, 0.0, 0.0, 0.0]]).bfloat16()
     assert logits.softmax(-1).max() == 1.0  # rounded: it is 0.9990
     sure = nn.Sequential(nn.Identity(), nn.Identity())
-    certain = bll.BlockLocal(sure, **learned(torch.float32) | {"example": logits.float()}).eval()
+    certain = bll.BlockLocal(sure, classes=CLASSES, example=logits.float()).eval()
     certain.borders[0].get_submodule("terms.1").head = nn.Module()  # type: ignore[assignment]
     certain.borders[0].get_submodule("terms.1").head.forward = lambda message: message.h  # type: ignore[union-attr]
     left: list[int] = []

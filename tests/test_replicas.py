@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import blocklocal as bll
+from blocklocal.pipeline import Pipeline, balanced
 
 CLASSES = 4
 
@@ -19,7 +20,7 @@ CLASSES = 4
 def learner(*, labels: bool) -> bll.BlockLocal:
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 4)]
-    targets = {"classes": CLASSES} if labels else {"outputs": CLASSES, "criterion": nn.functional.mse_loss}
+    targets: dict = {"classes": CLASSES} if labels else {"outputs": CLASSES, "criterion": nn.functional.mse_loss}
     return bll.BlockLocal(blocks, example=torch.randn(2, 6), loss=bll.Variational() + bll.Predictive(), **targets)
 
 
@@ -134,6 +135,21 @@ def test_what_is_not_finite_on_one_process_counts_on_none(tmp_path: Path) -> Non
     for one in found:
         assert one["borders.0.feedback.second"].sum() == 12
         assert one["borders.0.feedback.weight"].isfinite().all()
+
+
+def place(rank: int) -> list[int]:
+    one = learner(labels=True)
+    one.share_feedback()  # which is of no use to a pipeline, and does not stop it
+    placement = balanced(one, *batch(0, labels=True, samples=8), ranks=2)
+    pipeline = Pipeline(one, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), placement=placement)
+    for losses in pipeline.train(batch(step, labels=True, samples=8) for step in range(3)):
+        assert losses.isfinite().all()
+    return list(placement.ranks)
+
+
+def test_a_pipeline_decides_for_itself_what_its_processes_share(tmp_path: Path) -> None:
+    first, second = processes.run(place, processes=2, folder=tmp_path)
+    assert first == second
 
 
 @pytest.mark.parametrize("group", ["world", 0, True, [0, 1]])

@@ -179,13 +179,23 @@ cases(NO_MODULE, lambda c, v: bll.recompute(v), names="module")
 # Losses, families, feedback.
 cases([*NOT_FINITE, *NOT_A_NUMBER, X], lambda c, v: bll.Variational() * v, names="weight")
 cases([math.nan, "2", None, True], lambda c, v: v * bll.BLL, names="weight")
+case(lambda c: 1e200 * (1e200 * bll.BLL), names="weight")
+case(lambda c: dense_of(1, model=[nn.Linear(6, 8), nn.Linear(8, 1)], loss=bll.Similarity()), names="Similarity")
+case(lambda c: make([nn.Linear(6, 1), nn.Linear(1, CLASSES)], loss=bll.Similarity()), names="Similarity")
 cases([3, None, "bll", bll.Predictive, 0], lambda c, v: bll.Variational() + v, names="local loss")
 cases([3, None, 0], lambda c, v: v + bll.Variational(), names="local loss")
 cases([None, "gaussian", bll.Gaussian, 1.0], lambda c, v: bll.Variational(family=v), names="family")
 cases([1, None, "yes"], lambda c, v: bll.Variational(fixed_posterior=v), names="fixed_posterior")
-cases(["fancy", 3, ["mlp"], "", True], lambda c, v: bll.Predictive(head=v), names="head")
+cases(["fancy", 3, ["mlp"], "", True, nn.Linear(8, 4)], lambda c, v: bll.Predictive(head=v), names="head")
 cases(
-    [lambda site: None, lambda site: "mlp", lambda site: Scores(3), lambda site: Scores(None)],
+    [
+        nn.Linear,
+        lambda: nn.Identity(),
+        lambda site: None,
+        lambda site: "mlp",
+        lambda site: Scores(3),
+        lambda site: Scores(None),
+    ],
     lambda c, v: make(loss=bll.Predictive(head=v)),
     names="head",
 )
@@ -246,8 +256,8 @@ def make_of(model: Any) -> bll.BlockLocal:
     return bll.BlockLocal(model, classes=CLASSES, example=X[:2])
 
 
-def dense_of(outputs: Any) -> bll.BlockLocal:
-    return make(classes=None, outputs=outputs, criterion=F.mse_loss)
+def dense_of(outputs: Any, **options) -> bll.BlockLocal:
+    return make(classes=None, outputs=outputs, criterion=F.mse_loss, **options)
 
 
 def net() -> nn.Sequential:

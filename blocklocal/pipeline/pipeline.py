@@ -75,9 +75,11 @@ class Pipeline:
         travel = _travel(learner, message)
         self.steps = [materialize(LocalStep(learner, k), device=self.device, seed=seed) for k in self.blocks]
         """The blocks of this rank with their borders."""
+        for step in self.steps:
+            share_feedback(step, False if replicas is None else replicas.get_group())
         self.stages = [
             Stage(
-                step if replicas is None else _replicas(step, replicas, data_parallel),
+                step if replicas is None else data_parallel(step, replicas),
                 k,
                 optimizer=_optimizer(optimizer, step),
                 travel=travel,
@@ -210,11 +212,6 @@ def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: i
 def _travel(learner: BlockLocal, message: torch.dtype | None) -> Travel:
     compute = next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return Travel(message=message or compute, compute=compute)
-
-
-def _replicas(step: LocalStep, mesh: DeviceMesh, data_parallel: DataParallel) -> nn.Module:
-    share_feedback(step, mesh.get_group())
-    return data_parallel(step, mesh)
 
 
 def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: LocalStep) -> Optimizer | None:
