@@ -106,6 +106,8 @@ class BlockLocal(nn.Module):
         self.borders = nn.ModuleList(build(h, given[-1]) for h in given[:-1])
         for k, h in enumerate(given[:-1]):
             self._border(k).check(h[:2])
+        if given and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
+            raise ValueError("criterion has parameters, which every border would train: pass one without")
         self._steppers: tuple[int, ...] = ()  # the optimizers that were looked at last
         self._example: Example | None = None
         if given and example is not None:
@@ -289,7 +291,9 @@ class BlockLocal(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLocal:
         self.model._apply(fn, recurse)
-        self.borders._apply(fn, recurse)
+        for name, child in self.named_children():  # the borders, and a criterion that is a module
+            if name != "blocks":
+                child._apply(fn, recurse)
         for block in self._traced():
             share(self.model, block)
         return self

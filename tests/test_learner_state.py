@@ -300,3 +300,25 @@ def test_predictions_in_half_precision_are_compared_in_single() -> None:
     certain.blocks[1].register_forward_hook(lambda *_: left.append(1))
     certain.predict(logits, confidence=0.9995)
     assert left
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_criterion_that_is_a_module_moves_along(blocks: int) -> None:
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, CLASSES))
+    example, y = torch.randn(8, 6), torch.arange(8) % CLASSES
+    learner = bll.BlockLocal(model, blocks=blocks, classes=CLASSES, example=example, criterion=criterion)
+    losses = learner.eval().backward(example, y)
+    assert_close(learner.double().backward(example.double(), y).float(), losses)
+
+
+def test_a_criterion_that_learns_is_refused() -> None:
+    class Scaled(nn.CrossEntropyLoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+    blocks = [nn.Linear(6, 8), nn.Linear(8, CLASSES)]
+    with pytest.raises(ValueError, match="criterion has parameters, which every border would train"):
+        bll.BlockLocal(blocks, **learned(torch.float32), criterion=Scaled())
+    bll.BlockLocal(nn.Linear(6, CLASSES), blocks=1, classes=CLASSES, criterion=Scaled())
