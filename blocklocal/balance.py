@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blocklocal.arguments import passes
 from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.memory import MemoryTracker
 
@@ -78,7 +79,8 @@ def measure(
     segments = copy.deepcopy(list(segments))
     devices = [example.device] if example.is_cuda else []
     with torch.random.fork_rng(devices=devices):
-        outputs, layouts = _outputs(segments, example)
+        with passes(example, name="example", through="the model"):
+            outputs, layouts = _outputs(segments, example)
         costs = [_cost(segment, h, repetitions) for segment, h in zip(segments, [example, *outputs], strict=False)]
         kinds: list[tuple[torch.Size, Layout | None]] = [
             (h.shape, layout) for h, layout in zip(outputs, layouts, strict=False)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from blocklocal.arguments import describe, passes, require_scalar
 from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback
+from blocklocal.graph import mode
 from blocklocal.losses import LocalLoss, PredictiveTerm, VariationalTerm
 from blocklocal.messages import Message, Site, Statistic
 
@@ -14,6 +16,7 @@ class Border(nn.Module):
     """The local loss at one border, with its feedback network and its prediction head.
 
     In training mode a closed-form feedback is fitted to the batch before its message is used: the E-step of the batch.
+    Where no gradients are recorded, as in torch.no_grad(), nothing learns: the feedback stays as it is.
     """
 
     def __init__(self, site: Site, *, loss: LocalLoss, feedback: Feedback, statistic: Statistic) -> None:
@@ -38,15 +41,26 @@ class Border(nn.Module):
     def parts(self, h: Tensor, y: Tensor) -> list[Tensor]:
         """The terms of the local loss, unweighted."""
         message = self.message(h)
-        rows = y.shape if self.site.targets.labels else y.shape[:-1]
-        if rows != message.alpha.shape[:-1]:
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}, and alpha at this border {tuple(message.alpha.shape)}: "
-                f"one target per {'token' if self.site.tokens else 'sample'} is needed"
-            )
-        if self.training and isinstance(self.feedback, LinearFeedback):
+        self.site.targets.match(y, message.alpha, what="alpha at this border")
+        if self.training and torch.is_grad_enabled() and isinstance(self.feedback, LinearFeedback):
             self.feedback.update(y, message.alpha.detach())
-        return [term(message, y) for term in self.terms]
+        parts = [term(message, y) for term in self.terms]
+        for term, part in zip(self.terms, parts, strict=True):
+            require_scalar(part, name=type(term).__name__)
+        return parts
+
+    @torch.no_grad()
+    def check(self, h: Tensor) -> None:
+        """ValueError: on an example of h, the statistic or a head does not give what it should."""
+        message, n = self.message(h), self.site.targets.size
+        rows = h.shape[:-1] if self.site.tokens else h.shape[:1]
+        with passes(h, name="h", through="statistic="):
+            _require_shape(message.statistics, (*rows, self.site.channels), name="statistic")
+        with mode(self, training=False):
+            for term in self.terms:
+                if isinstance(term, PredictiveTerm):
+                    with passes(h, name="h", through="head="):
+                        _require_shape(term.head(message), (*rows, n), name="head")
 
     def message(self, h: Tensor) -> Message:
         return Message(h, site=self.site, statistic=self.statistic, feedback=self.feedback)
@@ -65,20 +79,25 @@ class Border(nn.Module):
         Every loss term by its name, with its index where the name recurs; `agreement`: the mean cosine between alpha
         and beta over samples, both centred over the batch; `variance_ratio`: the variance of alpha between targets over
         that within them, from a least-squares fit of alpha to the targets of this batch, both centred. It goes to zero
-        where the block's output collapses.
+        where the block's output collapses. Agreement and ratio are those of the samples that are finite.
         """
-        alpha = self.message(h).alpha.flatten(0, -2)
+        parts, alpha = self.parts(h, y), self.message(h).alpha.flatten(0, -2)
+        targets = y.flatten() if self.site.targets.labels else y.flatten(0, -2)
+        finite = alpha.isfinite().all(1) & targets.view(len(alpha), -1).isfinite().all(1)
+        alpha, targets = alpha[finite], targets[finite]
+        beta = None if self.feedback is None else self.feedback(targets)
         floor = 1e-6 * alpha.square().sum(-1).mean()
         alpha = alpha - alpha.mean(0)
-        targets = y if self.site.targets.labels else y - y.to(alpha).flatten(0, -2).mean(0)
+        if not self.site.targets.labels:
+            targets = targets - targets.to(alpha).mean(0)
         fit = ClosedFormFeedback(ridge=1e-6, forgetting=0.0).build(self.site.targets, channels=alpha.shape[-1])
         fit.to(alpha).update(targets, alpha)
-        explained = fit(targets).flatten(0, -2)
+        explained = fit(targets)
         between, within = explained.square().sum(-1).mean(), (alpha - explained).square().sum(-1).mean()
-        beta = explained if self.feedback is None else self.feedback(y).flatten(0, -2)
+        beta = explained if beta is None else beta
         agreement = torch.cosine_similarity(alpha, beta - beta.mean(0), dim=-1).mean()
         ratio = between / (within + floor).clamp(min=1e-30)
-        found = (part.item() for part in (*self.parts(h, y), agreement, ratio))
+        found = (part.item() for part in (*parts, agreement, ratio))
         return dict(zip(self.diagnostics, found, strict=True))
 
     @property
@@ -87,3 +106,8 @@ class Border(nn.Module):
         names = [type(term).__name__.removesuffix("Term").lower() for term in self.terms]
         names = [name if names.count(name) == 1 else f"{name}{i}" for i, name in enumerate(names)]
         return [*names, "agreement", "variance_ratio"]
+
+
+def _require_shape(found: object, shape: tuple[int, ...], *, name: str) -> None:
+    if not isinstance(found, Tensor) or found.shape != shape:
+        raise ValueError(f"{name} gives {describe(found)}: a tensor of shape {shape} is needed")

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from blocklocal.arguments import require_number, require_whole
+
 CHUNK = 2**20  # numbers, 4 MiB in single precision
 
 
@@ -119,8 +121,7 @@ class Gaussian(GaussianNatural):
     variance: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.variance > 0:
-            raise ValueError(f"Gaussian(variance={self.variance}): the variance must be positive")
+        require_number(self.variance, name="variance", above=0)
 
     def natural(self, parameters: Tensor) -> Tensor:
         quadratic = torch.full_like(parameters, -0.5 / self.variance)
@@ -176,8 +177,7 @@ class Categorical(Family):
     categories: int
 
     def __post_init__(self) -> None:
-        if self.categories < 2:
-            raise ValueError(f"Categorical(categories={self.categories}): at least 2 categories are needed")
+        require_whole(self.categories, name="categories", least=2)
 
     def natural(self, parameters: Tensor) -> Tensor:
         return parameters.unflatten(-1, (_latents(parameters, self.categories, self), self.categories))

@@ -8,18 +8,25 @@ optimum over a mini-batch is ridge least squares from two sufficient statistics 
 with forgetting factor g and ridge r. The correction form pulls towards the present W instead of zero, so that
 directions which no target excites any more keep their weight; from W = 0 it is ordinary ridge regression. For one-hot
 labels S is diagonal and row c of W is the mean of alpha over class c; classes absent from a batch are left alone.
+
+A sample whose alpha or dense target is not finite does not count, nor one so large that sums of it would not be finite:
+no batch can spoil the feedback for those that follow. Statistics and weight are kept in single precision at least,
+whatever the dtype of the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from blocklocal.arguments import require_number, require_tensor, require_whole
+from blocklocal.replicas import Group, Replicas
 
 
 @dataclass(frozen=True)
@@ -29,20 +36,39 @@ class Targets:
     size: int
     labels: bool
 
+    def __post_init__(self) -> None:
+        require_whole(self.size, name="size", least=1)
+
     def check(self, y: Tensor) -> None:
-        """Raise a ValueError where y cannot be such targets. Values are looked at on the CPU only, where it is free."""
+        """ValueError: y cannot be such targets. Values are looked at on the CPU only, where it is free."""
+        require_tensor(y, name="y")
         if y.is_meta:
-            raise ValueError("y is on the meta device, where tensors have no values")
+            raise ValueError("y is on the meta device, where tensors have no values: pass targets on a real one")
+        if not y.numel():
+            raise ValueError(f"y has shape {tuple(y.shape)}: an empty batch has no loss, leave it out")
         if not self.labels:
             if y.shape[-1:] != (self.size,):
                 raise ValueError(f"y has shape {tuple(y.shape)}: dense targets need {self.size} in the last dimension")
+            if not y.is_floating_point():
+                raise ValueError(f"y has dtype {y.dtype}: dense targets are real numbers, pass y.float()")
             return
         if y.dtype != torch.int64:
             raise ValueError(
                 f"y has dtype {y.dtype}: labels are integers, pass y.long(); for dense targets pass outputs= instead"
             )
         if y.device.type == "cpu" and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.size:
-            raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}: allowed is 0 to {self.size - 1}")
+            raise ValueError(f"y: labels run from {int(y.min())} to {int(y.max())}: allowed is 0 to {self.size - 1}")
+
+    def match(self, y: Tensor, h: Tensor, *, what: str) -> None:
+        """ValueError: y has not one target for each vector of h (..., C), or is on another device."""
+        rows = y.shape if self.labels else y.shape[:-1]
+        if rows != h.shape[:-1]:
+            one = "token" if h.dim() > 2 else "sample"
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}, and {what} {tuple(h.shape)}: one target per {one} is needed"
+            )
+        if y.device != h.device:
+            raise ValueError(f"y is on {y.device}, and {what} on {h.device}: pass y.to({str(h.device)!r})")
 
 
 class Feedback(Protocol):
@@ -54,9 +80,9 @@ class Feedback(Protocol):
 class LinearFeedback(nn.Module):
     """Linear feedback at its closed-form optimum, for any targets. beta (..., C) from y.
 
-    `update(y, alpha)` moves the sufficient statistics and the weight on; no gradient ever reaches them. Where
-    `process_group` is set, the statistics of a batch are summed over that group, so that replicas hold the same
-    feedback.
+    `update(y, alpha)` moves the sufficient statistics and the weight on; no gradient ever reaches them. `replicas` are
+    the processes over which the statistics of a batch are summed, so that each holds the same feedback; None where
+    nobody has decided that yet, see `share_feedback`.
     """
 
     weight: Tensor
@@ -66,11 +92,12 @@ class LinearFeedback(nn.Module):
     def __init__(self, targets: Targets, *, channels: int, ridge: float, forgetting: float) -> None:
         super().__init__()
         self.targets, self.ridge, self.forgetting = targets, ridge, forgetting
-        self.process_group: dist.ProcessGroup | None = None
-        n = targets.size
-        self.register_buffer("weight", torch.zeros(n, channels))
-        self.register_buffer("second", torch.zeros(n) if targets.labels else torch.zeros(n, n))
-        self.register_buffer("cross", torch.zeros(n, channels))
+        self.replicas: Replicas | None = None
+        n, dtype = targets.size, _at_least_single(torch.get_default_dtype())
+        self.register_buffer("weight", torch.zeros(n, channels, dtype=dtype))
+        self.register_buffer("second", torch.zeros((n,) if targets.labels else (n, n), dtype=dtype))
+        self.register_buffer("cross", torch.zeros(n, channels, dtype=dtype))
+        self.register_load_state_dict_post_hook(_keep_single_precision)
 
     def reset_parameters(self) -> None:
         for buffer in self.buffers():
@@ -88,9 +115,8 @@ class LinearFeedback(nn.Module):
         dtype = torch.promote_types(alpha.dtype, self.weight.dtype)
         with torch.autocast(alpha.device.type, enabled=False):
             second, cross = self._statistics(y, alpha.flatten(0, -2).to(dtype))
-            if self.process_group is not None:
-                dist.all_reduce(second, group=self.process_group)
-                dist.all_reduce(cross, group=self.process_group)
+            if self.replicas is not None:
+                self.replicas.sum(second, cross)
             self.second.mul_(self.forgetting).add_(second)
             self.cross.mul_(self.forgetting).add_(cross)
             weight = self.weight.to(dtype)
@@ -100,17 +126,61 @@ class LinearFeedback(nn.Module):
                 self.weight.copy_(torch.where(second.unsqueeze(-1) > 0, fitted, weight))
             else:
                 gram = self.second.to(dtype)
-                ridge = self.ridge * torch.eye(len(gram), dtype=dtype, device=gram.device)
+                lost = torch.finfo(dtype).eps * gram.trace()  # a smaller ridge is lost to rounding
+                ridge = lost.clamp(min=self.ridge) * torch.eye(len(gram), dtype=dtype, device=gram.device)
                 self.weight.copy_(weight + torch.linalg.solve_ex(gram + ridge, self.cross - gram @ weight).result)
 
     def _statistics(self, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Y'Y (its diagonal for labels) and Y'A of a batch with alpha (M, C)."""
-        if self.targets.labels:
-            y, n = y.flatten(), self.targets.size
-            second = alpha.new_zeros(n).index_add_(0, y, torch.ones_like(alpha[:, 0]))
-            return second, alpha.new_zeros(n, alpha.shape[1]).index_add_(0, y, alpha)
-        dense = y.flatten(0, -2).to(alpha.dtype)
-        return dense.T @ dense, dense.T @ alpha
+        """Y'Y (its diagonal for labels) and Y'A over the samples that count of a batch with alpha (M, C)."""
+        y = y.flatten() if self.targets.labels else y.flatten(0, -2).to(alpha.dtype)
+        if alpha.is_cpu:  # where asking takes no time: on a GPU it would wait for the device
+            sums = self._sums(y, alpha, weights=torch.ones_like(alpha[:, 0]))
+            if all(_summable(total.flatten()) for total in sums):
+                return sums
+        counts = _summable(alpha)
+        if not self.targets.labels:
+            counts &= _summable(y)
+            y = torch.where(counts.unsqueeze(1), y, 0.0)
+        alpha = torch.where(counts.unsqueeze(1), alpha, 0.0)
+        return self._sums(y, alpha, weights=counts.to(alpha.dtype))
+
+    def _sums(self, y: Tensor, alpha: Tensor, *, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.targets.labels:
+            return y.T @ y, y.T @ alpha
+        n = self.targets.size
+        second = alpha.new_zeros(n).index_add_(0, y, weights)
+        return second, alpha.new_zeros(n, alpha.shape[1]).index_add_(0, y, alpha)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearFeedback:
+        def convert(tensor: Tensor) -> Tensor:
+            converted = fn(tensor)
+            dtype = _at_least_single(converted.dtype)
+            return converted if converted.dtype == dtype else tensor.to(converted.device, dtype)
+
+        return super()._apply(convert, recurse)
+
+
+def share_feedback(module: nn.Module, group: Group) -> None:
+    """Fit each closed-form feedback inside `module` to the batches of all these processes."""
+    for part in module.modules():
+        if isinstance(part, LinearFeedback):
+            part.replicas = Replicas(group)
+
+
+def _at_least_single(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _keep_single_precision(feedback: nn.Module, incompatible_keys: object) -> None:
+    """After load_state_dict(assign=True), which takes tensors over as they are."""
+    for name, buffer in feedback.named_buffers():
+        setattr(feedback, name, buffer.to(_at_least_single(buffer.dtype)))
+
+
+def _summable(rows: Tensor) -> Tensor:
+    """Of each row whether sums of it and of its products stay finite: no nan, infinity or immense number."""
+    immense = torch.finfo(rows.dtype).max ** 0.4  # 2.6e15 in single precision
+    return torch.linalg.vector_norm(rows, dim=-1) < immense
 
 
 @dataclass(frozen=True)
@@ -125,10 +195,8 @@ class ClosedFormFeedback:
     forgetting: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise ValueError(f"ClosedFormFeedback(ridge={self.ridge}): the ridge must be positive")
-        if not 0 <= self.forgetting < 1:
-            raise ValueError(f"ClosedFormFeedback(forgetting={self.forgetting}): allowed is 0 <= forgetting < 1")
+        require_number(self.ridge, name="ridge", above=0)
+        require_number(self.forgetting, name="forgetting", least=0, below=1)
 
     def build(self, targets: Targets, *, channels: int) -> LinearFeedback:
         return LinearFeedback(targets, channels=channels, ridge=self.ridge, forgetting=self.forgetting)
@@ -153,14 +221,18 @@ class FeedbackNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class GradientFeedback:
-    """Feedback of `depth` linear layers, ReLU between them, `width` wide inside, stepped by the optimizer."""
+    """Feedback of `depth` linear layers, ReLU between them, `width` wide inside, stepped by the optimizer.
+
+    Its parameters are the optimizer's: a batch with nan moves them as it does those of the model, unless a GradScaler
+    skips the step.
+    """
 
     depth: int = 2
     width: int = 256
 
     def __post_init__(self) -> None:
-        if self.depth < 1 or self.width < 1:
-            raise ValueError(f"GradientFeedback(depth={self.depth}, width={self.width}): both must be at least 1")
+        require_whole(self.depth, name="depth", least=1)
+        require_whole(self.width, name="width", least=1)
 
     def build(self, targets: Targets, *, channels: int) -> FeedbackNetwork:
         return FeedbackNetwork(targets, channels=channels, depth=self.depth, width=self.width)

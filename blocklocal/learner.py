@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,16 +11,29 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from blocklocal.arguments import (
+    module_of,
+    require,
+    require_function,
+    require_gradients,
+    require_number,
+    require_scalar,
+    require_tensor,
+    require_whole,
+)
 from blocklocal.border import Border
-from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets
+from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback, Targets, share_feedback
 from blocklocal.graph import mode
+from blocklocal.inputs import Example, check_batch, check_owners, check_settings, check_steps
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
+from blocklocal.replicas import Group, processes
 from blocklocal.split import split
 from blocklocal.survey import check_prediction, site_of, survey
 
@@ -30,6 +44,11 @@ class CollapseWarning(UserWarning):
 
 def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy in nats of logits (B, n) or per token (B, T, n) at labels (B,) or (B, T)."""
+    if y.shape != prediction.shape[:-1]:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, and the prediction {tuple(prediction.shape)}: one label for each of its "
+            "vectors is needed"
+        )
     return F.cross_entropy(prediction.flatten(0, -2), y.flatten())
 
 
@@ -68,30 +87,27 @@ class BlockLocal(nn.Module):
         layout: Layout | Sequence[Layout] | None = None,
     ) -> None:
         super().__init__()
+        model = module_of(model)
         self.targets = _targets(classes, outputs)
         if criterion is None:
             if not self.targets.labels:
                 raise ValueError("dense targets have no loss of their own: pass criterion=, such as mse_loss")
             criterion = cross_entropy
+        check_settings(loss=loss, feedback=feedback, statistic=statistic, criterion=criterion, example=example)
         self.criterion: Criterion = criterion
-        if not isinstance(model, nn.Module):
-            model = nn.Sequential(*model)
         self._model = (model,)  # in a tuple, since its modules are registered as blocks
 
         if blocks is not None and layout is not None and not isinstance(layout, str):
             raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
 
+        def build(h: Tensor, prediction: Tensor, layout: Layout | None) -> Border:
+            site = site_of(h, layout=layout, prediction=prediction, targets=self.targets, criterion=self.criterion)
+            return Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
+
         def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
             (chosen,) = given_layouts(layout, borders=1)
-            site = site_of(
-                h,
-                layout=chosen or found,
-                prediction=prediction,
-                targets=self.targets,
-                criterion=self.criterion,
-            )
             y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
-            trial = Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
+            trial = build(h, prediction, chosen or found)
             return lambda h: trial(h, y)
 
         self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
@@ -100,20 +116,18 @@ class BlockLocal(nn.Module):
         self._writes_input = seen.writes_input
         layouts = given_layouts(layout, borders=len(self.blocks) - 1)
         self.borders = nn.ModuleList(
-            Border(
-                site_of(
-                    h,
-                    layout=chosen or found,
-                    prediction=seen.outputs[-1],
-                    targets=self.targets,
-                    criterion=self.criterion,
-                ),
-                loss=loss,
-                feedback=feedback,
-                statistic=statistic,
-            ).to(h)
+            build(h, seen.outputs[-1], chosen or found)
             for h, chosen, found in zip(seen.outputs, layouts, seen.layouts, strict=False)
         )
+        for k, h in enumerate(seen.outputs[:-1]):
+            if not h.is_meta:
+                self._border(k).check(h[:2])
+        if self.borders and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
+            raise ValueError("criterion has parameters, which every border would train: pass one without")
+        self._steppers: tuple[int, ...] = ()  # the optimizers that were looked at last
+        self._example: Example | None = None
+        if self.borders and example is not None:
+            self._example = Example(tuple(example.shape), dtype=example.dtype, prediction=tuple(seen.outputs[-1].shape))
 
     @property
     def model(self) -> nn.Module:
@@ -125,20 +139,35 @@ class BlockLocal(nn.Module):
 
         The output is what the next block reads; that of the last block is the prediction.
         """
+        k = self._index(k)
+        require_tensor(h, name="h")
+        require_tensor(y, name="y")
         h = self._forward(k, h)
-        if k == len(self.borders):
-            check_prediction(h, size=self.targets.size)
-        loss = self.criterion(h, y) if k == len(self.borders) else self.borders[k](h, y)
+        if k < len(self.borders):
+            return self.borders[k](h, y), h.detach()
+        check_prediction(h, size=self.targets.size)
+        if self.borders:
+            self.targets.match(y, h, what="the prediction")
+        loss = self.criterion(h, y)
+        require_scalar(loss, name="criterion")
         return loss, h.detach()
 
     def exit(self, k: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Forward pass of block k: (prediction of exit k, output), from its input h."""
+        k = self._index(k)
+        require_tensor(h, name="h")
         h = self._forward(k, h)
         return (h if k == len(self.borders) else self._border(k).predict(h)), h
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """The local losses, with all graphs alive: the backward pass of their sum gives each block its own gradient."""
-        self.targets.check(y)
+        """The local losses, with all graphs alive: the backward pass of their sum gives each block its own gradient.
+
+        In training mode closed-form feedback is fitted to the batch, unless no gradients are recorded: a loss for
+        validation, in torch.no_grad(), leaves the feedback as it is in either mode.
+        """
+        self._check(x, y)
+        if torch.is_grad_enabled():
+            self._check_replicas()
         losses, h = [], x
         for k in range(len(self.blocks)):
             loss, h = self.local(k, h, y)
@@ -152,31 +181,58 @@ class BlockLocal(nn.Module):
         *,
         scale: float | Tensor = 1.0,
         optimizers: Sequence[Optimizer] | None = None,
+        scaler: GradScaler | None = None,
     ) -> Tensor:
         """One step's gradients, block after block, with the graph of one block alive at a time (Fig. 2).
 
-        Gradients of scale * loss add to those that are there: scale=1/n accumulates n batches, and a GradScaler's
-        scale goes here. optimizers: one per block; each is stepped and its gradients are freed directly after its
-        block's backward. Returns the local losses (K,), detached.
+        Gradients of scale * loss add to those that are there: scale=1/n accumulates n batches. optimizers: one per
+        block; each is stepped and its gradients are freed directly after its block's backward. scaler: scales every
+        local loss, and steps the optimizers; after the batch call its update(), which this does not. Returns the local
+        losses (K,), detached and unscaled.
         """
-        self.targets.check(y)
-        if optimizers is not None and len(optimizers) != len(self.blocks):
-            raise ValueError(f"{len(optimizers)} optimizers for {len(self.blocks)} blocks: pass one per block")
+        require_gradients("backward")
+        self._check(x, y)
+        self._check_replicas()
+        check_steps(optimizers, scaler=scaler, scale=scale, blocks=len(self.blocks))
+        if optimizers is not None and self._steppers != (steppers := tuple(map(id, optimizers))):
+            check_owners(optimizers, [self.block_parameters(k) for k in range(len(self.blocks))])
+            self._steppers = steppers
         losses, h = [], x
         for k in range(len(self.blocks)):
             loss, h = self.local(k, h, y)
-            if loss.requires_grad:  # else everything that it could move is frozen
+            learns = self._learns(k, loss)
+            if learns:
                 with torch.autocast(loss.device.type, enabled=False):
-                    (loss * scale).backward()
+                    scaled = loss * scale
+                    (scaled if scaler is None else scaler.scale(scaled)).backward()
+                    del scaled
             losses.append(loss.detach())
             del loss
             if optimizers is not None:
-                optimizers[k].step()
+                if scaler is None:
+                    optimizers[k].step()
+                elif learns:
+                    scaler.step(optimizers[k])
                 optimizers[k].zero_grad(set_to_none=True)
         return torch.stack(losses)
 
+    def share_feedback(self, group: Group = None) -> None:
+        """Fit closed-form feedback to the batches of several processes that train this learner together.
+
+        Each process has its share of every batch, as with DDP: the feedback is then that of the whole batch, the same
+        in all of them. group: a process group, or None for all processes. Call it on every process, before training and
+        before or after the groups are there; every process then goes through the same number of batches. False: this
+        learner is trained by this process alone, whatever the others do.
+        """
+        allowed = "pass a process group, None for all processes, or False for a learner of this process alone"
+        if group is not None and group is not False:
+            kind = torch.distributed.ProcessGroup if torch.distributed.is_available() else ()
+            require(group, kind, name="group", needed=allowed)
+        share_feedback(self, group)
+
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The parameters that learn from local loss k: those of block k and of its border."""
+        k = self._index(k)
         return [
             *self.blocks[k].parameters(),
             *(p for border in self.borders[k : k + 1] for p in border.parameters()),
@@ -185,6 +241,7 @@ class BlockLocal(nn.Module):
     @torch.no_grad()
     def exits(self, x: Tensor) -> list[Tensor]:
         """The predictions of all K exits: those at the borders, then the model's."""
+        require_tensor(x, name="x")
         predictions, h = [], x
         for k in range(len(self.blocks)):
             prediction, h = self.exit(k, h)
@@ -198,24 +255,27 @@ class BlockLocal(nn.Module):
         """The prediction (B, n) of the last block, without gradient.
 
         exit=k: that of exit k, 0 to K-1, running no later block. exit="all": the mean over exits, of
-        log-probabilities for labels. confidence: each sample leaves at the first exit whose largest class probability
-        reaches it.
+        log-probabilities for labels, at least in single precision. confidence: each sample leaves at the first exit
+        whose largest class probability reaches it.
         """
+        require_tensor(x, name="x")
         last = len(self.blocks) - 1
         if confidence is not None:
             if exit is not None or not self.targets.labels:
                 raise ValueError(
                     "confidence= chooses the exit by class probability: pass no exit=, and only with labels"
                 )
+            require_number(confidence, name="confidence", above=0, most=1)
             return self._predict_confident(x, confidence=confidence)
-        if exit == "all":
-            exits = self.exits(x)
+        if isinstance(exit, str) and exit == "all":
+            exits = [_at_least_single(prediction) for prediction in self.exits(x)]
             if self.targets.labels:
                 exits = [prediction.log_softmax(-1) for prediction in exits]
             return torch.stack(exits).mean(0)
-        k = last if exit is None else exit
-        if not isinstance(k, int) or not 0 <= k <= last:
-            raise ValueError(f'exit={exit!r}: choose a block 0 to {last} or "all"')
+        try:
+            k = last if exit is None else require_whole(exit, name="exit", least=0, most=last)
+        except (TypeError, ValueError):
+            raise ValueError(f'exit={exit!r}: choose a block 0 to {last} or "all"') from None
         h = x
         for j in range(k):
             h = self._forward(j, h)
@@ -224,7 +284,7 @@ class BlockLocal(nn.Module):
     @torch.no_grad()
     def diagnose(self, x: Tensor, y: Tensor) -> list[dict[str, float]]:
         """What a batch shows of each border, in evaluation mode: see `Border.diagnose`. Warns of a collapsed block."""
-        self.targets.check(y)
+        self._check(x, y)
         reports, h = [], x
         with mode(self, training=False):
             for k in range(len(self.borders)):
@@ -235,6 +295,8 @@ class BlockLocal(nn.Module):
 
     def compile(self, *, backend: str | Callable = "inductor", dynamic: bool | None = None) -> None:
         """Compile each block with torch.compile, in place."""
+        if not isinstance(backend, str):
+            require_function(backend, name="backend", needed="pass the name of a backend or a function")
         for block in self.blocks:
             if type(block).__module__.startswith("torch.nn."):  # torch.compile passes over code of torch.nn itself
                 block.forward = partial(_call, block.forward)
@@ -247,7 +309,9 @@ class BlockLocal(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLocal:
         self._outline.check()
         self.model._apply(fn, recurse)
-        self.borders._apply(fn, recurse)
+        for name, child in self.named_children():  # the borders, and a criterion that is a module
+            if name != "blocks":
+                child._apply(fn, recurse)
         for block in self._traced():
             share(self.model, block)
         self._outline.note()
@@ -271,11 +335,38 @@ class BlockLocal(nn.Module):
         assert isinstance(border, Border)
         return border
 
+    def _index(self, k: int) -> int:
+        return require_whole(k, name="k", least=0, most=len(self.blocks) - 1)
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        check_batch(x, y, targets=self.targets, example=self._example)
+
+    def _check_replicas(self) -> None:
+        """ValueError: several processes, and nobody has said what they share."""
+        if not self.training or processes() == 1:
+            return
+        feedback = [border.feedback for border in self.borders]
+        if any(isinstance(one, LinearFeedback) and one.replicas is None for one in feedback):
+            raise ValueError(
+                f"{processes()} processes train, and each would fit its feedback to its own share of a batch alone: "
+                "call learner.share_feedback() where they train one learner together, as with DDP, and "
+                "learner.share_feedback(False) where each has a learner of its own"
+            )
+
+    def _learns(self, k: int, loss: Tensor) -> bool:
+        """Whether loss k has a gradient; it has none where everything that it could move is frozen."""
+        if not loss.requires_grad and any(parameter.requires_grad for parameter in self.block_parameters(k)):
+            raise ValueError(
+                f"the loss of block {k} depends on none of its parameters: is criterion= differentiable, and does the "
+                "block keep the graph?"
+            )
+        return loss.requires_grad
+
     def _forward(self, k: int, h: Tensor) -> Tensor:
         if k == 0:
             self._outline.check()
         if h.is_meta:
-            raise ValueError("the input is on the meta device, where tensors have no values")
+            raise ValueError("x is on the meta device, where tensors have no values: pass inputs on a real one")
         if any(parameter.is_meta for parameter in islice(self.blocks[k].parameters(), 1)):
             raise ValueError(
                 f"block {k} is on the meta device, where nothing is computed: give it memory with to_empty(device=...) "
@@ -284,14 +375,20 @@ class BlockLocal(nn.Module):
         torch.clear_autocast_cache()  # of weights as they were before an optimizer step, or cast without a graph
         if k > 0:
             h = dense(h)  # as it travels from one process to another: strides decide the last bits of what follows
-        return self.blocks[k](h.clone() if self._writes_input[k] else h)
+        try:
+            return self.blocks[k](h.clone() if self._writes_input[k] else h)
+        except (RuntimeError, IndexError, TypeError) as error:
+            if k == 0 and self._example is not None:
+                self._example.explain(h, error, block=self.blocks[0])
+            raise
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:
         h, waiting, decided = x, torch.arange(len(x), device=x.device), None
         for k in range(len(self.blocks)):
             logits, h = self.exit(k, h)
             decided = logits.clone() if decided is None else decided.index_copy(0, waiting, logits.to(decided.dtype))
-            least = logits.softmax(-1).amax(-1, keepdim=True).flatten(1).amin(1)  # over a sample's tokens
+            surest = _at_least_single(logits).softmax(-1).amax(-1, keepdim=True)
+            least = surest.flatten(1).amin(1)  # over a sample's tokens
             stays = least < confidence
             h, waiting = h[stays], waiting[stays]
             if not len(waiting):
@@ -303,10 +400,13 @@ class BlockLocal(nn.Module):
 def warn_of_collapse(reports: Sequence[dict[str, float]]) -> None:
     """A CollapseWarning for each border whose report, see `Border.diagnose`, shows that its block has collapsed."""
     for k, report in enumerate(reports):
-        if not report["variance_ratio"] > 1e-3:
+        ratio = report["variance_ratio"]
+        if math.isnan(ratio):
+            warnings.warn(f"block {k} gives no finite number for any sample", CollapseWarning, stacklevel=3)
+        elif not ratio > 1e-3:
             warnings.warn(
                 f"block {k} has collapsed: its output no longer tells the targets apart "
-                f"(variance ratio {report['variance_ratio']:.1e}); raise the weight of bll.Predictive()",
+                f"(variance ratio {ratio:.1e}); raise the weight of bll.Predictive()",
                 CollapseWarning,
                 stacklevel=3,
             )
@@ -315,12 +415,15 @@ def warn_of_collapse(reports: Sequence[dict[str, float]]) -> None:
 def _targets(classes: int | None, outputs: int | None) -> Targets:
     if (classes is None) == (outputs is None):
         raise ValueError("pass either classes= (integer labels) or outputs= (dense targets)")
-    size = classes if classes is not None else outputs
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{'classes' if classes is not None else 'outputs'}={size!r}: a positive integer is needed")
-    if classes == 1:
-        raise ValueError("classes=1: with one class there is nothing to tell apart; pass at least 2")
-    return Targets(size, labels=classes is not None)
+    if classes is not None:
+        if require_whole(classes, name="classes", least=1) == 1:
+            raise ValueError("classes=1: with one class there is nothing to tell apart; pass at least 2")
+        return Targets(int(classes), labels=True)
+    return Targets(require_whole(outputs, name="outputs", least=1), labels=False)
+
+
+def _at_least_single(prediction: Tensor) -> Tensor:
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
 
 def _call(forward: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blocklocal.arguments import describe, require, require_number, require_scalar
 from blocklocal.families import Family, Gaussian
 from blocklocal.heads import HEADS, Head, LinearHead, MLPHead, ResidualHead
 from blocklocal.messages import Message, Site, spatial_std
@@ -25,9 +26,14 @@ class LocalLoss:
         raise NotImplementedError
 
     def __add__(self, other: LocalLoss) -> WeightedSum:
+        require(other, LocalLoss, name="the term added to a local loss", needed="pass a term, such as bll.Predictive()")
         return WeightedSum(self.terms + other.terms)
 
+    def __radd__(self, other: object) -> WeightedSum:
+        raise TypeError(f"{describe(other)} + a local loss: pass a term, such as bll.Predictive()")
+
     def __mul__(self, weight: float) -> WeightedSum:
+        require_number(weight, name="weight")
         return WeightedSum(tuple((weight * w, term) for w, term in self.terms))
 
     __rmul__ = __mul__
@@ -38,6 +44,10 @@ class WeightedSum(LocalLoss):
     """A sum of weighted terms."""
 
     weighted: tuple[tuple[float, Term], ...]
+
+    def __post_init__(self) -> None:
+        for weight, _ in self.weighted:
+            require_number(weight, name="weight")
 
     @property
     def terms(self) -> tuple[tuple[float, Term], ...]:
@@ -73,6 +83,10 @@ class Variational(Term):
     family: Family = field(default_factory=Gaussian)
     fixed_posterior: bool = False
 
+    def __post_init__(self) -> None:
+        require(self.family, Family, name="family", needed="pass a family, such as bll.Gaussian()")
+        require(self.fixed_posterior, bool, name="fixed_posterior", needed="pass True or False")
+
     def build(self, site: Site) -> nn.Module:
         self.family.natural(torch.zeros(1, site.channels))  # refuses channels that do not fit
         return VariationalTerm(self)
@@ -107,16 +121,25 @@ class Predictive(Term):
 
     head: str | Head | None = None
 
+    def __post_init__(self) -> None:
+        if self.head is None or (callable(self.head) and not isinstance(self.head, nn.Module)):
+            return
+        allowed = f"choose {', '.join(HEADS)}, or pass a function"
+        require(self.head, str, name="head", needed=allowed)
+        if self.head not in HEADS:
+            raise ValueError(f"head={self.head!r} is unknown: {allowed}")
+
     def build(self, site: Site) -> PredictiveTerm:
         if self.head is None:
             head: Head = ResidualHead if site.is_map else MLPHead
-        elif callable(self.head):
-            head = self.head
-        elif self.head in HEADS:
-            head = HEADS[self.head]
         else:
-            raise ValueError(f"head={self.head!r} is unknown: choose {', '.join(HEADS)}, or pass a function")
-        return PredictiveTerm(head(site), site=site)
+            head = self.head if callable(self.head) else HEADS[self.head]
+        try:
+            module = head(site)
+        except TypeError as error:
+            raise TypeError(f"head cannot be made of a site ({error}): pass a function Site -> nn.Module") from error
+        require(module, nn.Module, name="head: what it makes", needed="a function Site -> nn.Module is needed")
+        return PredictiveTerm(module, site=site)
 
 
 class PredictiveTerm(nn.Module):
@@ -125,7 +148,9 @@ class PredictiveTerm(nn.Module):
         self.head, self.criterion = head, site.criterion
 
     def forward(self, message: Message, y: Tensor) -> Tensor:
-        return self.criterion(self.head(message), y)
+        loss = self.criterion(self.head(message), y)
+        require_scalar(loss, name="criterion")
+        return loss
 
 
 @dataclass(frozen=True)
@@ -147,6 +172,11 @@ class SimilarityTerm(nn.Module):
         super().__init__()
         if site.tokens:
             raise ValueError("Similarity() compares samples: it does not apply to targets per token")
+        if site.targets.size < 2 or site.channels < 2:
+            raise ValueError(
+                f"Similarity() compares patterns, and there are {site.targets.size} targets and {site.channels} "
+                "channels: at least two of each are needed"
+            )
         self.targets = site.targets
         c = site.channels
         self.transform = nn.Conv2d(c, c, 3, padding=1, bias=False) if site.is_map else nn.Linear(c, c, bias=False)

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from blocklocal.arguments import describe, require_tensor
 from blocklocal.feedback import Targets
 from blocklocal.layout import Layout
 
@@ -26,17 +27,20 @@ def spatial_mean(positions: Tensor) -> Tensor:
 
     A sum that is divided after, since the gradient of torch.mean is written out for every position.
     """
+    _require_positions(positions)
     total = positions.sum(2, dtype=torch.promote_types(positions.dtype, torch.float32))
     return (total / positions.shape[2]).to(positions.dtype)
 
 
 def spatial_max(positions: Tensor) -> Tensor:
     """Maximum over positions: (B, C, P) -> (B, C)."""
+    _require_positions(positions)
     return positions.amax(2)
 
 
 def spatial_std(positions: Tensor) -> Tensor:
     """Standard deviation over positions: (B, C, P) -> (B, C). Zero, with gradient zero, where there is one position."""
+    _require_positions(positions)
     variance = positions.var(2, correction=0)
     return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * (variance > 0)
 
@@ -49,6 +53,12 @@ def memory_order(h: Tensor) -> tuple[int, ...]:
 def dense(h: Tensor) -> Tensor:
     """h, or a contiguous copy where it does not fill its memory (a slice, an expanded tensor)."""
     return h if h.permute(memory_order(h)).is_contiguous() else h.contiguous()
+
+
+def _require_positions(positions: Tensor) -> None:
+    require_tensor(positions, name="positions")
+    if positions.dim() != 3:
+        raise ValueError(f"positions is {describe(positions)}: three dimensions (B, C, P) are needed")
 
 
 @dataclass(frozen=True)

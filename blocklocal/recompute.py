@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from blocklocal.arguments import require_module
+
 NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -33,6 +35,7 @@ def recompute(module: nn.Module) -> None:
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)))
     >>> recompute(model[1])
     """
+    require_module(module, name="module")
     if not is_recomputed(module):
         module.forward = partial(_run, module, module.forward)
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, fx, nn
 
+from blocklocal.arguments import module_of, require, require_choice, require_tensor, require_whole
 from blocklocal.balance import BorderLoss, Profile, measure, partition
 from blocklocal.graph import Trace, crossing, expand, obstacle, trace
 from blocklocal.outline import stand_ins
@@ -36,12 +37,18 @@ def split(
     >>> [name for name, _ in chain[1].named_parameters()]
     ['2.weight', '2.bias']
     """
+    model = module_of(model)
     if at is not None and blocks is not None:
         raise ValueError("at= and blocks= both say where to cut: pass one of them")
     if isinstance(at, str):
         raise ValueError(f"at={at!r}: pass a list of submodules, at=[{at!r}]")
-    if not isinstance(model, nn.Module):
-        model = nn.Sequential(*model)
+    if at is not None:
+        require(at, Sequence, name="at", needed="pass a list of names of submodules")
+        for i, name in enumerate(at):
+            require(name, str, name=f"at[{i}]", needed="pass the name of a submodule")
+    require_choice(balance, ("time", "memory"), name="balance")
+    if example is not None:
+        require_tensor(example, name="example")
     if at is not None:
         return cut(model, at=at)
     if blocks is None:
@@ -50,12 +57,9 @@ def split(
                 raise ValueError(f"{type(model).__name__} {found}: pass a list of modules")
             return _checked(model)
         raise ValueError(f"where to cut {type(model).__name__}? Pass at=[submodules] or blocks=K")
-    if blocks < 1:
-        raise ValueError(f"blocks={blocks}: a chain has at least one block")
+    blocks = require_whole(blocks, name="blocks", least=1)
     if blocks == 1:
         return nn.Sequential(model)
-    if balance not in ("time", "memory"):
-        raise ValueError(f'balance={balance!r}: choose "time" or "memory"')
     if example is None:
         raise ValueError("blocks=K measures the model: pass example=, a batch of its input")
     if any(tensor.is_meta for tensor in (example, *model.parameters(), *model.buffers())):

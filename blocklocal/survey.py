@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blocklocal.arguments import passes
 from blocklocal.feedback import Targets
 from blocklocal.graph import mode
 from blocklocal.layout import Layout, Reading, find_layouts
@@ -45,7 +46,8 @@ def survey(model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, s
     with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
         for k, block in enumerate(blocks):
             before = h._version
-            with Reading(h) as reading, torch.enable_grad():
+            name = "example" if k == 0 else f"what block {k - 1} gives on example="
+            with passes(h, name=name, through=f"block {k}"), Reading(h) as reading, torch.enable_grad():
                 output = block(h)
             writes_input.append(k > 0 and (h._version != before or _drops_in_place(block)))
             if not isinstance(output, Tensor) or output.dim() < 2:

@@ -20,6 +20,7 @@ class BlockLocalModule(lightning.LightningModule):
     def __init__(self, model: nn.Module, **options) -> None:
         super().__init__()
         self.learner = bll.BlockLocal(model, **options)
+        self.learner.share_feedback()  # with the processes of strategy="ddp", where there are several
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         losses = self.learner(*batch)

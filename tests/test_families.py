@@ -205,11 +205,11 @@ def test_leading_dimensions_are_kept() -> None:
 
 
 def test_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Gaussian\(variance=0.0\): the variance must be positive"):
+    with pytest.raises(ValueError, match=r"variance=0.0: .* variance > 0"):
         bll.Gaussian(0.0)
-    with pytest.raises(ValueError, match="variance must be positive"):
+    with pytest.raises(ValueError, match="variance > 0"):
         bll.Gaussian(float("nan"))
-    with pytest.raises(ValueError, match="at least 2 categories"):
+    with pytest.raises(ValueError, match="categories >= 2"):
         bll.Categorical(1)
     with pytest.raises(ValueError, match="divisible by 4, and the border has 6"):
         bll.Categorical(4).natural(torch.zeros(3, 6))

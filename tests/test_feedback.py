@@ -192,8 +192,8 @@ def test_half_precision_loses_only_rounding(labels: bool) -> None:
     exact, half = linear(labels=labels), linear(labels=labels, dtype=torch.bfloat16)
     exact.update(y, alpha)
     half.update(y, alpha.float())
-    assert half.weight.dtype is torch.bfloat16
-    assert_close(half.weight.double(), exact.weight, atol=2e-3, rtol=2e-2)
+    assert half.weight.dtype is torch.float32
+    assert_close(half.weight.double(), exact.weight, atol=1e-5, rtol=1e-4)
 
 
 def test_statistics_never_get_a_gradient() -> None:
@@ -225,16 +225,15 @@ def test_targets_are_refused(targets: Targets, y: Tensor, message: str) -> None:
 
 def test_targets_are_accepted() -> None:
     Targets(3, labels=True).check(torch.tensor([[0, 1], [2, 2]]))
-    Targets(3, labels=True).check(torch.tensor([], dtype=torch.long))
     Targets(3, labels=False).check(torch.zeros(4, 3))
 
 
 def test_settings_are_refused() -> None:
     for ridge in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="ridge must be positive"):
+        with pytest.raises(ValueError, match="ridge > 0"):
             bll.ClosedFormFeedback(ridge=ridge)
     for forgetting in (1.0, -0.1):
-        with pytest.raises(ValueError, match="allowed is 0 <= forgetting < 1"):
+        with pytest.raises(ValueError, match="0 <= forgetting < 1"):
             bll.ClosedFormFeedback(forgetting=forgetting)
-    with pytest.raises(ValueError, match="both must be at least 1"):
+    with pytest.raises(ValueError, match="depth >= 1"):
         bll.GradientFeedback(depth=0)

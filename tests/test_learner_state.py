@@ -1,6 +1,7 @@
 """A learner as a module: state, precision, memory format, compilation and modes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
 import blocklocal as bll
+from blocklocal.feedback import Targets
 
 CLASSES = 4
 
@@ -213,3 +215,110 @@ def test_a_step_draws_no_random_numbers_but_the_models() -> None:
     learner.backward(x, y)
     learner.predict(x)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def statistics(learner: bll.BlockLocal) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in learner.named_buffers() if ".feedback." in name}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_feedback_stays_in_single_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    built = bll.BlockLocal(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).to(dtype), **learned(dtype))
+    moved = bll.BlockLocal(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), **learned(torch.float32))
+    x, y = torch.randn(64, 6), torch.arange(64) % CLASSES
+    moved.backward(x, y)
+    before = copy.deepcopy(statistics(moved))
+    moved.to(dtype)
+    assert all(torch.equal(value, before[name]) for name, value in statistics(moved).items())
+    for learner in (built, moved):
+        assert next(learner.parameters()).dtype == dtype
+        for _ in range(20):  # counts beyond 256 have no bfloat16
+            learner.backward(x.to(dtype), y)
+        assert {value.dtype for value in statistics(learner).values()} == {torch.float32}
+        assert statistics(learner)["borders.0.feedback.second"].sum() > 500
+    state = {name: value.to(dtype) for name, value in built.state_dict().items()}
+    for assign in (False, True):
+        moved.load_state_dict(state, assign=assign)
+        assert {value.dtype for value in statistics(moved).values()} == {torch.float32}
+    assert {value.dtype for value in statistics(moved.double()).values()} == {torch.float64}
+    assert {value.dtype for value in statistics(moved.half()).values()} == {torch.float32}
+
+
+def learned(dtype: torch.dtype) -> dict:
+    return {"classes": CLASSES, "example": torch.randn(2, 6, dtype=dtype)}
+
+
+def test_a_default_of_half_precision_reaches_no_statistics() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        feedback = bll.ClosedFormFeedback().build(Targets(CLASSES, labels=True), channels=8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {buffer.dtype for buffer in feedback.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("make", [transformer, vision])
+def test_a_state_that_is_taken_over_is_the_models_too(make) -> None:
+    learner, model, x, _ = make()
+    state = {name: value + 1 if value.is_floating_point() else value for name, value in learner.state_dict().items()}
+    learner.load_state_dict(state, assign=True)
+    assert {id(t) for t in model.parameters()} == {id(t) for block in learner.blocks for t in block.parameters()}
+    learner.eval()
+    assert torch.equal(model(x), learner.predict(x))
+
+
+@pytest.mark.parametrize("make", [transformer, vision])
+def test_a_stored_learner_is_a_learner(make) -> None:
+    learner, _, x, y = make()
+    train(learner, x, y)
+    learner.share_feedback(False)
+    stored = pickle.loads(pickle.dumps(learner))
+    assert {id(t) for t in stored.model.parameters()} == {id(t) for b in stored.blocks for t in b.parameters()}
+    torch.manual_seed(1)
+    losses = learner.backward(x, y)
+    torch.manual_seed(1)
+    assert torch.equal(stored.backward(x, y), losses)
+
+
+def test_predictions_in_half_precision_are_compared_in_single() -> None:
+    learner, _, x, _ = vision()
+    learner.eval().bfloat16()
+    x = x.bfloat16()
+    expected = torch.stack([exit.float().log_softmax(-1) for exit in learner.exits(x)]).mean(0)
+    assert torch.equal(learner.predict(x, exit="all"), expected)
+    logits = torch.tensor([[8.0, 0.0, 0.0, 0.0]]).bfloat16()
+    assert logits.softmax(-1).max() == 1.0  # rounded: it is 0.9990
+    sure = nn.Sequential(nn.Identity(), nn.Identity())
+    certain = bll.BlockLocal(sure, classes=CLASSES, example=logits.float()).eval()
+    certain.borders[0].get_submodule("terms.1").head = nn.Module()  # type: ignore[assignment]
+    certain.borders[0].get_submodule("terms.1").head.forward = lambda message: message.h  # type: ignore[union-attr]
+    left: list[int] = []
+    certain.blocks[1].register_forward_hook(lambda *_: left.append(1))
+    certain.predict(logits, confidence=0.9995)
+    assert left
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_criterion_that_is_a_module_moves_along(blocks: int) -> None:
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, CLASSES))
+    example, y = torch.randn(8, 6), torch.arange(8) % CLASSES
+    learner = bll.BlockLocal(model, blocks=blocks, classes=CLASSES, example=example, criterion=criterion)
+    losses = learner.eval().backward(example, y)
+    assert_close(learner.double().backward(example.double(), y).float(), losses)
+
+
+def test_a_criterion_that_learns_is_refused() -> None:
+    class Scaled(nn.CrossEntropyLoss):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+    blocks = [nn.Linear(6, 8), nn.Linear(8, CLASSES)]
+    with pytest.raises(ValueError, match="criterion has parameters, which every border would train"):
+        bll.BlockLocal(blocks, **learned(torch.float32), criterion=Scaled())
+    bll.BlockLocal(nn.Linear(6, CLASSES), blocks=1, classes=CLASSES, criterion=Scaled())

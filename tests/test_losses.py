@@ -166,7 +166,7 @@ def test_predictive_is_the_criterion_of_the_head() -> None:
     message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=None)
     loss = bll.Predictive(lambda at: Double()).build(site(CHANNELS))(message, y)
     assert_close(loss, -torch.log_softmax(2 * alpha[:, :CLASSES], 1)[torch.arange(BATCH), y].mean())
-    with pytest.raises(ValueError, match="head='fancy' is unknown: choose linear, mlp, conv, residual, pooled, evidence"):
+    with pytest.raises(ValueError, match="head='fancy' is unknown: choose linear, mlp, conv, residual, pooled"):
         bll.Predictive("fancy").build(site(CHANNELS))
 
 

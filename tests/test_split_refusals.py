@@ -129,10 +129,10 @@ def test_arguments_are_refused() -> None:
         bll.split(model, blocks=2)
     with pytest.raises(ValueError, match="Sequential can be cut at 2 places only, so 3 blocks at most"):
         bll.split(model, blocks=4, example=x)
-    with pytest.raises(ValueError, match='balance=\'size\': choose "time" or "memory"'):
+    with pytest.raises(ValueError, match="balance='size': choose 'time', 'memory'"):
         bll.split(model, blocks=2, example=x, balance="size")  # type: ignore[arg-type]
     for blocks in (0, -1):
-        with pytest.raises(ValueError, match="a chain has at least one block"):
+        with pytest.raises(ValueError, match="blocks >= 1"):
             bll.split(model, blocks=blocks, example=x)
 
 
@@ -202,7 +202,7 @@ def counting(m: Chain, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("run", "name"), [(stepping, "steps"), (remembering, "last"), (counting, "total")], ids=lambda value: str(value)
+    ("run", "name"), [(stepping, "steps"), (remembering, "last"), (counting, "total")], ids=["steps", "last", "total"]
 )
 def test_an_attribute_that_is_changed_would_be_lost(run: Callable[..., Tensor], name: str) -> None:
     model = Chain(run)
@@ -238,7 +238,9 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager]] = {
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-@pytest.mark.parametrize("around", [nullcontext, torch.no_grad, CONTEXTS["autocast"]], ids=str)
+@pytest.mark.parametrize(
+    "around", [nullcontext, torch.no_grad, CONTEXTS["autocast"]], ids=["no", "no_grad", "autocast"]
+)
 def test_a_context_would_be_lost(name: str, around: Callable[[], AbstractContextManager]) -> None:
     """A frozen stem would train, and a layer in single precision compute in half."""
 

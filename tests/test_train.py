@@ -366,7 +366,7 @@ def test_exits_are_the_learners(tmp_path):
 
     assert exits.accuracies == [accuracy(learner.predict(x, exit=k)) for k in range(4)]
     assert exits.combined_accuracy == accuracy(learner.predict(x, exit="all"))
-    for threshold in (0.3, 0.8, 1.1):
+    for threshold in (0.3, 0.8, 1.0):
         assert exits.early_accuracy(threshold) == accuracy(learner.predict(x, confidence=threshold))
     assert exits.leaving(1.1).tolist() == [3] * len(test)
 

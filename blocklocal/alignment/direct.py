@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blocklocal.arguments import describe, passes, require_factor, require_tensor
+
 from .adjoint import Broadcast, Tap
 from .rule import DEFAULT_GAIN, Alignment, Forward, feedback_seed, kaiming_uniform, rehearse
 
@@ -28,6 +30,9 @@ class DirectFeedbackAlignment(Alignment):
 
     def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:
         super().__init__(model)
+        require_tensor(example, name="example")
+        if not example.numel():
+            raise ValueError(f"example has shape {tuple(example.shape)}: pass a batch with samples in it")
         self.taps: list[Tensor] | None = None
         outputs, features = self._measure(example)
         generator = torch.Generator().manual_seed(feedback_seed(seed))
@@ -53,9 +58,11 @@ class DirectFeedbackAlignment(Alignment):
         return None
 
     def _run(self, forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
-        self.taps = []
-        prediction = forward(*args, **kwargs)
-        taps, self.taps = self.taps, None
+        self.taps = taps = []
+        try:
+            prediction = forward(*args, **kwargs)
+        finally:
+            self.taps = None
         return Broadcast.apply(prediction, self.signal(prediction), *taps) if taps else prediction
 
     def _measure(self, example: Tensor) -> tuple[int, dict[str, torch.Size]]:
@@ -73,7 +80,7 @@ class DirectFeedbackAlignment(Alignment):
 
         handles = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in self.layers.items()]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), passes(example, name="example", through="the model"):
                 prediction = rehearse(self.model, example)
         finally:
             for handle in handles:
@@ -102,6 +109,8 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
 
     @contextmanager
     def given(self, y: Tensor, *, scale: float | Tensor = 1.0) -> Iterator[None]:
+        require_tensor(y, name="y")
+        require_factor(scale, name="scale")
         self.targets = y, scale
         try:
             yield
@@ -115,5 +124,11 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
                 "or call the model in `with alignment.given(y):`"
             )
         y, scale = self.targets
-        vectors = y if y.is_floating_point() else F.one_hot(y, prediction.shape[1])
+        with passes(y, name="y", through=f"one_hot, of {prediction.shape[1]} classes"):
+            vectors = y if y.is_floating_point() else F.one_hot(y.long(), prediction.shape[1])
+        if vectors.shape != prediction.shape:
+            raise ValueError(
+                f"y is {describe(y)}, and the model gives {tuple(prediction.shape)}: labels (batch,) are needed, or "
+                "targets of that shape"
+            )
         return vectors.to(prediction.dtype) * scale / len(prediction)

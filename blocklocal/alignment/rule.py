@@ -14,6 +14,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from blocklocal.arguments import (
+    passes,
+    require,
+    require_factor,
+    require_function,
+    require_gradients,
+    require_module,
+    require_number,
+    require_scalar,
+    require_tensor,
+    require_whole,
+)
+
 from .layers import find_layers
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -30,6 +43,7 @@ class Alignment(ABC):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        require_module(model, name="model")
         self.model = model
         self.layers = find_layers(model)
         self.feedback: dict[str, Tensor] = {}
@@ -69,8 +83,11 @@ class Alignment(ABC):
         self, x: Tensor, y: Tensor, *, criterion: Criterion = F.cross_entropy, scale: float | Tensor = 1.0
     ) -> Tensor:
         """Add the rule's gradients of scale * loss to those of the parameters. Returns the detached loss."""
+        require_gradients("backward")
+        self._check(x, y, criterion)
+        require_factor(scale, name="scale")
         with self.given(y, scale=scale):
-            loss = criterion(self.model(x), y)
+            loss = self._loss(self.model, x, y, criterion)
         with torch.autocast(loss.device.type, enabled=False):
             (loss * scale).backward()
         return loss.detach()
@@ -81,6 +98,7 @@ class Alignment(ABC):
         Below 90 a small step along the rule's gradient lowers the loss. nan where a gradient is zero. The model stays
         as it is: buffers, parameters, their gradients and the random state.
         """
+        self._check(x, y, criterion)
         parameters = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
         weights = {name: own["weight"] for name, own in parameters.items() if "weight" in own}
         trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
@@ -110,15 +128,20 @@ class Alignment(ABC):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """ValueError: the state of another rule or of another model; nothing is loaded then."""
+        require(state, dict, name="state", needed="pass what state_dict() gave")
         if state.get("rule") != self.rule:
-            raise ValueError(f"the state is of {state.get('rule', 'a rule without a name')}, and this is {self.rule}")
-        shapes = {name: tensor.shape for name, tensor in state["feedback"].items()}
+            other = state.get("rule", "a rule without a name")
+            raise ValueError(f"the state is of {other}, and this is {self.rule}: pass what the same rule gave")
+        feedback = state.get("feedback")
+        if not isinstance(feedback, dict) or not all(isinstance(tensor, Tensor) for tensor in feedback.values()):
+            raise ValueError("state: its feedback is no dict of tensors: pass what state_dict() gave")
+        shapes = {name: tensor.shape for name, tensor in feedback.items()}
         expected = {name: tensor.shape for name, tensor in self.feedback.items()}
         if shapes != expected:
             names = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
             raise ValueError(f"the state is of another model: the feedback of {', '.join(names)} differs")
         for name, tensor in self.feedback.items():
-            tensor.copy_(state["feedback"][name])
+            tensor.copy_(feedback[name])
 
     def _enter(self, name: str, forward: Forward, input: Tensor) -> Tensor:
         if not (self.active and torch.is_grad_enabled() and input.requires_grad):
@@ -130,13 +153,30 @@ class Alignment(ABC):
             )
         return self.route(name, forward, input)
 
+    def _check(self, x: Tensor, y: Tensor, criterion: Criterion) -> None:
+        for name, value in (("x", x), ("y", y)):
+            require_tensor(value, name=name)
+            if not value.numel():
+                raise ValueError(f"{name} has shape {tuple(value.shape)}: an empty batch has no loss, leave it out")
+        if len(x) != len(y):
+            raise ValueError(f"x has {len(x)} samples and y has {len(y)} targets: one target per sample is needed")
+        require_function(criterion, name="criterion", needed="pass a function (prediction, y) -> scalar")
+
+    def _loss(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, criterion: Criterion) -> Tensor:
+        with passes(x, name="x", through="the model"):
+            prediction = model(x)
+        with passes(y, name="y", through="criterion="):
+            loss = criterion(prediction, y)
+        require_scalar(loss, name="criterion")
+        return loss
+
     def _gradients(
         self, weights: list[Tensor], x: Tensor, y: Tensor, criterion: Criterion
     ) -> tuple[Tensor | None, ...]:
         self.measuring = True
         try:
             with torch.enable_grad(), self.given(y):
-                loss = criterion(rehearse(self.model, x), y)
+                loss = self._loss(partial(rehearse, self.model), x, y, criterion)
                 return torch.autograd.grad(loss, weights, allow_unused=True)
         finally:
             self.measuring = False
@@ -144,11 +184,13 @@ class Alignment(ABC):
 
 def feedback_seed(seed: int) -> int:
     """Another seed: from this one the model may have been drawn, whose initial weights would be its feedback again."""
+    seed = require_whole(seed, name="seed", least=0, most=2**40)
     return 1_000_003 * (seed + 1)
 
 
 def kaiming_uniform(shape: torch.Size, *, gain: float, generator: torch.Generator) -> Tensor:
     """Uniform, of standard deviation gain / √fan_in (He et al. 2015), fan_in being the numbers per row of the shape."""
+    require_number(gain, name="gain", above=0)
     bound = gain * math.sqrt(3 / math.prod(shape[1:]))
     drawn = torch.empty(shape, dtype=torch.float32, device=generator.device)
     return drawn.uniform_(-bound, bound, generator=generator)

@@ -10,6 +10,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from blocklocal.arguments import require, require_choice, require_whole
+
 from .adjoint import connect
 from .rule import DEFAULT_GAIN, Alignment, Forward, feedback_seed, kaiming_uniform
 
@@ -54,15 +56,14 @@ class SignSymmetry(FeedbackAlignment):
     """
 
     def __init__(self, model: nn.Module, *, magnitude: Magnitude, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:
-        if magnitude not in get_args(Magnitude):
-            raise ValueError(f"magnitude={magnitude!r}: allowed are {', '.join(map(repr, get_args(Magnitude)))}")
+        require_choice(magnitude, get_args(Magnitude), name="magnitude")
         self.magnitude: Magnitude = magnitude
         self.next_seed = feedback_seed(seed) + 1
         super().__init__(model, seed=seed, gain=gain)
         if magnitude == "batchwise":
             # A random generator cannot be traced. As a decorator this would load torch's compiler with the library.
-            redraw = cast("Callable[[], object]", torch.compiler.disable(self._redraw))
-            self.replace(model, partial(self._run, model.forward, redraw))
+            redraw = cast("Callable[[SignSymmetry], object]", torch.compiler.disable(SignSymmetry._redraw))
+            self.replace(model, partial(self._run, model.forward, partial(redraw, self)))  # so that a copy has its own
 
     def draw(self, generator: torch.Generator) -> dict[str, Tensor]:
         drawn = super().draw(generator)
@@ -81,8 +82,10 @@ class SignSymmetry(FeedbackAlignment):
         return {**super().state_dict(), "next_seed": self.next_seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        require(state, dict, name="state", needed="pass what state_dict() gave")
+        next_seed = require_whole(state.get("next_seed", self.next_seed), name="state['next_seed']")
         super().load_state_dict(state)
-        self.next_seed = state["next_seed"]
+        self.next_seed = next_seed
 
     def _run(self, forward: Forward, redraw: Callable[[], object], *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled() and not self.measuring:

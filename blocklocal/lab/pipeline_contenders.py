@@ -51,6 +51,7 @@ def _descent(model: nn.Module, x: Tensor, y: Tensor) -> Progress:
 def blocks_alone(chain: Chain, loss: LocalLoss) -> Progress:
     """Block after block in one process."""
     whole = learner(chain, loss)
+    whole.share_feedback(False)
     optimizers = [optimizer(whole.block_parameters(k)) for k in range(len(chain.blocks))]
     while True:
         whole.backward(chain.x, chain.y, optimizers=optimizers)

@@ -13,10 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from blocklocal.border import Border
+from blocklocal.feedback import share_feedback
 from blocklocal.learner import BlockLocal
 from blocklocal.pipeline.executor import Executor, Minibatch
 from blocklocal.pipeline.materialize import materialize
-from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers, sum_feedback
+from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers
 from blocklocal.pipeline.schedule import Action, Placement, schedule
 from blocklocal.pipeline.stage import LocalStep, MessageType, Stage
 from blocklocal.pipeline.trace import Trace
@@ -87,9 +88,11 @@ class Pipeline:
         message_type = _message_type(learner, message)
         self.steps = [materialize(LocalStep(learner, k), device=self.device, seed=seed) for k in self.blocks]
         """The blocks of this rank with their borders."""
+        for step in self.steps:
+            share_feedback(step, False if replicas is None else replicas.get_group())
         self.stages = [
             Stage(
-                step if replicas is None else _replicas(step, replicas, data_parallel),
+                step if replicas is None else data_parallel(step, replicas),
                 k,
                 optimizer=_optimizer(optimizer, step),
                 message_type=message_type,
@@ -221,11 +224,6 @@ def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: i
 def _message_type(learner: BlockLocal, message: torch.dtype | None) -> MessageType:
     own = next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.get_default_dtype())
     return MessageType(message or own, rounds=message is not None)
-
-
-def _replicas(step: LocalStep, mesh: DeviceMesh, data_parallel: DataParallel) -> nn.Module:
-    sum_feedback(step, mesh.get_group())
-    return data_parallel(step, mesh)
 
 
 def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: LocalStep) -> Optimizer | None:

@@ -66,6 +66,7 @@ def block_seconds(learner: BlockLocal, x: Tensor, y: Tensor, *, device: torch.de
     The mean over so long that it shows whether the device has other work besides.
     """
     learner, seconds, h, y = copy.deepcopy(learner).train(), [], x.to(device), y.to(device)
+    learner.share_feedback(False)  # the other processes measure as often as they like
     for k in range(len(learner.blocks)):
         parts = [learner.blocks[k], *learner.borders[k : k + 1]]
         for part in parts:

@@ -10,8 +10,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from blocklocal.feedback import LinearFeedback
-
 DataParallel = Callable[[nn.Module, DeviceMesh], nn.Module]
 """From a block with its local loss, and the mesh of its replicas, the module to call in its place."""
 
@@ -33,10 +31,3 @@ def share_buffers(step: nn.Module, group: dist.ProcessGroup) -> None:
     """Give every replica the buffers of the first, such as the running statistics of batch normalisation."""
     for buffer in step.buffers():
         dist.broadcast(buffer, group=group, group_src=0)
-
-
-def sum_feedback(step: nn.Module, group: dist.ProcessGroup) -> None:
-    """Fit the closed-form feedback to the batches of all replicas, so that each holds the same."""
-    for module in step.modules():
-        if isinstance(module, LinearFeedback):
-            module.process_group = group

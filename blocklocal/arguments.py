@@ -1,0 +1,166 @@
+"""Checks of what a caller passes. Each names the argument, what it was and what is allowed.
+
+TypeError: a thing of the wrong kind. ValueError: one that is out of range, or that the model cannot take.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def describe(value: object) -> str:
+    """A value in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return reprlib.repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"a {type(value).__name__}"
+
+
+def require(value: object, kind: type | tuple[type, ...], *, name: str, needed: str) -> None:
+    """TypeError: `value` is no instance of `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {describe(value)}: {needed}")
+
+
+def require_tensor(value: object, *, name: str) -> None:
+    """TypeError: not a tensor."""
+    require(value, Tensor, name=name, needed="pass a torch.Tensor, such as torch.as_tensor() makes of numbers")
+
+
+def require_module(value: object, *, name: str) -> None:
+    """TypeError: not a module."""
+    require(value, nn.Module, name=name, needed="pass an nn.Module")
+
+
+def require_function(value: object, *, name: str, needed: str) -> None:
+    """TypeError: nothing that can be called, or a class whose instances are meant."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} is {describe(value)}: {needed}")
+
+
+def require_choice(value: object, choices: Sequence[str], *, name: str) -> None:
+    """TypeError: not a string. ValueError: none of the choices."""
+    allowed = f"choose {', '.join(map(repr, choices))}"
+    require(value, str, name=name, needed=allowed)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: {allowed}")
+
+
+def require_whole(value: Any, *, name: str, least: int | None = None, most: int | None = None) -> int:
+    """The value as an int. TypeError: no number. ValueError: a fraction, a truth value, or out of range."""
+    allowed = f"allowed is a whole number{_range(name, least=least, most=most)}"
+    if not isinstance(value, Real | Tensor) and not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {describe(value)}: {allowed}")
+    try:
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+            raise TypeError
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ValueError(f"{name}={value!r}: {allowed}") from None
+    if (least is not None and number < least) or (most is not None and number > most):
+        raise ValueError(f"{name}={number}: {allowed}")
+    return number
+
+
+def require_number(
+    value: object,
+    *,
+    name: str,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """TypeError: no number. ValueError: a truth value, infinite, nan or out of range."""
+    allowed = f"allowed is a finite number{_range(name, above=above, least=least, below=below, most=most)}"
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {describe(value)}: {allowed}")
+    number = float(value)
+    inside = (
+        not isinstance(value, bool)
+        and math.isfinite(number)
+        and (above is None or number > above)
+        and (least is None or number >= least)
+        and (below is None or number < below)
+        and (most is None or number <= most)
+    )
+    if not inside:
+        raise ValueError(f"{name}={value!r}: {allowed}")
+
+
+def require_factor(value: object, *, name: str) -> None:
+    """A finite number, or a tensor that holds one. The value of a tensor is looked at on the CPU only."""
+    if not isinstance(value, Tensor):
+        require_number(value, name=name)
+    elif value.numel() != 1 or (value.device.type == "cpu" and not value.isfinite().all()):
+        raise ValueError(f"{name} is {describe(value)}: allowed is a finite number, or a tensor that holds one")
+
+
+def require_scalar(loss: object, *, name: str) -> None:
+    """What a function given as `name` returned. TypeError: no tensor. ValueError: more than one number."""
+    require(loss, Tensor, name=f"{name}: what it gives", needed="a scalar tensor is needed")
+    assert isinstance(loss, Tensor)
+    if loss.dim():
+        raise ValueError(f"{name} gives {describe(loss)}: a scalar is needed, the mean over samples")
+
+
+def require_gradients(what: str) -> None:
+    """ValueError: in a context that records no gradients."""
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{what} needs gradients, and here none are recorded: "
+            "call it outside torch.no_grad() and torch.inference_mode()"
+        )
+
+
+def module_of(model: Any, *, name: str = "model") -> nn.Module:
+    """A module as it is, or a list of modules as nn.Sequential."""
+    if not isinstance(model, nn.Module):
+        needed = "pass an nn.Module or a list of them"
+        require(model, Sequence, name=name, needed=needed)
+        for i, module in enumerate(model):
+            require_module(module, name=f"{name}[{i}]")
+        model = nn.Sequential(*model)
+    if isinstance(model, nn.Sequential) and not len(model):
+        raise ValueError(f"{name} is empty: pass at least one module")
+    return model
+
+
+@contextmanager
+def passes(value: Tensor, *, name: str, through: str) -> Iterator[None]:
+    """A context for a forward pass of `value`, whose failure is a ValueError that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, TypeError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name}, {describe(value)}, does not go through {through} ({line})") from error
+
+
+def _range(
+    name: str,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> str:
+    """Of a number: ", 0 <= forgetting < 1"."""
+    low = "" if above is None and least is None else f"{above} < " if least is None else f"{least} <= "
+    high = "" if below is None and most is None else f" < {below}" if most is None else f" <= {most}"
+    if low and not high:
+        return f", {name} {'>' if least is None else '>='} {above if least is None else least}"
+    return f", {low}{name}{high}" if high else ""

@@ -1,0 +1,111 @@
+"""What a learner takes: settings, batches, and the optimizers that step it, looked at before anything moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from blocklocal.arguments import describe, passes, require, require_factor, require_function, require_tensor
+from blocklocal.feedback import Targets
+from blocklocal.losses import LocalLoss
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a learner was shown: the shapes of a batch of inputs and of its prediction, and the dtype of the inputs."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    prediction: tuple[int, ...]
+
+    def check(self, x: Tensor, y: Tensor, targets: Targets) -> None:
+        """ValueError: a batch that cannot be like this example."""
+        if x.dim() != len(self.shape):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, and example= had {self.shape}: a batch of {len(self.shape)} dimensions "
+                "is needed"
+            )
+        dimensions = len(self.prediction) - targets.labels
+        if y.dim() != dimensions:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}, and the model predicts {self.prediction} for example=: targets of "
+                f"{dimensions} dimension{'s' if dimensions > 1 else ''} are needed"
+            )
+        if self.prediction[0] == self.shape[0] and len(x) != len(y):
+            raise ValueError(f"x has {len(x)} samples and y has {len(y)} targets: one target per sample is needed")
+
+    def explain(self, x: Tensor, error: Exception, *, block: nn.Module) -> None:
+        """ValueError: x is unlike the example, or unlike the block's parameters, which then is why the block failed."""
+        own = next(block.parameters(), x)
+        kinds = {self.dtype, own.dtype} if x.is_floating_point() else {self.dtype}
+        alike = x.shape[1:] == self.shape[1:] and {x.dtype} == kinds and x.device == own.device
+        if alike and not isinstance(error, IndexError):  # as of a token that an embedding does not have
+            return
+        with passes(x, name="x", through=f"block 0, whose example= had shape {self.shape} and {self.dtype}"):
+            raise error
+
+
+def check_settings(*, loss: Any, feedback: Any, statistic: Any, criterion: Any, example: Any) -> None:
+    """TypeError, ValueError: a setting of a learner that is none."""
+    require(loss, LocalLoss, name="loss", needed="pass terms with weights, such as 0.1 * bll.Variational()")
+    if isinstance(feedback, type) or not callable(getattr(feedback, "build", None)):
+        raise TypeError(f"feedback is {describe(feedback)}: pass settings, such as bll.ClosedFormFeedback()")
+    require_function(statistic, name="statistic", needed="pass a function (B, C, P) -> (B, C), such as spatial_mean")
+    require_function(criterion, name="criterion", needed="pass a function (prediction, y) -> scalar, such as mse_loss")
+    if example is not None:
+        require_tensor(example, name="example")
+        if not example.numel():
+            raise ValueError(f"example has shape {tuple(example.shape)}: pass a batch with samples in it")
+
+
+def check_batch(x: Tensor, y: Tensor, *, targets: Targets, example: Example | None) -> None:
+    """TypeError, ValueError: a batch that nothing can be learnt from."""
+    require_tensor(x, name="x")
+    targets.check(y)
+    if not x.numel():
+        raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch has no loss, leave it out")
+    for name, value in (("x", x), ("y", y)):
+        if torch.is_grad_enabled() and value.is_inference():
+            raise ValueError(
+                f"{name} was made in torch.inference_mode() and cannot be learnt from: pass {name}.clone()"
+            )
+    if example is not None:
+        example.check(x, y, targets)
+
+
+def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> None:
+    """TypeError, ValueError: what cannot scale the losses of this number of blocks, or step them."""
+    require_factor(scale, name="scale")
+    if scaler is not None:
+        require(scaler, GradScaler, name="scaler", needed="pass a torch.amp.GradScaler")
+    if optimizers is None:
+        return
+    require(optimizers, Sequence, name="optimizers", needed="pass a list of optimizers, one per block")
+    if len(optimizers) != blocks:
+        raise ValueError(f"{len(optimizers)} optimizers for {blocks} blocks: pass one per block")
+    for k, optimizer in enumerate(optimizers):
+        if not all(callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")):
+            raise TypeError(f"optimizers[{k}] is {describe(optimizer)}: pass a torch.optim.Optimizer")
+    if isinstance(scale, Tensor) or scale != 1:
+        raise ValueError(
+            f"scale={scale} with optimizers=, which would step with scaled gradients: pass scaler= for mixed "
+            "precision, or leave optimizers= out and step them after the last batch"
+        )
+
+
+def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
+    """ValueError: an optimizer that steps a parameter of another block, whose gradient is not there yet or gone."""
+    owners = {id(parameter): k for k, own in enumerate(parameters) for parameter in own}
+    for k, optimizer in enumerate(optimizers):
+        for group in getattr(optimizer, "param_groups", ()):
+            for parameter in group["params"]:
+                if owners.get(id(parameter), k) != k:
+                    raise ValueError(
+                        f"optimizers[{k}] has a parameter of block {owners[id(parameter)]}: pass one optimizer per "
+                        "block, in the order of the blocks, made from learner.block_parameters(k)"
+                    )
