@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 LAUNCHED = "BLOCKLOCAL_LAUNCHED"  # set by `bll launch`, which reads the reports of the processes that it starts
+REPORT = "TORCHELASTIC_ERROR_FILE"  # where a launcher, torchrun too, looks for what a process failed of
 LOGS = "logs"  # in the folder of a run: a file per process
 
 
@@ -42,14 +43,16 @@ class Journal:
         The launcher gets a line. The traceback of what nobody expected goes to the file.
         """
         message = str(error) if code == 2 else f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")
-        if code == 1:
-            traceback.print_exception(error, file=self.file or sys.__stderr__)
-        report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if report:
-            Path(report).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
-        if LAUNCHED not in os.environ:
-            print(f"bll: rank {self.rank}: {message}", file=sys.__stderr__)
-        for stream in (self.file, sys.__stdout__, sys.__stderr__):
-            if stream is not None:
-                stream.flush()
-        os._exit(code)
+        report = {"message": message, "timestamp": str(int(time.time()))}
+        try:
+            if REPORT in os.environ:
+                Path(os.environ[REPORT]).write_text(json.dumps(report))
+            if LAUNCHED not in os.environ:
+                print(f"bll: rank {self.rank}: {message}", file=sys.__stderr__)
+            if code == 1:
+                traceback.print_exception(error, file=self.file or sys.__stderr__)
+            for stream in (self.file, sys.__stdout__, sys.__stderr__):
+                if stream is not None:
+                    stream.flush()
+        finally:  # also where nothing can be written any more
+            os._exit(code)

@@ -22,7 +22,8 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.journal import LAUNCHED, Journal
 
 # Set by `bll launch` for the processes that it starts.
-STORE = "BLOCKLOCAL_STORE"  # folder in which the processes of one machine meet, instead of at a port
+STORE = "BLOCKLOCAL_STORE"  # file in which the processes of one machine meet, instead of at a port
+PARENT = "BLOCKLOCAL_PARENT"  # process that has started them
 FIRST, AGAIN = "first", "again"  # values of LAUNCHED: whether they begin, or go on where others were
 
 
@@ -113,9 +114,8 @@ def _join(rank: int, size: int, *, device: torch.device, timeout: timedelta) -> 
         os.environ["GLOO_SOCKET_IFNAME"] = loopback()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None
-    if STORE in os.environ:  # a new file for every group: after a restart the port is another
-        name = f"{os.environ['MASTER_PORT']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        store = dist.FileStore(str(Path(os.environ[STORE], name)), size)  # pyright: ignore[reportPrivateImportUsage]
+    if STORE in os.environ:
+        store = dist.FileStore(os.environ[STORE], size)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
@@ -134,5 +134,7 @@ def _own_device(name: str) -> torch.device:
 
 def _die_with_parent() -> None:
     """Where the system can do it: no process goes on alone when the one that started it is killed."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and {PARENT, "TORCHELASTIC_RUN_ID"} & set(os.environ):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            os._exit(1)  # it was killed before
