@@ -234,6 +234,7 @@ class BlockLocal(Convertible):
         return border
 
     def _forward(self, k: int, h: Tensor) -> Tensor:
+        torch.clear_autocast_cache()  # of weights as they were before an optimizer step, or cast without a graph
         return self.blocks[k](h.clone() if self._writes_input[k] else h)
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:

@@ -36,7 +36,7 @@ def main(minibatches: int = 160) -> None:
     x, y = torch.randn(128, 512), torch.randint(10, (128,))
     for name in ("even", "as measured"):
         trained = learner(x)
-        placement = balanced(trained, x, y, ranks=2) if name == "as measured" else None
+        placement = balanced(trained, x, y) if name == "as measured" else None
         pipeline = bll.Pipeline(trained, optimizer=lambda p: torch.optim.SGD(p, lr=0.01), placement=placement)
         windows = pipeline.train(repeat((x, y)))
         next(windows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from blocklocal import Pipeline
@@ -54,7 +54,7 @@ class PipelineTrainer:
         self.pipeline = Pipeline(
             self.learner,
             optimizer=self._descent,
-            placement=self._placement(blocks, ranks=ranks),
+            placement=None if ranks in (1, blocks) else self._placement(mesh),
             mesh=mesh,
             data_parallel=shard if self.settings.shard else replicate,
             device=self.device,
@@ -137,14 +137,12 @@ class PipelineTrainer:
             return ordered_batches(own, normalisation=self.experiment.normalisation, size=SIZE)
         return ((None, y) for y in test.labels[rows].split(SIZE))
 
-    def _placement(self, blocks: int, *, ranks: int) -> Placement | None:
-        if ranks in (1, blocks):
-            return None
+    def _placement(self, mesh: DeviceMesh) -> Placement:
         train = self.experiment.dataset.train
         rows = slice(min(self.settings.batch_size // self.replicas, MEASURED))
         x = self.experiment.normalisation(train.images[rows])
         with self.experiment.autocast(self.device):
-            return balanced(self.learner, x, train.labels[rows], ranks=ranks, device=self.device)
+            return balanced(self.learner, x, train.labels[rows], mesh=mesh, device=self.device)
 
     def _descent(self, parameters: list[nn.Parameter]) -> Optimizer:
         return descent(parameters, self.settings)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -13,11 +14,11 @@ from torch.optim import Optimizer
 
 from blocklocal.border import Border
 from blocklocal.learner import BlockLocal
+from blocklocal.pipeline.executor import Executor, Minibatch, TensorSpec
 from blocklocal.pipeline.materialize import materialize
 from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers, sum_feedback
-from blocklocal.pipeline.runtime import Inlet, Runtime
 from blocklocal.pipeline.schedule import Action, Placement, schedule
-from blocklocal.pipeline.stage import LocalStep, Stage, Travel
+from blocklocal.pipeline.stage import LocalStep, MessageType, Stage
 from blocklocal.pipeline.trace import Trace
 
 Batch = tuple[Tensor | None, Tensor]
@@ -34,9 +35,14 @@ class Pipeline:
     optimizer: makes one from a block's parameters. placement: the rank of each block, by default nearly as many blocks
     on each; `balanced` measures a better one. mesh: with a dimension "block" and, for replicas, "data"; by default all
     processes are one pipeline. data_parallel: what makes replicas of a block, `replicate` (DDP) or `shard` (FSDP2).
-    message: dtype of what travels between blocks, by default that of the parameters. window: so many minibatches are
+    message: dtype of what travels between blocks, by default that of the parameters; a narrower one rounds the outputs
+    of all blocks but the last. window: so many minibatches are
     handed in and out at once; a rank is never further ahead of the next one. ahead: so many minibatches early a receive
-    is posted. seed: of random draws inside the blocks. trace: record what this rank does when.
+    is posted. accumulate: the number of minibatches whose mean gradient makes an optimizer step. timeout: seconds after
+    which a message that does not come is an error that names rank, block and minibatch; over NCCL the process group's
+    own timeout counts. seed: of random draws inside the blocks. trace: record what this rank does when.
+
+    Under torch.autocast, around the whole loop or a part of it, the weights are those of one process too.
 
     >>> pipeline = Pipeline(learner, optimizer=lambda parameters: SGD(parameters, lr=0.1))
     >>> for losses in pipeline.train(batches):
@@ -55,13 +61,19 @@ class Pipeline:
         message: torch.dtype | None = None,
         window: int = 8,
         ahead: int = 2,
+        accumulate: int = 1,
+        timeout: float = 300.0,
         seed: int = 0,
         trace: bool = False,
     ) -> None:
         if not dist.is_initialized():
             raise ValueError("a pipeline needs processes: call torch.distributed.init_process_group() first")
-        if window < 1 or ahead < 1:
-            raise ValueError(f"window={window}, ahead={ahead}: both count minibatches, from 1 on")
+        if window < 1 or ahead < 1 or accumulate < 1:
+            raise ValueError(
+                f"window={window}, ahead={ahead}, accumulate={accumulate}: all count minibatches, from 1 on"
+            )
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout={timeout}: a number of seconds above 0 is needed")
         self.learner, self.device, self.window = learner, torch.device(device), window
         group, replicas = _dimensions(mesh)
         self._replicas = replicas
@@ -71,7 +83,7 @@ class Pipeline:
         self.trace = Trace(rank=dist.get_rank(), replica=replica, device=self.device) if trace else None
         self.minibatches = 0
         """So many minibatches this rank has learnt from."""
-        travel = _travel(learner, message)
+        message_type = _message_type(learner, message)
         self.steps = [materialize(LocalStep(learner, k), device=self.device, seed=seed) for k in self.blocks]
         """The blocks of this rank with their borders."""
         self.stages = [
@@ -79,28 +91,29 @@ class Pipeline:
                 step if replicas is None else _replicas(step, replicas, data_parallel),
                 k,
                 optimizer=_optimizer(optimizer, step),
-                travel=travel,
+                message_type=message_type,
                 outlet=None if k == len(learner.borders) else _shape(learner, k),
+                accumulate=accumulate,
                 seed=seed + replica,
                 trace=self.trace,
             )
             for k, step in zip(self.blocks, self.steps, strict=True)
         ]
-        self._runtime = Runtime(
+
+        def specs(k: int) -> list[TensorSpec]:
+            return [TensorSpec(_shape(learner, k), message_type.dtype)]
+
+        self._executor = Executor(
             self.stages,
-            inlets={
-                k: Inlet(_shape(learner, k - 1), travel.message) for k in self.blocks if self.placement.receives(k)
-            },
-            blocks=len(learner.blocks),
-            device=self.device,
+            receives={k: specs(k - 1) for k in self.blocks if self.placement.receives(k)},
+            sends={k: specs(k) for k in self.blocks if self.placement.sends(k)},
+            rank=self.rank,
             group=group,
-            window=window,
-            ahead=ahead,
-            finish=lambda stage: self._results.append(stage.finish()),
+            device=self.device,
+            prefetch=ahead,
+            timeout=timeout,
         )
         self._ahead = ahead
-        self._schedules: dict[int, Mapping[int, Sequence[Action]]] = {}
-        self._results: list[Tensor] = []
 
     @property
     def blocks(self) -> list[int]:
@@ -149,21 +162,16 @@ class Pipeline:
         """Window by window what the stages' `finish` gave."""
         remaining = iter(batches)
         while window := list(islice(remaining, self.window)):
-            self._results = []
             for _, y in window if self.learner.training else ():
                 self.learner.targets.check(y)
-            self._runtime.run(
-                self._schedule(len(window)),
-                rows=[len(y) for _, y in window],
-                inputs=[self._input(x) for x, _ in window],
-                keywords=[
-                    {"y": y.to(self.device, non_blocking=True), "minibatch": self.minibatches + m}
-                    for m, (_, y) in enumerate(window)
-                ],
-            )
+            minibatches = [
+                Minibatch(self.minibatches + m, x=self._input(x), y=y.to(self.device, non_blocking=True))
+                for m, (x, y) in enumerate(window)
+            ]
+            results = self._executor.run(self._actions(len(window)), minibatches)
             if self.trace and self.learner.training:
-                self.trace.lap("wait", block=self.blocks[-1], minibatch=self.minibatches + len(window) - 1)
-            yield self._results
+                self.trace.lap("wait", block=self.blocks[-1], minibatch=minibatches[-1].number)
+            yield results
 
     def _set_mode(self, *, training: bool) -> None:
         if self._replicas is not None and not training and self.learner.training:
@@ -173,10 +181,8 @@ class Pipeline:
         for stage in self.stages:
             stage.train(training)
 
-    def _schedule(self, minibatches: int) -> Mapping[int, Sequence[Action]]:
-        if minibatches not in self._schedules:
-            self._schedules[minibatches] = schedule(self.placement, minibatches=minibatches, ahead=self._ahead)
-        return self._schedules[minibatches]
+    def _actions(self, minibatches: int) -> list[Action]:
+        return schedule(self.placement, minibatches=minibatches, ahead=self._ahead)[self.rank]
 
     def _input(self, x: Tensor | None) -> Tensor | None:
         if self.blocks[0] > 0:
@@ -206,9 +212,9 @@ def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: i
     return placed
 
 
-def _travel(learner: BlockLocal, message: torch.dtype | None) -> Travel:
-    compute = next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return Travel(message=message or compute, compute=compute)
+def _message_type(learner: BlockLocal, message: torch.dtype | None) -> MessageType:
+    own = next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return MessageType(message or own, rounds=message is not None)
 
 
 def _replicas(step: LocalStep, mesh: DeviceMesh, data_parallel: DataParallel) -> nn.Module:

@@ -10,6 +10,7 @@ from statistics import mean
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from blocklocal.balance import partition
 from blocklocal.learner import BlockLocal
@@ -18,14 +19,23 @@ from blocklocal.pipeline.schedule import Placement
 LEAST = 0.1  # seconds for which a block is measured
 
 
-def balanced(learner: BlockLocal, x: Tensor, y: Tensor, *, ranks: int, device: torch.device | str = "cpu") -> Placement:
-    """The placement on so many ranks that evens out the blocks' times on a minibatch.
+def balanced(
+    learner: BlockLocal,
+    x: Tensor,
+    y: Tensor,
+    *,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | str = "cpu",
+) -> Placement:
+    """The placement on the ranks of one pipeline that evens out the blocks' times on a minibatch.
 
     Every process calls it and measures all blocks, on a copy of the learner and on its own device, while the others do:
-    a slow device gets less to do. Where a rank has replicas, the slowest counts.
+    a slow device gets less to do. mesh: as for `Pipeline`; where a rank has replicas, the slowest counts.
     """
+    ranks, own = (dist.get_world_size(), dist.get_rank())
+    if mesh is not None:
+        ranks, own = mesh["block"].size(), mesh.get_local_rank("block")
     seconds = torch.zeros(ranks, len(learner.blocks), dtype=torch.float64)
-    own = dist.get_rank() * ranks // dist.get_world_size()
     seconds[own] = torch.tensor(block_seconds(learner, x, y, device=torch.device(device)))
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return spread(seconds.tolist())

@@ -18,7 +18,7 @@ Kind = Literal["F", "B", "SEND_F", "RECV_F"]
 
 
 class Action(NamedTuple):
-    """One thing that one rank does: `str` writes it as the runtime of torch reads it, such as 1SEND_F0."""
+    """One thing that one rank does; `str` writes it as the literature on schedules does, such as 1SEND_F0."""
 
     block: int
     kind: Kind

@@ -12,6 +12,9 @@ from blocklocal.learner import BlockLocal
 from blocklocal.pipeline.draws import seeded
 from blocklocal.pipeline.trace import Doing, Trace
 
+Message = tuple[Tensor, ...]
+"""The tensors that cross a border together, the block's output first."""
+
 
 class LocalStep(nn.Module):
     """Block k of a learner and its border as one module, which can be replicated or sharded as a whole.
@@ -33,26 +36,31 @@ class LocalStep(nn.Module):
 
 
 @dataclass(frozen=True)
-class Travel:
-    """What crosses a border: `message` is its dtype under way, `compute` that in which the next block takes it.
+class MessageType:
+    """The dtype of what crosses a border while it travels; the next block takes it in the dtype that it had before.
 
-    Every border rounds to `message`, also one between two blocks of the same rank: a placement changes no result.
+    rounds: whether it may be narrower than a block's output. Then every border rounds to it, also one between two
+    blocks of the same rank, so that a placement changes no result.
     """
 
-    message: torch.dtype
-    compute: torch.dtype
+    dtype: torch.dtype
+    rounds: bool
 
-    def send(self, h: Tensor) -> Tensor:
-        return h.to(self.message).contiguous()
-
-    def receive(self, h: Tensor) -> Tensor:
-        return h if torch.is_autocast_enabled(h.device.type) else h.to(self.compute)
+    def round(self, h: Tensor) -> Tensor:
+        if torch.promote_types(h.dtype, self.dtype) == self.dtype:
+            return h
+        if not self.rounds:
+            raise ValueError(
+                f"the block gives {h.dtype}, and messages are {self.dtype}, as parameters are: pass message={h.dtype}"
+            )
+        return h.to(self.dtype).to(h.dtype)
 
 
 class Stage(nn.Module):
     """Block k on its device, between its two borders. step: a LocalStep, or what replicates or shards one.
 
-    outlet: the shape of one sample of its output; None of the last block, whose output is the prediction.
+    outlet: the shape of one sample of its output; None of the last block, whose output is the prediction. accumulate:
+    the number of minibatches whose mean gradient makes an optimizer step.
 
     In training mode `finish` learns from the minibatch whose forward pass was the last; in evaluation mode it only lets
     go of it. Random draws, such as those of dropout, follow from `seed`, the minibatch and the block: they are the same
@@ -65,34 +73,39 @@ class Stage(nn.Module):
         k: int,
         *,
         optimizer: Optimizer | None,
-        travel: Travel,
+        message_type: MessageType,
         outlet: tuple[int, ...] | None,
         seed: int,
         trace: Trace | None,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
         self.step, self.k, self.outlet = step, k, outlet
-        self.optimizer, self.travel, self.seed, self.trace = optimizer, travel, seed, trace
+        self.optimizer, self.message_type, self.accumulate = optimizer, message_type, accumulate
+        self.seed, self.trace = seed, trace
         self.minibatch = 0
         self.result: Tensor | None = None
 
-    def forward(self, h: Tensor, *, y: Tensor, minibatch: int) -> Tensor:
-        """The message to the next block; of the last block the prediction."""
+    def forward(self, message: Message, *, y: Tensor, minibatch: int) -> Message:
+        """The message to the next block; of the last block the prediction.
+
+        Nothing that this block hands on or keeps shares storage with `message`, whose buffers the next receive fills.
+        """
         self.minibatch = minibatch
         self._lap("wait")
-        if self.k > 0:
-            h = self.travel.receive(h)
+        (h,) = message
         with seeded(self.seed, minibatch, self.k, device=h.device):
-            self.result, h = self.step(h, y if self.training else None)
+            result, h = self.step(h, y if self.training else None)
+        self.result = _apart(result, message)
         if self.outlet is not None:
             if h.shape[1:] != self.outlet:
                 raise ValueError(
-                    f"block {self.k} gives {tuple(h.shape[1:])} per sample, and gave {self.outlet} for the learner's "
+                    f"the block gives {tuple(h.shape[1:])} per sample, and gave {self.outlet} for the learner's "
                     "example=: minibatches of a pipeline have the example's shape"
                 )
-            h = self.travel.send(h)
+            h = self.message_type.round(h)
         self._lap("forward")
-        return h
+        return (_apart(h, message),)
 
     def finish(self) -> Tensor:
         """The local loss, after learning from it; in evaluation mode the prediction of exit k."""
@@ -101,9 +114,10 @@ class Stage(nn.Module):
         if not self.training:
             return result
         self._lap("send")
-        with torch.autocast(result.device.type, enabled=False):
-            result.backward()
-        if self.optimizer is not None:
+        if result.requires_grad:  # else everything that it could move is frozen
+            with torch.autocast(result.device.type, enabled=False):
+                (result * (1 / self.accumulate)).backward()
+        if self.optimizer is not None and (self.minibatch + 1) % self.accumulate == 0:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self._lap("backward")
@@ -112,3 +126,9 @@ class Stage(nn.Module):
     def _lap(self, doing: Doing) -> None:
         if self.trace and self.training:
             self.trace.lap(doing, block=self.k, minibatch=self.minibatch)
+
+
+def _apart(tensor: Tensor, message: Message) -> Tensor:
+    """The tensor, copied where it is a view of a part of the message."""
+    lent = {part.untyped_storage().data_ptr() for part in message}
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in lent else tensor
