@@ -18,12 +18,20 @@ LOGS = "logs"  # in the folder of a run: a file per process
 
 
 class Journal:
-    """Of one process. What a rank above 0 says before there is a file is kept for it."""
+    """Of one process. What a rank above 0 says before there is a file is kept for it.
+
+    Under `bll launch` this is also where the libraries below Python write their own lines, beside what is said here.
+    """
 
     def __init__(self, rank: int, *, size: int) -> None:
         self.rank, self.size = rank, size
         self.file: TextIO | None = None
+        self.console = sys.__stderr__
         self.early = StringIO()
+        self.below: TextIO | None = None
+        if LAUNCHED in os.environ and self.console is not None:
+            self.below = (Path(os.environ[REPORT]).parent / f"below{rank}.log").open("a+")
+            self.console = sys.stderr = divert(self.below)
         if rank:
             sys.stdout = sys.stderr = self.early
 
@@ -34,6 +42,10 @@ class Journal:
         now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
         self.file.write(f"{now} rank {self.rank} of {self.size}, process {os.getpid()} on {host}\n")
         self.file.write(self.early.getvalue())
+        if self.below is not None:
+            self.below.seek(0)
+            self.file.write(self.below.read())
+            os.dup2(self.file.fileno(), 2)
         if self.rank:
             sys.stdout = sys.stderr = self.file
 
@@ -48,11 +60,19 @@ class Journal:
             if REPORT in os.environ:
                 Path(os.environ[REPORT]).write_text(json.dumps(report))
             if LAUNCHED not in os.environ:
-                print(f"bll: rank {self.rank}: {message}", file=sys.__stderr__)
-            if code == 1:
-                traceback.print_exception(error, file=self.file or sys.__stderr__)
-            for stream in (self.file, sys.__stdout__, sys.__stderr__):
+                print(f"bll: rank {self.rank}: {message}", file=self.console)
+            if code == 1 and (self.file or not isinstance(error, OSError)):
+                traceback.print_exception(error, file=self.file or self.console)
+            for stream in (self.file, sys.__stdout__, self.console):
                 if stream is not None:
                     stream.flush()
         finally:  # also where nothing can be written any more
             os._exit(code)
+
+
+def divert(file: TextIO) -> TextIO:
+    """Let what libraries below Python write to standard error go to `file`; returns the way that it took before."""
+    sys.stderr.flush()
+    before = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    os.dup2(file.fileno(), 2)
+    return before

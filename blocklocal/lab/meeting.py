@@ -50,7 +50,8 @@ class Alone:
 
     def join(self) -> Place:
         self._starts += 1
-        return Place(0, self._processes, {STORE: str(self._folder / f"meeting{self._starts}")})
+        meeting = {STORE: str(self._folder / f"meeting{self._starts}"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        return Place(0, self._processes, meeting)
 
     def changed(self) -> bool:
         return False
