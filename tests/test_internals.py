@@ -51,7 +51,7 @@ def foreign(tree: ast.Module, *, own: set[str]) -> Iterator[str]:
             for alias in node.names:
                 yield from alias.name.split(".")
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
-            yield from (part.value for part in node.args[1:2] if isinstance(part, ast.Constant))
+            yield from (str(part.value) for part in node.args[1:2] if isinstance(part, ast.Constant))
 
 
 def test_private_names_of_others_stand_in_one_place() -> None:

@@ -60,6 +60,7 @@ class Children:
         }
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ends: dict[int, float] = {}  # when each was first seen to have ended
+        self._told: set[int] = set()  # ranks that were told to end
 
     def __enter__(self) -> Self:
         try:
@@ -78,7 +79,7 @@ class Children:
     def codes(self) -> list[int | None]:
         """What each has ended with; None while it runs."""
         codes = [process.poll() for process in self._processes]
-        for rank, code in zip(self._ranks, codes, strict=True):
+        for rank, code in zip(self._ranks, codes, strict=False):  # some may not have been started
             if code is not None:
                 self._ends.setdefault(rank, time.time())
         return codes
@@ -86,14 +87,14 @@ class Children:
     def failure(self) -> Failure | None:
         """What the others follow from: unusable settings, else a process that was killed, else the first to fail.
 
-        Those that were ended here, with SIGTERM, are among those that failed.
+        Not one of those that were still running, and were killed here for it.
         """
 
-        def order(failure: Failure) -> tuple[bool, bool, bool, float]:
-            code = failure.code
-            return code != 2, code == -signal.SIGTERM, code >= 0, failure.seconds
+        def order(failure: Failure) -> tuple[bool, bool, float]:
+            return failure.code != 2, failure.code >= 0, failure.seconds
 
-        failures = [self._read(rank, code) for rank, code in zip(self._ranks, self.codes(), strict=True) if code]
+        codes = zip(self._ranks, self.codes(), strict=True)
+        failures = [self._read(rank, code) for rank, code in codes if code and (code > 0 or rank not in self._told)]
         return min(failures, key=order, default=None)
 
     def _read(self, rank: int, code: int) -> Failure:
@@ -102,8 +103,8 @@ class Children:
             named = -code in set(signal.Signals)
             return Failure(rank, code, signal.Signals(-code).name if named else f"signal {-code}", end)
         try:
-            return Failure(rank, code, json.loads(report.read_text())["message"], report.stat().st_mtime)
-        except (OSError, ValueError):  # it ended before it could report
+            return Failure(rank, code, str(json.loads(report.read_text())["message"]), report.stat().st_mtime)
+        except (OSError, ValueError, TypeError, KeyError):  # it ended before it could report
             return Failure(rank, code, f"exit code {code}", end)
 
     def _report(self, rank: int) -> Path:
@@ -120,8 +121,9 @@ class Children:
             self._wait()  # not for ever: a process may be stuck in the kernel
 
     def _signal(self, number: int) -> None:
-        for process in self._processes:
+        for rank, process in zip(self._ranks, self._processes, strict=False):
             if process.poll() is None:
+                self._told.add(rank)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
 
