@@ -7,7 +7,6 @@ import os
 import traceback
 from collections.abc import Callable
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ class Pool:
     def __init__(self, *, processes: int, folder: Path) -> None:
         self.processes, self.folder = processes, folder
         self.children: list[Any] = []
-        self.pipes: list[Connection] = []
+        self.pipes: list[Any] = []
         self.starts = 0
 
     def run(self, function: Callable[..., Any], *, ranks: int, arguments: tuple = ()) -> list[Any]:
@@ -64,7 +63,7 @@ class Pool:
             self._start()
         for pipe in self.pipes[:ranks]:
             pipe.send((function, ranks, arguments))
-        answers = [pipe.recv() if pipe.poll(PATIENCE) else "no answer" for pipe in self.pipes[:ranks]]
+        answers: list[Any] = [pipe.recv() if pipe.poll(PATIENCE) else "no answer" for pipe in self.pipes[:ranks]]
         errors = [answer for answer in answers if isinstance(answer, str)]
         if errors:
             self.stop()
@@ -88,7 +87,7 @@ class Pool:
             self.pipes.append(here)
 
 
-def _serve(pipe: Connection, rank: int, processes: int, store: Path) -> None:
+def _serve(pipe: Any, rank: int, processes: int, store: Path) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)

@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import faults
 import pytest
 
 from blocklocal.lab.cli import main
+from blocklocal.lab.recipes import DIGITS
+from blocklocal.lab.train import train
 
 EPOCHS = 4
 
@@ -44,6 +47,20 @@ def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, 
     assert main(["timeline", str(run.out)]) == 0
     assert (run.out / "timeline.svg").exists()
     assert main(["eval", str(run.out)]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "processes"), [("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp32", 2)])
+def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic(tmp_path, dtype, processes):
+    settings = {"model": "mlp", "dtype": dtype, "clip": 0.5, "accumulate": 3, "epochs": 2, "train_size": 512}
+    settings |= {"test_size": 100, "batch_size": 16, "save_every": 8, "threads": 1, "warmup": 1.0, "seed": 1}
+    train(replace(DIGITS, **settings, out=str(tmp_path / "whole")))
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    out = tmp_path / "launched"
+    command = [*faults.BLL, "launch", f"--processes={processes}", "digits", *options, f"--out={out}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=faults.PATIENCE, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert faults.same(out, tmp_path / "whole")
 
 
 def test_torchrun_runs_the_same_command(tmp_path, whole):

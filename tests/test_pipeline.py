@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -296,6 +297,51 @@ def test_misuse_is_named(tmp_path: Path) -> None:
     processes.run(misused, processes=1, folder=tmp_path)
     with pytest.raises(ValueError, match="init_process_group"):
         Pipeline(learner(), optimizer=optimizer)
+
+
+def neglected(rank: int, deaf: int, folder: str) -> dict[str, Tensor]:
+    """The process `deaf` of two does nothing until the other has given up."""
+    gave_up = Path(folder, f"gave-up-on-{deaf}")
+    pipeline = Pipeline(learner(), optimizer=optimizer, placement=[0, 0, 1, 1], timeout=0.5)
+    if rank == deaf:
+        while not gave_up.exists():
+            time.sleep(0.01)
+        return {}
+    said = (
+        "rank 1, block 2, minibatch 0: no message from rank 0 within 0.5 s",
+        "rank 0, block 1, minibatch 0: rank 1 did not take the message within 0.5 s",
+    )
+    with pytest.raises(RuntimeError, match=said[deaf]):
+        list(pipeline.train(as_rank(minibatches(3), rank)))
+    gave_up.touch()
+    return {}
+
+
+@pytest.mark.parametrize("deaf", [0, 1])
+def test_a_message_is_waited_for_no_longer_than_the_timeout(deaf: int, tmp_path: Path) -> None:
+    (tmp_path / "word").mkdir()
+    processes.run(neglected, processes=2, folder=tmp_path, arguments=(deaf, str(tmp_path / "word")))
+
+
+def broken(rank: int) -> dict[str, Tensor]:
+    def refuse(*_: object) -> None:
+        raise KeyError("weights")
+
+    mine = learner()
+    mine.blocks[2].register_forward_pre_hook(refuse)
+    pipeline = Pipeline(mine, optimizer=optimizer)
+    with pytest.raises(RuntimeError, match="rank 0, block 2, minibatch 0: KeyError: 'weights'"):
+        list(pipeline.train(minibatches(3)))
+    wide = Pipeline(learner(), optimizer=optimizer)
+    wide.learner.blocks[0].double()
+    wide.learner.borders[0].double()
+    with pytest.raises(ValueError, match=r"the block gives torch.float64, and messages are torch.float32"):
+        list(wide.train((x.double(), y) for x, y in minibatches(1)))
+    return {}
+
+
+def test_errors_name_rank_block_and_minibatch(tmp_path: Path) -> None:
+    processes.run(broken, processes=1, folder=tmp_path)
 
 
 def built_on_meta(rank: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from blocklocal.pipeline.draws import seeded
 
 EXAMPLES = int(os.environ.get("BLOCKLOCAL_EXAMPLES", "12"))
 CLASSES, ROWS, SEED = 3, 6, 5
-LAYERS = ["linear", "conv", "view", "slice", "identity", "dropout", "no_dropout", "relu_", "layer_norm", "batch_norm"]
+LAYERS = ["linear", "conv", "view", "slice", "pause", "dropout", "no_dropout", "relu_", "layer_norm", "batch_norm"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,14 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+class Pause(nn.Module):
+    """Gives its input itself, so late that the next message has arrived."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        time.sleep(0.003)
+        return h
+
+
 class Slice(nn.Module):
     """A view of half of the channels."""
 
@@ -78,7 +87,7 @@ def layer(kind: str, h: Tensor) -> nn.Module:
         "conv": lambda: nn.Conv2d(channels, 4, 3, padding=1) if is_map else nn.Identity(),
         "view": lambda: nn.Flatten() if is_map else nn.Unflatten(1, (channels, 1, 1)),
         "slice": lambda: Slice() if channels > 3 else nn.Identity(),
-        "identity": nn.Identity,
+        "pause": Pause,
         "dropout": lambda: nn.Dropout(0.5),
         "no_dropout": lambda: nn.Dropout(0.0),
         "relu_": lambda: nn.ReLU(inplace=True),
@@ -178,9 +187,27 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Pool]:
     pool.stop()
 
 
+def test_no_receive_overwrites_what_a_later_block_reads(pool: processes.Pool) -> None:
+    """The output of the first block of rank 1 is a view of a receive buffer; the next block reads it late."""
+    blocks = (("conv",), ("view",), ("pause", "linear"), ("slice",), ("pause", "linear"))
+    case = Case(blocks, counts=(1, 2, 2), minibatches=7, window=7, ahead=1, accumulate=1, clip=0.0, bf16=False)
+    assert_as_in_one_process(pool, case)
+
+
+def test_weights_that_autocast_has_cast_do_not_outlive_a_step(pool: processes.Pool) -> None:
+    case = Case(
+        (("conv",), ("linear",)), counts=(2,), minibatches=4, window=4, ahead=1, accumulate=1, clip=0, bf16=True
+    )
+    assert_as_in_one_process(pool, case)
+
+
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_random_chains_learn_the_weights_of_one_process_to_the_bit(pool: processes.Pool, case: Case) -> None:
+    assert_as_in_one_process(pool, case)
+
+
+def assert_as_in_one_process(pool: processes.Pool, case: Case) -> None:
     parts = pool.run(in_processes, ranks=len(case.counts), arguments=(case,))
     found = {name: tensor for part in parts for name, tensor in part.items()}
     expected = in_one_process(case)

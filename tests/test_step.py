@@ -116,6 +116,32 @@ def test_the_gradient_of_the_spatial_mean_takes_no_memory() -> None:
     assert gradient.untyped_storage().nbytes() == 2 * 3 * 4
 
 
+@pytest.mark.parametrize("stepped_by", ["backward", "caller"])
+def test_cast_weights_do_not_outlive_a_step_in_one_context_for_all(stepped_by: str) -> None:
+    """One autocast context around many steps, and around a look at the predictions, changes no weight."""
+
+    def train(*, one_context: bool) -> bll.BlockLocal:
+        torch.manual_seed(0)
+        learner = bll.BlockLocal(
+            [nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)], classes=3, example=torch.randn(2, 8)
+        )
+        optimizers = [SGD(learner.block_parameters(k), lr=0.5) for k in range(3)]
+        x, y = torch.randn(16, 8), torch.arange(16) % 3
+        with torch.autocast("cpu", torch.bfloat16) if one_context else nullcontext():
+            for _ in range(4):
+                with torch.autocast("cpu", torch.bfloat16):
+                    learner.predict(x)
+                    learner.backward(x, y, optimizers=optimizers if stepped_by == "backward" else None)
+                if stepped_by == "caller":
+                    for optimizer in optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad()
+        return learner
+
+    separate, together = train(one_context=False).state_dict(), train(one_context=True).state_dict()
+    assert [name for name in separate if not torch.equal(separate[name], together[name])] == []
+
+
 def test_nothing_is_copied_at_a_border() -> None:
     learner, _, x, y = setting()
     pointers: list[tuple[int, int]] = []

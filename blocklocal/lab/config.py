@@ -33,12 +33,16 @@ class Settings:
     """passes over the training images"""
     batch_size: int = 64
     """images per step"""
+    accumulate: int = 1
+    """number of minibatches whose mean gradient makes an optimizer step"""
     lr: float = 0.1
     """highest learning rate"""
     momentum: float = 0.9
     """momentum, Nesterov's"""
     weight_decay: float = 5e-4
     """weight decay of all parameters"""
+    clip: float = 0.0
+    """highest norm of the gradient of a block with its border; 0: no limit"""
     schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
     """course of the learning rate: a fall to zero after the warm-up, or a rise for 30 % of the steps and a fall"""
     warmup: float = 1.0
@@ -88,6 +92,8 @@ class Settings:
             "blocks": (self.blocks >= 1, "1 or more"),
             "epochs": (self.epochs >= 1, "1 or more"),
             "batch_size": (self.batch_size >= 2, "2 or more"),
+            "accumulate": (self.accumulate >= 1, "1 or more"),
+            "clip": (0 <= self.clip < float("inf"), "0 or more"),
             "lr": (0 < self.lr < float("inf"), "more than 0"),
             "momentum": (0 < self.momentum < 1, "between 0 and 1"),
             "weight_decay": (0 <= self.weight_decay < float("inf"), "0 or more"),

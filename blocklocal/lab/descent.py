@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -10,14 +12,21 @@ from blocklocal.lab.schedule import SCHEDULES
 
 
 def descent(parameters: list[nn.Parameter], settings: Settings) -> SGD:
-    """Stochastic gradient descent with Nesterov momentum."""
-    return SGD(
+    """Stochastic gradient descent with Nesterov momentum; with --clip, of gradients that are clipped first."""
+    optimizer = SGD(
         [{"params": parameters}],  # a group may be empty, a list of parameters may not
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=True,
     )
+    if settings.clip:
+        optimizer.register_step_pre_hook(partial(_clip, parameters, settings.clip))
+    return optimizer
+
+
+def _clip(parameters: list[nn.Parameter], norm: float, *_: object) -> None:
+    nn.utils.clip_grad_norm_(parameters, norm)
 
 
 def set_rate(optimizer: Optimizer, settings: Settings, *, minibatch: int, steps: int) -> None:

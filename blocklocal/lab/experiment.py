@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Experiment:
     def training_batches(self, epoch: int, *, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Of epoch 1, 2, ..., from minibatch `begin` on."""
         settings = self.settings
-        return batches.training_batches(
+        whole_epoch = batches.training_batches(
             self.dataset.train,
             normalisation=self.normalisation,
             size=settings.batch_size,
@@ -49,18 +50,21 @@ class Experiment:
             augmentation=Augmentation(flip=settings.flip, crop=settings.crop, cutout=settings.cutout),
             begin=begin,
         )
+        return islice(whole_epoch, self.steps - begin)
 
     def training_labels(self, epoch: int, *, begin: int = 0) -> Iterator[Tensor]:
         """Those of `training_batches`."""
         settings = self.settings
-        return batches.training_labels(
+        whole_epoch = batches.training_labels(
             self.dataset.train, size=settings.batch_size, seed=settings.seed, epoch=epoch, begin=begin
         )
+        return islice(whole_epoch, self.steps - begin)
 
     @property
     def steps(self) -> int:
-        """Minibatches of an epoch."""
-        return len(self.dataset.train) // self.settings.batch_size
+        """Minibatches of an epoch: a whole number of optimizer steps."""
+        whole = len(self.dataset.train) // (self.settings.batch_size * self.settings.accumulate)
+        return whole * self.settings.accumulate
 
     def autocast(self, device: torch.device | None = None) -> torch.autocast:
         """The arithmetic that the settings ask for, on the experiment's device or another."""
@@ -93,8 +97,9 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         torch.set_num_threads(settings.threads)
     dataset = load(settings.data, train_size=settings.train_size, test_size=settings.test_size).to(device)
     images = len(dataset.train)
-    if images < settings.batch_size:
-        raise UserError(f"--batch-size {settings.batch_size} is more than the {images} training images")
+    if images < settings.batch_size * settings.accumulate:
+        times = f" times --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
+        raise UserError(f"--batch-size {settings.batch_size}{times} is more than the {images} training images")
     if settings.crop >= min(dataset.size):
         raise UserError(f"--crop {settings.crop} is not less than the {min(dataset.size)} pixels of an image's side")
     normalisation = Normalisation.of(dataset.train.images)

@@ -26,6 +26,7 @@ from blocklocal.pipeline import Placement, balanced, replicate, shard
 from blocklocal.pipeline.pipeline import Batch
 from blocklocal.pipeline.stage import Stage
 
+WINDOW = 8  # minibatches at least between two looks at the losses
 MEASURED = 32  # images of a minibatch by which processes measure the blocks, at most
 
 
@@ -59,6 +60,9 @@ class PipelineTrainer:
             data_parallel=shard if self.settings.shard else replicate,
             device=self.device,
             message=DTYPES[self.settings.message],
+            window=WINDOW + -WINDOW % self.settings.accumulate,
+            accumulate=self.settings.accumulate,
+            timeout=self.settings.patience,
             seed=self.settings.seed,
             trace=trace is not None,
         )

@@ -44,9 +44,9 @@ class Learning:
     learner: BlockLocal
     alignment: Alignment | None = None
 
-    def given(self, y: Tensor) -> AbstractContextManager[None]:
-        """A context for the learner's step on a batch with targets y."""
-        return nullcontext() if self.alignment is None else self.alignment.given(y)
+    def given(self, y: Tensor, *, scale: float = 1.0) -> AbstractContextManager[None]:
+        """A context for the learner's step on a batch with targets y, whose losses are multiplied by `scale`."""
+        return nullcontext() if self.alignment is None else self.alignment.given(y, scale=scale)
 
 
 Rule = Callable[[nn.Module, Task], Learning]

@@ -61,14 +61,24 @@ class SingleTrainer:
         self.optimizers = [descent(self.learner.block_parameters(k), self.settings) for k in self.blocks]
 
     def train(self, epoch: int, *, begin: int) -> Iterator[Tensor]:
-        steps = self.experiment.steps
+        steps, accumulate = self.experiment.steps, self.settings.accumulate
+        scale, losses = 1 / accumulate, []
         self.learner.train()
         for step, (x, y) in enumerate(self.experiment.training_batches(epoch, begin=begin), start=begin):
             for optimizer in self.optimizers:
                 set_rate(optimizer, self.settings, minibatch=(epoch - 1) * steps + step, steps=steps)
-            with self.experiment.autocast(), self.experiment.learning.given(y):
-                losses = self.learner.backward(x, y, optimizers=self.optimizers)
-            yield losses[None]
+            with self.experiment.autocast(), self.experiment.learning.given(y, scale=scale):
+                if accumulate == 1:  # a block's gradients are freed before the next block begins
+                    losses.append(self.learner.backward(x, y, optimizers=self.optimizers))
+                else:
+                    losses.append(self.learner.backward(x, y, scale=scale))
+            if len(losses) == accumulate:
+                if accumulate > 1:
+                    for optimizer in self.optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                yield torch.stack(losses)
+                losses = []
 
     def states(self) -> dict[int, State]:
         states = {k: block_state(self.learner, k, self.optimizers[k]) for k in self.blocks}
