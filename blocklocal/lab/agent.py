@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from rich.console import Console
+from typing import TextIO
 
 from blocklocal.lab.children import Children, Failure
 from blocklocal.lab.journal import LOGS
@@ -31,15 +31,24 @@ class Agent:
     """Starts `command` on this machine as often as there are processes, and again when something breaks.
 
     restarts: number of times that a failure is answered by another start. folder: for what the processes report.
+    console: their standard error, if not this process's.
     """
 
     def __init__(
-        self, command: Sequence[str], *, processes: int, meeting: Meeting, restarts: int, run: Run, folder: Path
+        self,
+        command: Sequence[str],
+        *,
+        processes: int,
+        meeting: Meeting,
+        restarts: int,
+        run: Run,
+        folder: Path,
+        console: TextIO | None = None,
     ) -> None:
         self._command, self._processes, self._meeting = command, processes, meeting
         self._restarts, self._run, self._folder = restarts, run, folder
         self._failed, self._starts = 0, 0
-        self._console = Console(stderr=True)
+        self._console = console
 
     def run(self) -> Failure | None:
         """Until all processes of all machines have ended well, or one has failed for good: that failure.
@@ -66,6 +75,7 @@ class Agent:
                 environment=place.environment,
                 launched=AGAIN if self._starts else FIRST,
                 folder=self._folder / f"start{self._starts}",
+                console=self._console,
             ) as children:
                 self._starts += 1
                 ended = self._watch(children)
@@ -83,7 +93,7 @@ class Agent:
                 return False
 
     def _say(self, line: str) -> None:
-        self._console.print(f"bll: {line}", highlight=False, soft_wrap=True, markup=False)
+        print(f"bll: {line}", file=sys.stderr)
 
 
 def tell(failure: Failure, run: Run) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from blocklocal.lab.journal import LAUNCHED, REPORT
 from blocklocal.lab.processes import PARENT
@@ -37,7 +37,7 @@ class Children:
     """`command` in one process per rank, from the entry of a `with` block to its end, which none of them outlives.
 
     size: number of processes of all machines. environment: what they get beside their rank. launched: first or again.
-    folder: for their reports; new.
+    folder: for their reports; new. console: their standard error, if not this process's.
     """
 
     def __init__(
@@ -49,8 +49,10 @@ class Children:
         environment: dict[str, str],
         launched: str,
         folder: Path,
+        console: TextIO | None = None,
     ) -> None:
         folder.mkdir()
+        self._console = console
         self._command, self._ranks, self._folder = command, ranks, folder
         self._environment = environment | {
             "WORLD_SIZE": str(size),
@@ -67,7 +69,9 @@ class Children:
             for place, rank in enumerate(self._ranks):
                 own = {"RANK": str(rank), "LOCAL_RANK": str(place), REPORT: str(self._report(rank))}
                 environment = os.environ | self._environment | own
-                self._processes.append(subprocess.Popen(self._command, env=environment, start_new_session=True))
+                self._processes.append(
+                    subprocess.Popen(self._command, env=environment, stderr=self._console, start_new_session=True)
+                )
         except BaseException:
             self._end(signal.SIGTERM)
             raise

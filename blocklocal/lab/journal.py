@@ -8,6 +8,8 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -72,7 +74,25 @@ class Journal:
 
 def divert(file: TextIO) -> TextIO:
     """Let what libraries below Python write to standard error go to `file`; returns the way that it took before."""
-    sys.stderr.flush()
-    before = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    assert sys.__stderr__ is not None
+    sys.__stderr__.flush()
+    before = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.__stderr__.encoding, errors="backslashreplace")
     os.dup2(file.fileno(), 2)
     return before
+
+
+@contextmanager
+def diverted(path: Path) -> Iterator[TextIO | None]:
+    """The same for a while: standard error as it was, for Python and for processes that are started; None: closed."""
+    if sys.__stderr__ is None:
+        yield None
+        return
+    with path.open("w") as file, divert(file) as console:
+        python = sys.stderr
+        sys.stderr = console if python is sys.__stderr__ else python
+        try:
+            yield console
+        finally:
+            console.flush()
+            os.dup2(console.fileno(), 2)
+            sys.stderr = python

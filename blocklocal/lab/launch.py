@@ -17,6 +17,7 @@ from blocklocal.lab.arguments import parse_known
 from blocklocal.lab.checkpoints import kept
 from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.journal import diverted
 from blocklocal.lab.meeting import Alone, Endpoint, Meeting
 from blocklocal.lab.processes import loopback
 from blocklocal.lab.recipes import settings_from
@@ -83,10 +84,17 @@ def main(args: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:  # a meeting may leave a last word there
         folder = Path(name)
         try:
-            meeting = _meeting(options, processes=processes, folder=folder)
-            failure = Agent(
-                command, processes=processes, meeting=meeting, restarts=options.restarts, run=run, folder=folder
-            ).run()
+            with diverted(folder / "below.log") as console:
+                meeting = _meeting(options, processes=processes, folder=folder)
+                failure = Agent(
+                    command,
+                    processes=processes,
+                    meeting=meeting,
+                    restarts=options.restarts,
+                    run=run,
+                    folder=folder,
+                    console=console,
+                ).run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(kept(run) if run.exists else "") from None
         except Ended as error:
@@ -115,6 +123,7 @@ def _meeting(options: Options, *, processes: int, folder: Path) -> Meeting:
         return Alone(processes=processes, folder=folder)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
     address, hosts = _address(options.rdzv_endpoint)
+    print(f"bll: meeting at {options.rdzv_endpoint}, {options.nnodes} machines", file=sys.stderr)
     try:
         return Endpoint(
             options.rdzv_endpoint, processes=processes, machines=options.machines, address=address, hosts=hosts

@@ -131,10 +131,10 @@ class Endpoint:
         except RendezvousTimeoutError as error:
             raise OSError(f"too few machines came to {self._endpoint}") from error
         except (RendezvousConnectionError, RuntimeError) as error:
-            raise OSError(f"nobody answers at {self._endpoint}: {_first_line(error)}") from error
+            raise OSError(f"nobody answers at {self._endpoint} ({_reason(error)})") from error
         except RendezvousError as error:
-            raise OSError(f"the machines did not meet at {self._endpoint}: {_first_line(error)}") from error
+            raise OSError(f"the machines did not meet at {self._endpoint} ({_reason(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error.__cause__ or error).split("\n")[0]
+def _reason(error: Exception) -> str:
+    return str(error.__cause__ or error).split("\n")[0].rstrip(". ")
