@@ -17,7 +17,7 @@ from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets
 from blocklocal.graph import mode
 from blocklocal.internals import Convertible, convert
 from blocklocal.losses import BLL, LocalLoss
-from blocklocal.messages import Criterion, Statistic, spatial_mean
+from blocklocal.messages import Criterion, Statistic, dense, spatial_mean
 from blocklocal.split import share, split
 from blocklocal.survey import site_of, survey
 
@@ -235,6 +235,8 @@ class BlockLocal(Convertible):
 
     def _forward(self, k: int, h: Tensor) -> Tensor:
         torch.clear_autocast_cache()  # of weights as they were before an optimizer step, or cast without a graph
+        if k > 0:
+            h = dense(h)  # as it travels from one process to another: strides decide the last bits of what follows
         return self.blocks[k](h.clone() if self._writes_input[k] else h)
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:

@@ -40,6 +40,16 @@ def spatial_std(positions: Tensor) -> Tensor:
     return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * (variance > 0)
 
 
+def memory_order(h: Tensor) -> tuple[int, ...]:
+    """The dimensions of h from the outermost to the innermost in memory."""
+    return tuple(sorted(range(h.dim()), key=lambda d: (-h.stride(d), d)))
+
+
+def dense(h: Tensor) -> Tensor:
+    """h, or a contiguous copy where it does not fill its memory (a slice, an expanded tensor)."""
+    return h if h.permute(memory_order(h)).is_contiguous() else h.contiguous()
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a border stands: the shape (C, H, W), (T, D) or (D,) of one sample of h, and what to predict there."""

@@ -201,7 +201,7 @@ def kill_during_checkpoint(folder: Path, whole: Path, *, epochs: int, kills: int
 
     def half() -> bool:
         parts = list(run.out.glob("checkpoint/step-*/block-*"))
-        return any(not (part / ".metadata").exists() for part in parts)
+        return any(not (part / "index.json").exists() for part in parts)
 
     for kill in range(kills):
         run.wait_until_training()

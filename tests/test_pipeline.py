@@ -202,8 +202,8 @@ def watched(rank: int) -> dict[str, Tensor]:
 def test_nothing_is_sent_backward(tmp_path: Path) -> None:
     sent = torch.stack([part["sent"] for part in processes.run(watched, processes=3, folder=tmp_path)])
     message = (11 + 2) * 12 * 6 * 6 * 2  # minibatches, rows, positions, bytes; times channels
-    dtypes = (2 + 1) * 8  # windows, bytes of the number that says what autocast has made of the output
-    assert sent.tolist() == [[0, 8 * message + dtypes, 0], [0, 0, 6 * message + dtypes], [0, 0, 0]]
+    preambles = 8 * (3 * 5 + 2 * (11 + 2))  # of three windows five numbers each, and two for each minibatch
+    assert sent.tolist() == [[0, 8 * message + preambles, 0], [0, 0, 6 * message + preambles], [0, 0, 0]]
 
 
 def unequal_rates(rank: int) -> dict[str, Tensor]:
@@ -284,7 +284,7 @@ def misused(rank: int) -> dict[str, Tensor]:
     with pytest.raises(ValueError, match="labels run from 4 to 4: allowed is 0 to 3"):
         list(Pipeline(learner(), optimizer=optimizer).train((x, torch.full_like(y, 4)) for x, y in minibatches(1)))
     with pytest.raises(
-        ValueError, match=r"rank 0, block 0, minibatch 0: the block gives \(6, 4, 4\) per sample, and gave \(6, 6, 6\)"
+        ValueError, match=r"block 0, minibatch 0: the block gives \(12, 6, 4, 4\) for 12 targets, and gave \(6, 6, 6\)"
     ):
         list(Pipeline(learner(), optimizer=optimizer).train((x[..., 1:-1, 1:-1], y) for x, y in minibatches(1)))
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("rows",))
@@ -321,6 +321,22 @@ def neglected(rank: int, deaf: int, folder: str) -> dict[str, Tensor]:
 def test_a_message_is_waited_for_no_longer_than_the_timeout(deaf: int, tmp_path: Path) -> None:
     (tmp_path / "word").mkdir()
     processes.run(neglected, processes=2, folder=tmp_path, arguments=(deaf, str(tmp_path / "word")))
+
+
+def other_targets(rank: int) -> dict[str, Tensor]:
+    """Rank 1 has the same minibatches in another order."""
+    batches = list(as_rank(minibatches(4), rank))
+    pipeline = Pipeline(learner(), optimizer=optimizer, timeout=5)
+    if rank == 0:
+        list(pipeline.train(batches))
+        return {}
+    with pytest.raises(ValueError, match="rank 1, block 2, minibatch 0: rank 0 reads other targets"):
+        list(pipeline.train(batches[::-1]))
+    return {}
+
+
+def test_ranks_that_read_other_targets_are_told(tmp_path: Path) -> None:
+    processes.run(other_targets, processes=2, folder=tmp_path)
 
 
 def broken(rank: int) -> dict[str, Tensor]:

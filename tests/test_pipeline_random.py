@@ -24,7 +24,19 @@ from blocklocal.pipeline.draws import seeded
 
 EXAMPLES = int(os.environ.get("BLOCKLOCAL_EXAMPLES", "12"))
 CLASSES, ROWS, SEED = 3, 6, 5
-LAYERS = ["linear", "conv", "view", "slice", "pause", "dropout", "no_dropout", "relu_", "layer_norm", "batch_norm"]
+LAYERS = [
+    "linear",
+    "conv",
+    "view",
+    "slice",
+    "channels_last",
+    "pause",
+    "dropout",
+    "no_dropout",
+    "relu_",
+    "layer_norm",
+    "batch_norm",
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,13 @@ class Pause(nn.Module):
         return h
 
 
+class ChannelsLast(nn.Module):
+    """Changes the memory format of a map, and with it the kernels of the blocks that follow."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.contiguous(memory_format=torch.channels_last) if h.dim() == 4 else h
+
+
 class Slice(nn.Module):
     """A view of half of the channels."""
 
@@ -86,6 +105,7 @@ def layer(kind: str, h: Tensor) -> nn.Module:
         "linear": lambda: nn.Identity() if is_map else nn.Linear(channels, 12),
         "conv": lambda: nn.Conv2d(channels, 4, 3, padding=1) if is_map else nn.Identity(),
         "view": lambda: nn.Flatten() if is_map else nn.Unflatten(1, (channels, 1, 1)),
+        "channels_last": ChannelsLast,
         "slice": lambda: Slice() if channels > 3 else nn.Identity(),
         "pause": Pause,
         "dropout": lambda: nn.Dropout(0.5),

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +21,12 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from blocklocal.lab.checkpoints import Checkpoints
+from blocklocal.lab.cli import main
 from blocklocal.lab.config import Settings, encode, restore
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import prepare
 from blocklocal.lab.models import build
+from blocklocal.lab.part import Part
 from blocklocal.lab.recipes import DIGITS, recipe, settings_from
 from blocklocal.lab.rules import RULES
 from blocklocal.lab.runs import Run
@@ -170,7 +175,14 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     assert [record["epoch"] for record in lines(tmp_path / "killed")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("changes", [{"model": "own_nets:dropout", "blocks": 2}, {"model": "cnn", "rule": "brsf"}])
+RANDOM = [
+    {"model": "own_nets:dropout", "blocks": 2},
+    {"model": "cnn", "rule": "brsf"},
+    *({"rule": rule, "seed": 3} for rule in ("fa", "usf", "frsf", "dfa", "drtp")),
+]
+
+
+@pytest.mark.parametrize("changes", RANDOM)
 @pytest.mark.parametrize(("step", "kept"), [(0, "epoch 1$"), (3, "epoch 2, step 2 of 4")])
 def test_resuming_restores_what_is_random(tmp_path, monkeypatch, own_nets, changes, step, kept):
     settings = replace(TINY, epochs=2, save_every=2, **changes)
@@ -198,7 +210,7 @@ def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path, monke
         file.write(json.dumps({**lines(tmp_path)[0], "epoch": 2}) + "\n" + '{"epoch": 3, "train')
     half = tmp_path / "checkpoint" / "step-8" / "block-0"
     half.mkdir(parents=True)
-    (half / ".metadata").write_bytes(b"one block of four")
+    (half / "index.json").write_bytes(b"one block of four")
     train(replace(settings, resume=True))
     assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3]
 
@@ -223,6 +235,71 @@ def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
     assert train(replace(settings, resume=True)) == summary
     assert "nothing is left" in " ".join(capsys.readouterr().err.split())
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(replace(TINY, rule="brsf", epochs=1, out=str(out)))
+    return out
+
+
+def flip(part: Part) -> None:
+    file = part.path / "tensors.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+
+
+def put(**entries: object) -> Callable[[Part], object]:
+    """Write it again, sound, with something else in it."""
+    changes = {name.replace("__", "."): value for name, value in entries.items()}
+
+    def change(part: Part) -> None:
+        state = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in part.read().items()
+        }
+        part.write({name: value for name, value in {**state, **changes}.items() if value is not None})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "testing"),
+    [
+        (flip, r"block-0' is not a readable checkpoint \(tensors\.safetensors is not", True),
+        (lambda part: (part.path / "index.json").write_text("{}"), r"\(index\.json: format nothing", True),
+        (
+            lambda part: (part.path / "index.json").rename(part.path / ".metadata"),
+            "older version.*blocklocal 0.1",
+            True,
+        ),
+        (put(blocks__0__more=torch.zeros(3)), r"unknown: blocks\.0\.more", True),
+        (put(progress__losses=None), "does not fit.*losses of 0 steps", False),
+        (put(progress__losses=torch.zeros(2)), "does not fit.*losses of 0 steps", False),
+        (put(progress__seconds="1.5"), "does not fit.*their time", False),
+        (put(random__cpu=torch.zeros(7)), "does not fit", False),
+        (put(random__cpu=torch.zeros(7, dtype=torch.uint8)), "does not fit", False),
+        (put(alignment__rule=None), "does not fit.*rule without a name", False),
+        (put(alignment__next_seed=None), "does not fit.*next_seed", False),
+        (put(alignment__feedback__more=torch.zeros(2)), "does not fit.*feedback of more", False),
+    ],
+)
+def test_a_checkpoint_that_is_damaged_or_foreign_is_one_line(tmp_path, finished, capsys, change, words, testing):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    half = Part(out / "checkpoint" / "step-9" / "block-0", 9, 0)  # a kill has left it
+    half.path.mkdir(parents=True)
+    change(Part(out / "checkpoint" / "step-4" / "block-0", 4, 0))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for args in (["train", "--resume", f"--out={out}"], ["eval", str(out)]):
+        if args[0] == "train" or testing:
+            assert main(args) == 2
+            printed = capsys.readouterr()
+            assert printed.out == ""
+            assert re.fullmatch(f"bll: .*{words}.*\n", printed.err)
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        assert half.path.exists()
 
 
 def test_a_loss_that_is_no_number_is_named_and_the_checkpoint_kept(tmp_path, own_nets):

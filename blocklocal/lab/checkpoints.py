@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import pickle
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.part import Part, State, Value
 from blocklocal.lab.runs import Run
 
-METADATA = ".metadata"  # of a part: written last and by renaming, so a part is whole where it is there
-
-# All that the metadata of tensors consists of. Whatever else a file wants to make when it is read is refused.
-HARMLESS = {
-    "torch": {"Size", *(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
-        *("TensorProperties", "_MEM_FORMAT_ENCODING"),
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath"},
-}
-
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, CheckpointException)
-
-# A part has one writer, as it should be. For good, since warnings are set for all threads at once.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-State = dict[str, Tensor]
+STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
 class Checkpoints:
@@ -56,17 +33,17 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, parts: Mapping[int, State]) -> None:
+    def save(self, step: int, states: Mapping[int, State]) -> None:
         """Copy the states of some blocks and write them while training goes on; first wait for those before.
 
         What cannot be written is a warning, and leaves nothing behind: the last whole cut stays.
         """
         self.wait()
-        copies = {k: {name: tensor.detach().to("cpu", copy=True) for name, tensor in parts[k].items()} for k in parts}
+        copies = {k: {name: _copy(value) for name, value in state.items()} for k, state in states.items()}
         self._pending = self._writer.submit(self._write, step, copies)
 
     def wait(self) -> None:
-        """Until what was to be saved is on disk, or given up."""
+        """Until what was to be saved is on disk, or given up. UserError: a tensor of a kind that files do not hold."""
         pending, self._pending = self._pending, None
         try:
             if pending is not None:
@@ -79,25 +56,8 @@ class Checkpoints:
         return max((step for step in self._steps() if self._whole(step)), default=None)
 
     def load(self, step: int, k: int) -> State:
-        """The state of block k. UserError: an unreadable part, or one that holds something else than tensors."""
-        folder = self._part(step, k)
-        try:
-            reader = _Reader(folder)
-            found = reader.read_metadata().state_dict_metadata
-            other = [name for name, entry in found.items() if not isinstance(entry, TensorStorageMetadata)]
-            if other:
-                raise ValueError(f"{other[0]!r} is no tensor")
-            state = {
-                name: torch.empty(entry.size, dtype=entry.properties.dtype)
-                for name, entry in found.items()
-                if isinstance(entry, TensorStorageMetadata)
-            }
-            load(state, storage_reader=reader, no_dist=True)
-        except UNREADABLE as error:
-            raise UserError(
-                f"{str(folder)!r} is not a readable checkpoint ({_cause(error)}); start anew with another --out"
-            ) from error
-        return state
+        """The state of block k. UserError: a part that is damaged, or foreign, or of an older version."""
+        return self._part(step, k).read()
 
     def discard_others(self, step: int | None) -> None:
         """Forget all cuts but that one: parts of later ones belong to a course of events that is given up."""
@@ -105,32 +65,38 @@ class Checkpoints:
             if other != step:
                 shutil.rmtree(self.path / f"step-{other}")
 
-    def _write(self, step: int, parts: Mapping[int, State]) -> None:
-        for k, state in parts.items():
-            folder = self._part(step, k)
-            try:
-                save(state, storage_writer=FileSystemWriter(folder), no_dist=True)
-            except (OSError, RuntimeError, CheckpointException) as error:
-                shutil.rmtree(folder, ignore_errors=True)
-                free = shutil.disk_usage(self.path).free / 2**20
-                raise OSError(f"{folder}: {_cause(error)}; {free:,.0f} MiB are free") from error
+    def _write(self, step: int, states: Mapping[int, State]) -> None:
+        try:
+            for k, state in states.items():
+                self._part(step, k).write(state)
+        except (OSError, SafetensorError) as error:
+            self._forget(step, states)
+            free = shutil.disk_usage(self.path).free / 2**20
+            raise OSError(f"{self.path / f'step-{step}'}: {error}; {free:,.0f} MiB are free") from error
+        except (KeyError, ValueError) as error:
+            self._forget(step, states)
+            raise UserError(f"a checkpoint cannot hold the state of this model ({error})") from error
         last = self.latest()
         for old in self._steps():
             if last is not None and old < last:
-                for k in parts:
-                    shutil.rmtree(self._part(old, k), ignore_errors=True)
-                with suppress(OSError):  # another process has parts in it
-                    (self.path / f"step-{old}").rmdir()
+                self._forget(old, states)
+
+    def _forget(self, step: int, blocks: Iterable[int]) -> None:
+        """As far as possible; other processes may have parts in the cut, too."""
+        for k in blocks:
+            shutil.rmtree(self._part(step, k).path, ignore_errors=True)
+        with suppress(OSError):
+            (self.path / f"step-{step}").rmdir()
 
     def _steps(self) -> list[int]:
-        names = [path.name.removeprefix("step-") for path in self.path.glob("step-*")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        found = [STEP.fullmatch(path.name) for path in self.path.glob("step-*") if path.is_dir()]
+        return sorted(int(match[1]) for match in found if match)
 
     def _whole(self, step: int) -> bool:
-        return all((self._part(step, k) / METADATA).exists() for k in range(self.blocks))
+        return all(self._part(step, k).whole for k in range(self.blocks))
 
-    def _part(self, step: int, k: int) -> Path:
-        return self.path / f"step-{step}" / f"block-{k}"
+    def _part(self, step: int, k: int) -> Part:
+        return Part(self.path / f"step-{step}" / f"block-{k}", step, k)
 
 
 def kept(run: Run) -> str:
@@ -144,27 +110,7 @@ def kept(run: Run) -> str:
     return f"{str(run.path)!r} keeps the checkpoint of {place}"
 
 
-class _Reader(FileSystemReader):
-    """Reads the metadata of a part without making anything but what `HARMLESS` names."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with Path(self.path, METADATA).open("rb") as file:
-            metadata = _Unpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"a {type(metadata).__name__} in place of metadata")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in HARMLESS.get(module, ()):
-            raise pickle.UnpicklingError(f"it wants to make a {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong inside, on one line."""
-    inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-    return str(inner).split("\n")[0]
+def _copy(value: Value) -> Value:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.part import State
 from blocklocal.lab.processes import Processes
+from blocklocal.lab.state import misfit
 from blocklocal.lab.trainer import Trainer
 
 Watch = Callable[[int, Sequence[float]], None]
@@ -42,15 +44,14 @@ class Course:
         """
         latest = self.checkpoints.latest() if resume else None
         minibatch = processes.first(latest or 0)
+        if minibatch:
+            states = {k: self.checkpoints.load(minibatch, k) for k in self.trainer.blocks}
+            self._take_progress(states, steps=minibatch % self.steps)
+            self.trainer.load(states)
+        processes.meet()  # all can read theirs, and so the others are needed no more
         if processes.rank == 0:
             self.checkpoints.discard_others(minibatch)
         processes.meet()
-        if minibatch:
-            states = {k: self.checkpoints.load(minibatch, k) for k in self.trainer.blocks}
-            losses = [state.pop(LOSSES) for state in states.values()]
-            self.losses = [torch.stack(losses, 1).to(self.experiment.device)] if len(losses[0]) else []
-            self.seconds = max(state.pop(SECONDS).item() for state in states.values())
-            self.trainer.load(states)
         return minibatch
 
     def epoch(self, epoch: int, *, watch: Watch) -> Tensor:
@@ -84,12 +85,21 @@ class Course:
         self.losses, self.seconds = [], 0.0
         self._save(epoch * self.steps)
 
+    def _take_progress(self, states: Mapping[int, State], *, steps: int) -> None:
+        """Out of the states what `_save` has put into them. UserError: it is not that of so many steps."""
+        losses, seconds = ([state.pop(name, None) for state in states.values()] for name in (LOSSES, SECONDS))
+        found = [tensor for tensor in losses if isinstance(tensor, Tensor) and tensor.shape == (steps,)]
+        times = [value for value in seconds if isinstance(value, float)]
+        if not len(found) == len(times) == len(states):
+            raise misfit(f"the losses of {steps} steps of the epoch, or their time, are not there")
+        self.losses = [torch.stack(found, 1).to(self.experiment.device)] if steps else []
+        self.seconds = max(times)
+
     def _save(self, minibatch: int) -> None:
         states, blocks = self.trainer.states(), self.trainer.blocks
         losses = torch.cat(self.losses) if self.losses else torch.zeros(0, len(blocks))
         for k, state in states.items():
-            seconds = torch.tensor(self.seconds, dtype=torch.float64)
-            state |= {LOSSES: losses[:, blocks.index(k)], SECONDS: seconds}
+            state |= {LOSSES: losses[:, blocks.index(k)], SECONDS: self.seconds}
         self.checkpoints.save(minibatch, states)
 
     def _check_losses(self, losses: Tensor, *, epoch: int, first: int) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +10,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from blocklocal import BlockLocal
-from blocklocal.lab.checkpoints import Checkpoints, State
+from blocklocal.alignment import Alignment
+from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.part import State
 
-OPTIMIZER = "optimizer."
+OPTIMIZER, ALIGNMENT, FEEDBACK = "optimizer.", "alignment.", "feedback."
+CPU, GPU = "random.cpu", "random.cuda."
 
 
 def block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None) -> State:
     """Parameters and buffers of block k and its border; of the optimizer `optimizer.KEY.NAME` for each parameter.
 
-    Where replicas hold shares of the block, all of them call it and get the whole.
+    Where replicas hold shares of the block, all of them call it and get the whole. UserError: a module that keeps
+    something else than tensors.
     """
     state = {name: tensor for name, tensor in learner.state_dict().items() if _belongs(name, k)}
+    for name, kept in state.items():
+        if not isinstance(kept, Tensor):
+            raise UserError(f"{name} of the model is a {type(kept).__name__}: a checkpoint keeps tensors alone")
     for name, parameter in learner.named_parameters():
         if optimizer is not None and _belongs(name, k):
             kept = optimizer.state.get(parameter, {})
@@ -33,38 +38,59 @@ def block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None) -> Sta
 
 def load_block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None, state: State) -> None:
     """Give block k what `block_state` took of it. UserError: the state of another model."""
-    parameters = dict(learner.named_parameters())
-    weights = {name: _share(tensor, parameters.get(name)) for name, tensor in state.items() if _belongs(name, k)}
-    try:
-        missing, unexpected = learner.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise _misfit(str(error)) from error
-    missing = [name for name in missing if _belongs(name, k)]
-    if missing or unexpected:
-        raise _misfit(f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unexpected) or 'none'}")
-    for name, tensor in state.items():
+    parameters, tensors = dict(learner.named_parameters()), _tensors(state)
+    weights = {name: tensor for name, tensor in tensors.items() if _belongs(name, k)}
+    _check_fit(weights, {name: tensor for name, tensor in learner.state_dict().items() if _belongs(name, k)})
+    learner.load_state_dict({name: _share(weights[name], parameters.get(name)) for name in weights}, strict=False)
+    for name, tensor in tensors.items():
         if optimizer is not None and name.startswith(OPTIMIZER):
-            key, owner = name.removeprefix(OPTIMIZER).split(".", 1)
-            own = tensor.to(parameters[owner].device, copy=True)
-            optimizer.state[parameters[owner]][key] = _share(own, parameters[owner])
+            key, _, owner = name.removeprefix(OPTIMIZER).partition(".")
+            parameter = parameters.get(owner)
+            if parameter is None or tensor.shape not in (parameter.shape, ()):
+                raise misfit(f"the optimizer's {name.removeprefix(OPTIMIZER)}")
+            optimizer.state[parameter][key] = _share(tensor.to(parameter.device, copy=True), parameter)
+
+
+def alignment_state(alignment: Alignment) -> State:
+    """What the rule needs to go on: `alignment.KEY`, and `alignment.feedback.LAYER` for each layer."""
+    kept = alignment.state_dict()
+    feedback = {FEEDBACK + name: tensor for name, tensor in kept.pop("feedback").items()}
+    return {ALIGNMENT + name: value for name, value in {**kept, **feedback}.items()}
+
+
+def load_alignment_state(alignment: Alignment, state: State) -> None:
+    """Give the rule what `alignment_state` took of it. UserError: the state of another rule or model, or none."""
+    own = {name.removeprefix(ALIGNMENT): value for name, value in state.items() if name.startswith(ALIGNMENT)}
+    feedback = {name.removeprefix(FEEDBACK): tensor for name, tensor in _tensors(own).items()}
+    try:
+        alignment.load_state_dict({**own, "feedback": feedback})
+    except (ValueError, KeyError) as error:
+        raise misfit(str(error)) from error
+
+
+def random_state() -> State:
+    """Where the random numbers of this process stand."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {CPU: torch.get_rng_state(), **{f"{GPU}{i}": numbers for i, numbers in enumerate(gpus)}}
+
+
+def load_random_state(state: State) -> None:
+    """Go on there. Of a state without, such as a pipeline's, nothing. UserError: no states of random numbers."""
+    tensors, gpus = _tensors(state), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        if CPU in tensors:
+            torch.set_rng_state(tensors[CPU])
+        for i in range(gpus):
+            if f"{GPU}{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"{GPU}{i}"], i)
+    except (RuntimeError, TypeError) as error:
+        raise misfit(str(error)) from error
 
 
 def load_weights(learner: BlockLocal, checkpoints: Checkpoints, *, minibatch: int, blocks: Iterable[int]) -> None:
     """Give so many blocks what they had after so many minibatches. UserError: see `Checkpoints.load`."""
     for k in blocks:
         load_block_state(learner, k, None, checkpoints.load(minibatch, k))
-
-
-def pack(values: dict[str, Any]) -> Tensor:
-    """Numbers, words, tensors, and lists and dictionaries of them, as one tensor of bytes."""
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def unpack(packed: Tensor) -> dict[str, Any]:
-    """What was packed; reading makes nothing else than `pack` takes."""
-    return torch.load(io.BytesIO(packed.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def unshard(learner: BlockLocal) -> None:
@@ -85,7 +111,28 @@ def _belongs(name: str, k: int) -> bool:
     return name.startswith((f"blocks.{k}.", f"borders.{k}."))
 
 
-def _misfit(what: str) -> UserError:
+def _tensors(state: State) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _check_fit(stored: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    differing = [name for name in stored if name in own and _kind(stored[name]) != _kind(own[name])]
+    lists = {"missing": own.keys() - stored, "unknown": stored.keys() - own, "of another shape or type": differing}
+    if any(lists.values()):
+        raise misfit("; ".join(f"{what}: {_listed(names)}" for what, names in lists.items()))
+
+
+def _listed(names: Collection[str]) -> str:
+    first, rest = sorted(names)[:4], len(names) - 4
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "") or "none"
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def misfit(what: str) -> UserError:
+    """A checkpoint that is sound, but of something else."""
     return UserError(
         "the checkpoint does not fit the model as it is built now: "
         f"give back the code that it was trained with, or train anew ({what})"

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from blocklocal.lab.checkpoints import State
 from blocklocal.lab.descent import descent, set_rate
-from blocklocal.lab.errors import UserError
 from blocklocal.lab.evaluate import Exits
 from blocklocal.lab.experiment import Experiment
-from blocklocal.lab.state import block_state, load_block_state, pack, unpack
-
-REST = "rest"  # of the process, in the state of block 0: feedback weights of an alignment rule, random states
+from blocklocal.lab.part import State
+from blocklocal.lab.state import (
+    alignment_state,
+    block_state,
+    load_alignment_state,
+    load_block_state,
+    load_random_state,
+    random_state,
+)
 
 
 class Trainer(Protocol):
@@ -82,30 +85,17 @@ class SingleTrainer:
 
     def states(self) -> dict[int, State]:
         states = {k: block_state(self.learner, k, self.optimizers[k]) for k in self.blocks}
-        alignment = self.experiment.learning.alignment
-        states[0][REST] = pack(
-            {
-                "alignment": alignment.state_dict() if alignment else None,
-                "random": torch.get_rng_state(),
-                "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            }
-        )
+        states[0] |= random_state()
+        if self.experiment.learning.alignment:
+            states[0] |= alignment_state(self.experiment.learning.alignment)
         return states
 
     def load(self, states: Mapping[int, State]) -> None:
         for k, state in states.items():
             load_block_state(self.learner, k, self.optimizers[k], state)
-        if REST not in states[0]:
-            return
-        rest, alignment = unpack(states[0][REST]), self.experiment.learning.alignment
-        torch.set_rng_state(rest["random"])
-        if rest["random_cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(rest["random_cuda"])
-        if alignment:
-            try:
-                alignment.load_state_dict(rest["alignment"])
-            except ValueError as error:
-                raise UserError(f"the checkpoint does not fit the model as it is built now ({error})") from error
+        if self.experiment.learning.alignment:
+            load_alignment_state(self.experiment.learning.alignment, states[0])
+        load_random_state(states[0])
 
     def test(self) -> Exits:
         return self.experiment.test()

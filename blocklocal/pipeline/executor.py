@@ -2,12 +2,14 @@
 
 A receive is posted `prefetch` minibatches early, into the slot of the ring that the minibatch before it has left: the
 schedule posts it after the last action that reads the slot, and no stage hands on what shares storage with its input.
-The first message of a window is preceded by the dtypes that its tensors have for the blocks, which autocast decides,
-so that a block gets the very tensor that the block before it gave.
+The first message of a window is preceded by a preamble: the forms of its tensors, so that a block gets the very tensors
+that the block before it gave; and for each minibatch the number of its rows and a digest of its targets, so that ranks
+which read different data are told.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,27 +19,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from blocklocal.messages import dense
 from blocklocal.pipeline.schedule import Action
 from blocklocal.pipeline.stage import Message, Stage
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of a message: (rows, *shape), under way as `dtype`, for a minibatch with that number of rows."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+from blocklocal.pipeline.wire import Form, TensorSpec
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What the stages of one rank read of a minibatch. number: how many came before it. x: for block 0 alone."""
+    """What the stages of one rank read of a minibatch.
+
+    number: how many came before it. x: for block 0 alone. digest: of the targets, see `digest`.
+    """
 
     number: int
     x: Tensor | None
     y: Tensor
+    digest: int
 
 
 class Executor:
@@ -66,10 +64,10 @@ class Executor:
         self.rank, self.group, self.device = rank, group, device
         self.timeout = timedelta(seconds=timeout)
         self.ring: list[list[Tensor] | None] = [None] * prefetch
-        self.arriving: dict[int, tuple[Message, list[dist.Work]]] = {}
+        self.arriving: dict[int, tuple[list[Tensor], list[dist.Work]]] = {}
         self.leaving: list[tuple[Action, dist.Work, Tensor]] = []
         self.handed: dict[int, Message] = {}
-        self.dtypes: dict[int, list[torch.dtype]] = {}
+        self.forms: dict[int, list[Form]] = {}  # by border
 
     def run(self, actions: Sequence[Action], minibatches: Sequence[Minibatch]) -> list[Tensor]:
         """One window of minibatches; what the stages' `finish` returned, in the order of the actions.
@@ -83,11 +81,11 @@ class Executor:
             with self._named(action, minibatch):
                 match action.kind:
                     case "RECV_F":
-                        self._receive(action, rows=len(minibatch.y))
+                        self._receive(action, minibatches)
                     case "F":
-                        self._forward(action, minibatch)
+                        self._forward(action, minibatches)
                     case "SEND_F":
-                        self._send(action)
+                        self._send(action, minibatches)
                     case "B":
                         results.append(self.stages[action.block].finish())
         while self.leaving:
@@ -96,18 +94,19 @@ class Executor:
                 self._wait(work, f"rank {self.rank + 1} did not take the message")
         return results
 
-    def _receive(self, action: Action, *, rows: int) -> None:
-        specs = self.receives[action.block]
-        message = self._buffers(action.minibatch % len(self.ring), rows=rows, specs=specs)
+    def _receive(self, action: Action, minibatches: Sequence[Minibatch]) -> None:
+        specs, rows = self.receives[action.block], len(minibatches[action.minibatch].y)
+        parts = self._buffers(action.minibatch % len(self.ring), rows=rows, specs=specs)
         if action.minibatch == 0:
-            message = (torch.empty(len(specs), dtype=torch.int64, device=self.device), *message)
-        works = [_started(dist.irecv(h, group=self.group, group_src=self.rank - 1)) for h in message]
-        self.arriving[action.minibatch] = message, works
+            size = sum(2 + len(spec.shape) for spec in specs) + 2 * len(minibatches)
+            parts = [torch.empty(size, dtype=torch.int64, device=self.device), *parts]
+        works = [_started(dist.irecv(part, group=self.group, group_src=self.rank - 1)) for part in parts]
+        self.arriving[action.minibatch] = parts, works
 
-    def _forward(self, action: Action, minibatch: Minibatch) -> None:
-        k = action.block
+    def _forward(self, action: Action, minibatches: Sequence[Minibatch]) -> None:
+        k, minibatch = action.block, minibatches[action.minibatch]
         if k in self.receives:
-            message = self._arrived(action)
+            message = self._arrived(action, minibatches)
         elif k == 0:
             assert minibatch.x is not None
             message = (minibatch.x,)
@@ -115,27 +114,38 @@ class Executor:
             message = self.handed.pop(k - 1)
         self.handed[k] = self.stages[k](message, y=minibatch.y, minibatch=minibatch.number)
 
-    def _arrived(self, action: Action) -> Message:
-        message, works = self.arriving.pop(action.minibatch)
+    def _arrived(self, action: Action, minibatches: Sequence[Minibatch]) -> Message:
+        specs, rows = self.receives[action.block], len(minibatches[action.minibatch].y)
+        parts, works = self.arriving.pop(action.minibatch)
         for work in works:
             self._wait(work, f"no message from rank {self.rank - 1}")
         if action.minibatch == 0:
-            self.dtypes[action.block] = [DTYPES[i] for i in message[0].tolist()]
-            message = message[1:]
-        return tuple(h.to(dtype) for h, dtype in zip(message, self.dtypes[action.block], strict=True))
+            preamble, *parts = parts
+            self.forms[action.block - 1], contents = _read(preamble.tolist(), specs)
+            if contents != _contents(minibatches):
+                raise ValueError(
+                    f"rank {self.rank - 1} reads other targets: all ranks go through the same minibatches in the same "
+                    "order, drawn from the same seed"
+                )
+        forms = self.forms[action.block - 1]
+        return tuple(
+            form.tensor(part, shape=(rows, *spec.shape)) for part, spec, form in zip(parts, specs, forms, strict=True)
+        )
 
-    def _send(self, action: Action) -> None:
-        message = self.handed.pop(action.block)
-        dtypes, specs = [h.dtype for h in message], self.sends[action.block]
-        parts = [h.to(spec.dtype).contiguous() for h, spec in zip(message, specs, strict=True)]
+    def _send(self, action: Action, minibatches: Sequence[Minibatch]) -> None:
+        message = [dense(h) for h in self.handed.pop(action.block)]
+        specs, parts = self.sends[action.block], []
         if action.minibatch == 0:
-            self.dtypes[action.block] = dtypes
-            parts = [torch.tensor([DTYPES.index(dtype) for dtype in dtypes], device=self.device), *parts]
-        elif dtypes != self.dtypes[action.block]:
-            raise ValueError(f"the block gives {dtypes} and gave {self.dtypes[action.block]} in the same window")
-        for h in parts:
-            work = _started(dist.isend(h, group=self.group, group_dst=self.rank + 1))
-            self.leaving.append((action, work, h))  # which must live until it was taken
+            forms = self.forms[action.block] = [Form.of(h) for h in message]
+            numbers = [number for form in forms for number in form.numbers()] + _contents(minibatches)
+            parts.append(torch.tensor(numbers, device=self.device))
+        for h, spec, form in zip(message, specs, self.forms[action.block], strict=True):
+            if not form.fits(h):
+                raise ValueError(f"the block gives a tensor of the form {Form.of(h)}, and gave {form} a little ago")
+            parts.append(form.elements(h, dtype=spec.dtype))
+        for part in parts:
+            work = _started(dist.isend(part, group=self.group, group_dst=self.rank + 1))
+            self.leaving.append((action, work, part))  # which must live until it was taken
 
     def _wait(self, work: dist.Work, failure: str) -> None:
         try:
@@ -147,12 +157,14 @@ class Executor:
             seconds = self.timeout.total_seconds()
             raise RuntimeError(f"{failure} within {seconds:g} s ({_first_line(error)})") from error
 
-    def _buffers(self, slot: int, *, rows: int, specs: Sequence[TensorSpec]) -> Message:
+    def _buffers(self, slot: int, *, rows: int, specs: Sequence[TensorSpec]) -> list[Tensor]:
+        sizes = [rows * math.prod(spec.shape) for spec in specs]
         buffers = self.ring[slot]
-        if buffers is None or len(buffers[0]) < rows:
-            buffers = [torch.empty(rows, *spec.shape, dtype=spec.dtype, device=self.device) for spec in specs]
-            self.ring[slot] = buffers
-        return tuple(buffer[:rows] for buffer in buffers)
+        if buffers is None or any(len(buffer) < size for buffer, size in zip(buffers, sizes, strict=True)):
+            buffers = self.ring[slot] = [
+                torch.empty(size, dtype=spec.dtype, device=self.device) for spec, size in zip(specs, sizes, strict=True)
+            ]
+        return [buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)]
 
     @contextmanager
     def _named(self, action: Action, minibatch: Minibatch) -> Iterator[None]:
@@ -165,6 +177,20 @@ class Executor:
             raise kind(
                 f"rank {self.rank}, block {action.block}, minibatch {minibatch.number}: {name}{error}"
             ) from error
+
+
+def _contents(minibatches: Sequence[Minibatch]) -> list[int]:
+    return [number for minibatch in minibatches for number in (len(minibatch.y), minibatch.digest)]
+
+
+def _read(preamble: list[int], specs: Sequence[TensorSpec]) -> tuple[list[Form], list[int]]:
+    """The forms of a message's tensors, and the contents of the window."""
+    forms = []
+    for spec in specs:
+        size = 2 + len(spec.shape)
+        forms.append(Form.read(preamble[:size]))
+        preamble = preamble[size:]
+    return forms, preamble
 
 
 def _started(work: dist.Work | None) -> dist.Work:

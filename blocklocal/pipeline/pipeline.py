@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from blocklocal.border import Border
 from blocklocal.learner import BlockLocal
-from blocklocal.pipeline.executor import Executor, Minibatch, TensorSpec
+from blocklocal.pipeline.executor import Executor, Minibatch
 from blocklocal.pipeline.materialize import materialize
 from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers, sum_feedback
 from blocklocal.pipeline.schedule import Action, Placement, schedule
 from blocklocal.pipeline.stage import LocalStep, MessageType, Stage
 from blocklocal.pipeline.trace import Trace
+from blocklocal.pipeline.wire import TensorSpec, digest
 
 Batch = tuple[Tensor | None, Tensor]
 
@@ -165,7 +166,12 @@ class Pipeline:
             for _, y in window if self.learner.training else ():
                 self.learner.targets.check(y)
             minibatches = [
-                Minibatch(self.minibatches + m, x=self._input(x), y=y.to(self.device, non_blocking=True))
+                Minibatch(
+                    self.minibatches + m,
+                    x=self._input(x),
+                    y=y.to(self.device, non_blocking=True),
+                    digest=digest(y),
+                )
                 for m, (x, y) in enumerate(window)
             ]
             results = self._executor.run(self._actions(len(window)), minibatches)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blocklocal.learner import BlockLocal
+from blocklocal.messages import dense
 from blocklocal.pipeline.draws import seeded
 from blocklocal.pipeline.trace import Doing, Trace
 
@@ -96,16 +97,16 @@ class Stage(nn.Module):
         (h,) = message
         with seeded(self.seed, minibatch, self.k, device=h.device):
             result, h = self.step(h, y if self.training else None)
-        self.result = _apart(result, message)
+        self.result, h = _apart(result, message), _apart(h, message)
         if self.outlet is not None:
-            if h.shape[1:] != self.outlet:
+            if h.shape != (len(y), *self.outlet):
                 raise ValueError(
-                    f"the block gives {tuple(h.shape[1:])} per sample, and gave {self.outlet} for the learner's "
-                    "example=: minibatches of a pipeline have the example's shape"
+                    f"the block gives {tuple(h.shape)} for {len(y)} targets, and gave {self.outlet} per sample for the "
+                    "learner's example=: minibatches of a pipeline have the example's shape"
                 )
             h = self.message_type.round(h)
         self._lap("forward")
-        return (_apart(h, message),)
+        return (h,)
 
     def finish(self) -> Tensor:
         """The local loss, after learning from it; in evaluation mode the prediction of exit k."""
@@ -129,6 +130,7 @@ class Stage(nn.Module):
 
 
 def _apart(tensor: Tensor, message: Message) -> Tensor:
-    """The tensor, copied where it is a view of a part of the message."""
+    """The tensor, dense, and copied where it is a view of a part of the message."""
+    tensor = dense(tensor)
     lent = {part.untyped_storage().data_ptr() for part in message}
     return tensor.clone() if tensor.untyped_storage().data_ptr() in lent else tensor

@@ -1,0 +1,65 @@
+"""How tensors travel: as the elements that they hold in memory, and what says how to read them.
+
+A tensor arrives with the dtype and the strides that it had, since arithmetic depends on them in its last bits: autocast
+decides the one, the memory format (such as channels_last) the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blocklocal.messages import memory_order
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a message: (rows, *shape) for a minibatch with that number of rows, under way as `dtype`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Form:
+    """The dtype of a dense tensor, and its dimensions from the outermost to the innermost in memory."""
+
+    dtype: torch.dtype
+    order: tuple[int, ...]
+
+    @staticmethod
+    def of(h: Tensor) -> Form:
+        return Form(h.dtype, memory_order(h))
+
+    def fits(self, h: Tensor) -> bool:
+        return h.dtype == self.dtype and h.permute(self.order).is_contiguous()
+
+    def elements(self, h: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """Those of h as they stand in memory, as `dtype`."""
+        return h.permute(self.order).reshape(-1).to(dtype)
+
+    def tensor(self, elements: Tensor, *, shape: Sequence[int]) -> Tensor:
+        """The tensor of that shape with these elements, which may share their memory."""
+        inner = elements.view([shape[d] for d in self.order])
+        return inner.permute([self.order.index(d) for d in range(len(shape))]).to(self.dtype)
+
+    def numbers(self) -> list[int]:
+        return [DTYPES.index(self.dtype), *self.order]
+
+    @staticmethod
+    def read(numbers: Sequence[int]) -> Form:
+        return Form(DTYPES[numbers[0]], tuple(numbers[1:]))
+
+
+def digest(y: Tensor) -> int:
+    """A number that changes with the values and the order of y; zero for a y on a device, which would have to wait."""
+    if y.device.type != "cpu":
+        return 0
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[y.element_size()]
+    bits = y.contiguous().view(integers).flatten().long()
+    return int((bits * torch.arange(1, len(bits) + 1)).sum())
