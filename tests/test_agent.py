@@ -19,7 +19,7 @@ from blocklocal.lab import agent, children, processes
 from blocklocal.lab.agent import Agent, tell
 from blocklocal.lab.children import Children
 from blocklocal.lab.journal import REPORT
-from blocklocal.lab.meeting import Alone, Endpoint
+from blocklocal.lab.meeting import Alone, Endpoint, within
 from blocklocal.lab.runs import Run
 
 
@@ -193,6 +193,16 @@ def test_a_run_that_another_machine_has_ended(tmp_path):
     first.close()
     with pytest.raises(OSError, match="another machine has ended the run"):
         second.join()
+
+
+def test_a_call_that_does_not_return_is_given_up():
+    never = threading.Event()
+    with pytest.raises(TimeoutError, match=r"has not answered for 0\.1 s"):
+        within(0.1, never.wait)
+    never.set()
+    assert within(100, lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        within(100, lambda: 1 / 0)
 
 
 JOIN = """

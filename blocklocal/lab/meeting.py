@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 from blocklocal.lab.processes import STORE
 
+T = TypeVar("T")
+
+ANSWER = 90  # seconds to reach the endpoint in; torch tries for 60, but waits for ever for one that takes and is silent
 LEAVE = 300  # seconds that a machine whose processes are done waits for the others
 
 
@@ -84,7 +90,7 @@ class Endpoint:
             is_host=str(hosts).lower(),
         )
         with self._answering():
-            self._handler = registry.get_rendezvous_handler(parameters)
+            self._handler = within(ANSWER, partial(registry.get_rendezvous_handler, parameters))
         self._info: Any = None
         self._left: float | None = None  # when this machine was done
 
@@ -134,6 +140,26 @@ class Endpoint:
             raise OSError(f"nobody answers at {self._endpoint} ({_reason(error)})") from error
         except RendezvousError as error:
             raise OSError(f"the machines did not meet at {self._endpoint} ({_reason(error)})") from error
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What a call gives that may never return and that no signal ends. TimeoutError: nothing in so many seconds."""
+    results: Queue[T | Exception] = Queue()
+
+    def run() -> None:
+        try:
+            results.put(call())
+        except Exception as error:  # handed to the thread that waits
+            results.put(error)
+
+    Thread(target=run, daemon=True).start()
+    try:
+        result = results.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError(f"what listens there has not answered for {seconds:g} s") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _reason(error: Exception) -> str:
