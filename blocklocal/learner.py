@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from blocklocal.border import Border
 from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets
 from blocklocal.graph import mode
-from blocklocal.internals import Convertible, convert
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, dense, spatial_mean
 from blocklocal.split import share, split
@@ -31,7 +30,7 @@ def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(prediction.flatten(0, -2), y.flatten())
 
 
-class BlockLocal(Convertible):
+class BlockLocal(nn.Module):
     """Trains `model` in blocks: at each border a local loss, and no gradient crosses it.
 
     model: any module, or a list of modules. at, blocks, balance: where to cut, see `split`; neither cuts a list or an
@@ -219,14 +218,14 @@ class BlockLocal(Convertible):
         self.model.train(mode)
         return super().train(mode)
 
-    def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
-        """Put fn(tensor) in the place of each parameter and buffer; the blocks stay those of the model."""
-        convert(self.model, fn, recurse=recurse)
-        convert(self.borders, fn, recurse=recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLocal:
+        self.model._apply(fn, recurse)
+        self.borders._apply(fn, recurse)
         given = set(self.model.modules())
         for block in self.blocks:
             if isinstance(block, fx.GraphModule) and block not in given:
                 share(self.model, block)
+        return self
 
     def _border(self, k: int) -> Border:
         border = self.borders[k]

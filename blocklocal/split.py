@@ -154,13 +154,13 @@ def share(model: nn.Module, block: fx.GraphModule) -> None:
         container = model.get_submodule(path)
         if container is stand_in:
             continue
-        for name, _ in [*stand_in.named_parameters(recurse=False, remove_duplicate=False)]:
-            setattr(stand_in, name, getattr(container, name))
-        buffers = dict(container.named_buffers(recurse=False, remove_duplicate=False))
-        saved = container.state_dict(keep_vars=True)
-        for name, copy in [*stand_in.named_buffers(recurse=False, remove_duplicate=False)]:
-            buffer = buffers.get(name, copy)  # a plain attribute is no buffer of the container
-            stand_in.register_buffer(name, buffer, persistent=name in saved)
+        for name in stand_in._parameters:
+            stand_in._parameters[name] = container._parameters[name]
+        for name in stand_in._buffers:
+            if name in container._buffers:  # else a plain attribute
+                stand_in._buffers[name] = container._buffers[name]
+            if name not in container._buffers or name in container._non_persistent_buffers_set:
+                stand_in._non_persistent_buffers_set.add(name)
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:
