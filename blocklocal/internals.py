@@ -83,7 +83,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(_private(module, "torch.nn.Module", name, purpose="to look for hooks") for name in HOOKS)
 
 
-def version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """Another number after every operation that writes into the tensor."""
     return _private(tensor, "torch.Tensor", "_version", purpose="to see what writes into a tensor")
 

@@ -131,7 +131,7 @@ def test_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
             convert()
     bare = object()
     with pytest.raises(internals.UnsupportedTorch, match=r"torch\.Tensor\._version"):
-        internals.version(bare)  # pyright: ignore[reportArgumentType]
+        internals.version_of(bare)  # pyright: ignore[reportArgumentType]
     with pytest.raises(internals.UnsupportedTorch, match=r"torch\.nn\.Module\._forward_pre_hooks"):
         internals.has_hooks(bare)  # pyright: ignore[reportArgumentType]
 
@@ -144,6 +144,6 @@ def test_hooks_and_versions_are_seen() -> None:
     handle.remove()
     module.register_full_backward_pre_hook(lambda module, gradients: None)
     assert internals.has_hooks(module)
-    before = internals.version(x)
+    before = internals.version_of(x)
     x.add_(1)
-    assert internals.version(x) > before
+    assert internals.version_of(x) > before
