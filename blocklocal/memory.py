@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from blocklocal.internals import OperationMode
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Timeline:
         return max(self.bytes, default=0)
 
 
-class MemoryTracker(TorchDispatchMode):
+class MemoryTracker(OperationMode):
     """While it is active, writes the timeline of the bytes alive.
 
     >>> import torch
@@ -55,10 +56,10 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        given = {id(value.untyped_storage()) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
-        for value in tree_leaves(output):
-            if isinstance(value, Tensor) and id(value.untyped_storage()) not in given:
-                self._count(value)
+        given = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(output):
+            if id(tensor.untyped_storage()) not in given:
+                self._count(tensor)
         return output
 
     def _count(self, tensor: Tensor) -> None:
@@ -76,3 +77,12 @@ class MemoryTracker(TorchDispatchMode):
         self.alive += size
         self.timeline.seconds.append(self.seconds)
         self.timeline.bytes.append(self.alive)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Those that an operation takes or gives, which may be in tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

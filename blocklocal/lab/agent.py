@@ -1,88 +1,124 @@
-"""Watches the processes of a run on this machine: torch's own agent, with what it says and when it gives up."""
+"""Watches the processes of a run on this machine: starts them, says what failed, and starts all of them again."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-from typing import Any
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
 
-from rich.console import Console
-from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
-from blocklocal.lab.journal import LAUNCHED, LOGS
+from blocklocal.lab.children import Children, Failure
+from blocklocal.lab.journal import LOGS
+from blocklocal.lab.meeting import Meeting
 from blocklocal.lab.processes import AGAIN, FIRST
 from blocklocal.lab.runs import Run
 
-GRACE = 3  # seconds that a process has to end by itself before it is killed
+POLL = 0.1  # seconds between two looks at the processes
 
 
-class Agent(LocalElasticAgent):
-    """torch's own agent, which says in a line what has failed, and does not try again what cannot go better.
+class Ended(Exception):
+    """A signal asks the launcher to end."""
 
-    `_monitor_workers`, `_start_workers` and `_remaining_restarts` are private to it; they are those of torch 2.13.
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = signal.Signals(number)
+
+
+class Agent:
+    """Starts `command` on this machine as often as there are processes, and again when something breaks.
+
+    restarts: number of times that a failure is answered by another start. folder: for what the processes report.
+    console: their standard error, if not this process's.
     """
 
-    def __init__(self, spec: WorkerSpec, *, run: Run, folder: str) -> None:
-        super().__init__(spec, DefaultLogsSpecs(log_dir=folder), shutdown_timeout=GRACE)
-        self._run, self._console = run, Console(stderr=True)
-        os.environ[LAUNCHED] = FIRST
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        processes: int,
+        meeting: Meeting,
+        restarts: int,
+        run: Run,
+        folder: Path,
+        console: TextIO | None = None,
+    ) -> None:
+        self._command, self._processes, self._meeting = command, processes, meeting
+        self._restarts, self._run, self._folder = restarts, run, folder
+        self._failed, self._starts = 0, 0
+        self._console = console
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        pids = [worker.id for worker in worker_group.workers]
-        if any(map(_failed, pids)):
-            for pid in pids:  # one that is stopped would not hear that it shall end
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
-        result: Any = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
-        if result.failures and self._remaining_restarts:
-            rank, failure = first(result.failures)
-            if failure.exitcode == 2:  # unusable settings or data
-                self._remaining_restarts = 0
-            else:
-                restart = self._worker_group.spec.max_restarts - self._remaining_restarts + 1
-                self._say(
-                    f"{tell(rank, failure, self._run)}; restart {restart} of {self._worker_group.spec.max_restarts}"
-                )
-        return result
+    def run(self) -> Failure | None:
+        """Until all processes of all machines have ended well, or one has failed for good: that failure.
 
-    def _start_workers(self, worker_group: WorkerGroup) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        started: Any = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
-        os.environ[LAUNCHED] = AGAIN
-        return started
+        OSError: see `Meeting`. Ended, KeyboardInterrupt: a signal; no process is left behind, whatever happens.
+        """
+        with _signals():
+            while True:
+                failure = self._start()
+                if failure is None or failure.code == 2 or self._failed == self._restarts:  # 2: unusable settings
+                    self._meeting.close()
+                    return failure
+                self._failed += 1
+                self._say(f"{tell(failure, self._run)}; restart {self._failed} of {self._restarts}")
+
+    def _start(self) -> Failure | None:
+        """The processes from a start to their end, or to that of one; None where all have ended well."""
+        while True:
+            place = self._meeting.join()
+            with Children(
+                self._command,
+                ranks=range(place.first, place.first + self._processes),
+                size=place.size,
+                environment=place.environment,
+                launched=AGAIN if self._starts else FIRST,
+                folder=self._folder / f"start{self._starts}",
+                console=self._console,
+            ) as children:
+                self._starts += 1
+                ended = self._watch(children)
+            if ended:
+                return children.failure()
+
+    def _watch(self, children: Children) -> bool:
+        """Whether they have ended, well or not; otherwise another machine joins, and all have to start again."""
+        while True:
+            time.sleep(POLL)
+            codes = children.codes()
+            if any(codes) or (all(code == 0 for code in codes) and self._meeting.done()):
+                return True
+            if self._meeting.changed():
+                return False
 
     def _say(self, line: str) -> None:
-        self._console.print(f"bll: {line}", highlight=False, soft_wrap=True, markup=False)
+        print(f"bll: {line}", file=sys.stderr)
 
 
-def _failed(pid: int) -> bool:
-    """Whether a child has ended otherwise than well; it stays to be asked by the agent."""
-    with contextlib.suppress(ChildProcessError):
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        return ended is not None and ended.si_status != 0
-    return False
-
-
-def first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """What the others follow from: unusable settings, else a process that was killed, else the first to fail.
-
-    The agent ends the rest with SIGTERM, and counts them among the failures.
-    """
-
-    def order(failure: tuple[int, ProcessFailure]) -> tuple[bool, bool, bool, int]:
-        code = failure[1].exitcode
-        return code != 2, code == -signal.SIGTERM, code >= 0, failure[1].timestamp
-
-    return min(failures.items(), key=order)
-
-
-def tell(rank: int, failure: ProcessFailure, run: Run) -> str:
+def tell(failure: Failure, run: Run) -> str:
     """What happened to a process, and where to read more."""
-    if failure.exitcode < 0:
-        return f"process {rank} was killed by {failure.signal_name()}"
-    log = run.path / LOGS / f"rank{rank}.log"
+    if failure.code < 0:
+        return f"process {failure.rank} was killed by {failure.message}"
+    log = run.path / LOGS / f"rank{failure.rank}.log"
     more = f" (see {log})" if log.exists() else ""
-    return f"process {rank} failed: {failure.message}{more}"
+    return f"process {failure.rank} failed: {failure.message}{more}"
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Signals that would end this process raise Ended instead, but for those that it was started to ignore."""
+
+    def end(number: int, _: object) -> None:
+        raise Ended(number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from blocklocal.internals import UnsupportedTorch
 from blocklocal.lab.environment import keep_freed_memory
 from blocklocal.lab.errors import UserError
 
@@ -50,7 +51,7 @@ def main(args: Sequence[str]) -> int:
         if command not in COMMANDS:
             raise UserError(f"unknown command {command!r}: choose {', '.join(COMMANDS)}")
         importlib.import_module(COMMANDS[command][0]).main(rest)
-    except UserError as error:
+    except (UserError, UnsupportedTorch) as error:
         return _fail(str(error), code=2)
     except KeyboardInterrupt as stop:
         return _fail(f"interrupted{f': {stop}' if str(stop) else ''}", code=130)

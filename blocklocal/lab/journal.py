@@ -8,21 +8,32 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 LAUNCHED = "BLOCKLOCAL_LAUNCHED"  # set by `bll launch`, which reads the reports of the processes that it starts
+REPORT = "TORCHELASTIC_ERROR_FILE"  # where a launcher, torchrun too, looks for what a process failed of
 LOGS = "logs"  # in the folder of a run: a file per process
 
 
 class Journal:
-    """Of one process. What a rank above 0 says before there is a file is kept for it."""
+    """Of one process. What a rank above 0 says before there is a file is kept for it.
+
+    Under `bll launch` this is also where the libraries below Python write their own lines, beside what is said here.
+    """
 
     def __init__(self, rank: int, *, size: int) -> None:
         self.rank, self.size = rank, size
         self.file: TextIO | None = None
+        self.console = sys.__stderr__
         self.early = StringIO()
+        self.below: TextIO | None = None
+        if LAUNCHED in os.environ and self.console is not None:
+            self.below = (Path(os.environ[REPORT]).parent / f"below{rank}.log").open("a+")
+            self.console = sys.stderr = divert(self.below)
         if rank:
             sys.stdout = sys.stderr = self.early
 
@@ -33,6 +44,10 @@ class Journal:
         now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
         self.file.write(f"{now} rank {self.rank} of {self.size}, process {os.getpid()} on {host}\n")
         self.file.write(self.early.getvalue())
+        if self.below is not None:
+            self.below.seek(0)
+            self.file.write(self.below.read())
+            os.dup2(self.file.fileno(), 2)
         if self.rank:
             sys.stdout = sys.stderr = self.file
 
@@ -42,14 +57,42 @@ class Journal:
         The launcher gets a line. The traceback of what nobody expected goes to the file.
         """
         message = str(error) if code == 2 else f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")
-        if code == 1:
-            traceback.print_exception(error, file=self.file or sys.__stderr__)
-        report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if report:
-            Path(report).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
-        if LAUNCHED not in os.environ:
-            print(f"bll: rank {self.rank}: {message}", file=sys.__stderr__)
-        for stream in (self.file, sys.__stdout__, sys.__stderr__):
-            if stream is not None:
-                stream.flush()
-        os._exit(code)
+        report = {"message": message, "timestamp": str(int(time.time()))}
+        try:
+            if REPORT in os.environ:
+                Path(os.environ[REPORT]).write_text(json.dumps(report))
+            if LAUNCHED not in os.environ:
+                print(f"bll: rank {self.rank}: {message}", file=self.console)
+            if code == 1 and (self.file or not isinstance(error, OSError)):
+                traceback.print_exception(error, file=self.file or self.console)
+            for stream in (self.file, sys.__stdout__, self.console):
+                if stream is not None:
+                    stream.flush()
+        finally:  # also where nothing can be written any more
+            os._exit(code)
+
+
+def divert(file: TextIO) -> TextIO:
+    """Let what libraries below Python write to standard error go to `file`; returns the way that it took before."""
+    assert sys.__stderr__ is not None
+    sys.__stderr__.flush()
+    before = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.__stderr__.encoding, errors="backslashreplace")
+    os.dup2(file.fileno(), 2)
+    return before
+
+
+@contextmanager
+def diverted(path: Path) -> Iterator[TextIO | None]:
+    """The same for a while: standard error as it was, for Python and for processes that are started; None: closed."""
+    if sys.__stderr__ is None:
+        yield None
+        return
+    with path.open("w") as file, divert(file) as console:
+        python = sys.stderr
+        sys.stderr = console if python is sys.__stderr__ else python
+        try:
+            yield console
+        finally:
+            console.flush()
+            os.dup2(console.fileno(), 2)
+            sys.stderr = python

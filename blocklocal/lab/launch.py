@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
-from torch.distributed.elastic.rendezvous.api import RendezvousError
+from pathlib import Path
 
 from blocklocal.lab import lock, outputs
-from blocklocal.lab.agent import Agent, first, tell
+from blocklocal.lab.agent import Agent, Ended, tell
 from blocklocal.lab.arguments import parse_known
 from blocklocal.lab.checkpoints import kept
 from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.processes import STORE, loopback
+from blocklocal.lab.journal import diverted
+from blocklocal.lab.meeting import Alone, Endpoint, Meeting
+from blocklocal.lab.processes import loopback
 from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
-
-POLL = 0.1  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
@@ -86,29 +80,35 @@ def main(args: Sequence[str]) -> None:
     else:
         run.refuse()
     processes = options.processes or max(1, _parts(settings) // options.machines[1])
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
+    _set_environment(options, processes=processes)
+    command = [sys.executable, "-m", "blocklocal", "train", *rest]
     with (
         outputs.room(run.path, flag="--out"),
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # the meeting may leave a last word there
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,  # a meeting may leave a last word there
     ):
-        _set_environment(options, processes=processes, store=folder)
+        folder = Path(name)
         try:
-            workers = _workers(options, rest, processes=processes, folder=folder)
-            result: Any = Agent(workers, run=run, folder=folder).run()
-            workers.rdzv_handler.shutdown()
-        except RendezvousError as error:
-            raise UserError(f"the machines did not meet at {options.rdzv_endpoint}: {error}") from error
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt(kept(run) if run.exists else "") from None
-            sys.exit(128 + error.sigval)
+            with diverted(folder / "below.log") as console:
+                meeting = _meeting(options, processes=processes, folder=folder)
+                failure = Agent(
+                    command,
+                    processes=processes,
+                    meeting=meeting,
+                    restarts=options.restarts,
+                    run=run,
+                    folder=folder,
+                    console=console,
+                ).run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(kept(run) if run.exists else "") from None
+        except Ended as error:
+            sys.exit(128 + error.number)
         finally:
             lock.clear(run.path)
-    if result.is_failed():
-        rank, failure = first(result.failures)
-        if failure.exitcode == 2:
-            raise UserError(failure.message)
-        raise OSError(f"{tell(rank, failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
+    if failure and failure.code == 2:
+        raise UserError(failure.message)
+    if failure:
+        raise OSError(f"{tell(failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
 
 
 def _parts(settings: Settings) -> int:
@@ -116,36 +116,26 @@ def _parts(settings: Settings) -> int:
     return settings.replicas * (len(settings.at) + 1 if settings.at else settings.blocks)
 
 
-def _set_environment(options: Options, *, processes: int, store: str) -> None:
+def _set_environment(options: Options, *, processes: int) -> None:
     """What the processes inherit."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = options.interface or loopback()
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restart meets at a store that is gone
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a process ends when another is gone
+
+
+def _meeting(options: Options, *, processes: int, folder: Path) -> Meeting:
+    """UserError: nobody answers at the endpoint."""
     if options.machines == (1, 1):
-        os.environ[STORE] = store
-
-
-def _workers(options: Options, rest: list[str], *, processes: int, folder: str) -> WorkerSpec:
-    """One machine meets in a file, so that nothing listens at a port; several at the endpoint."""
-    least, most = options.machines
-    if most == 1:
-        address, place = "127.0.0.1", {"endpoint": f"{folder}/meeting", "store_type": "file"}
-    else:
-        address, hosts = _address(options.rdzv_endpoint)
-        place = {"endpoint": options.rdzv_endpoint, "is_host": str(hosts).lower()}
-    parameters = RendezvousParameters(
-        backend="c10d", run_id="blocklocal", min_nodes=least, max_nodes=most, local_addr=address, **place
-    )
-    return WorkerSpec(
-        role="blocks",
-        local_world_size=processes,
-        entrypoint=sys.executable,
-        args=("-m", "blocklocal", "train", *rest),
-        rdzv_handler=registry.get_rendezvous_handler(parameters),
-        max_restarts=options.restarts,
-        monitor_interval=POLL,
-        local_addr=address,
-    )
+        return Alone(processes=processes, folder=folder)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
+    address, hosts = _address(options.rdzv_endpoint)
+    print(f"bll: meeting at {options.rdzv_endpoint}, {options.nnodes} machines", file=sys.stderr)
+    try:
+        return Endpoint(
+            options.rdzv_endpoint, processes=processes, machines=options.machines, address=address, hosts=hosts
+        )
+    except OSError as error:
+        raise UserError(f"--rdzv-endpoint {options.rdzv_endpoint}: {error}") from error
 
 
 def _address(endpoint: str) -> tuple[str, bool]:

@@ -16,13 +16,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
+from blocklocal.internals import UnsupportedTorch
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.journal import LAUNCHED, Journal
 
 # Set by `bll launch` for the processes that it starts.
-STORE = "BLOCKLOCAL_STORE"  # folder in which the processes of one machine meet, instead of at a port
+STORE = "BLOCKLOCAL_STORE"  # file in which the processes of one machine meet, instead of at a port
+PARENT = "BLOCKLOCAL_PARENT"  # process that has started them
+START = timedelta(seconds=60)  # that all processes have at least from the first to the last to start
 FIRST, AGAIN = "first", "again"  # values of LAUNCHED: whether they begin, or go on where others were
 
 
@@ -94,7 +98,7 @@ def joined(*, device: str, patience: float) -> Iterator[Processes]:
         assert isinstance(group, dist.ProcessGroup)
         yield Processes(own, rank, size, group, journal)
         dist.destroy_process_group()
-    except UserError as error:
+    except (UserError, UnsupportedTorch) as error:
         journal.end(error, code=2)
     except KeyboardInterrupt as error:
         journal.end(error, code=130)
@@ -111,12 +115,24 @@ def _join(rank: int, size: int, *, device: torch.device, timeout: timedelta) -> 
     alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
     if alone and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = loopback()
+    store = _gathered(rank, size, patience=max(timeout, START))
+    store.set_timeout(timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = None
-    if STORE in os.environ:  # a new file for every group: after a restart the port is another
-        name = f"{os.environ['MASTER_PORT']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-        store = dist.FileStore(str(Path(os.environ[STORE], name)), size)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _gathered(rank: int, size: int, *, patience: timedelta) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """Where the processes find each other, once all have come there. OSError: one did not."""
+    try:
+        if STORE in os.environ:
+            store = dist.FileStore(os.environ[STORE], size)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=patience))
+        store.set(f"came{rank}", "")
+        store.wait([f"came{other}" for other in range(size)], patience)
+    except RuntimeError as error:
+        raise OSError(f"the {size} processes did not all start within {patience.total_seconds():g} s") from error
+    return store
 
 
 def _own_device(name: str) -> torch.device:
@@ -134,5 +150,7 @@ def _own_device(name: str) -> torch.device:
 
 def _die_with_parent() -> None:
     """Where the system can do it: no process goes on alone when the one that started it is killed."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and {PARENT, "TORCHELASTIC_RUN_ID"} & set(os.environ):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            os._exit(1)  # it was killed before
