@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import nn
 
+from blocklocal.internals import version_of
+
 
 class State:
     """The attributes and buffers of a module, to be given back after its forward pass was traced."""
@@ -18,7 +20,7 @@ class State:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = dict(vars(module))
-        self.buffers = {n: (b, b.clone(), b._version) for n, b in module.named_buffers(recurse=False)}
+        self.buffers = {n: (b, b.clone(), version_of(b)) for n, b in module.named_buffers(recurse=False)}
 
     def restore(self) -> list[str]:
         """The names of those that had changed."""
@@ -29,7 +31,7 @@ class State:
             if name in then:
                 now[name] = then[name]
         for name, (buffer, value, version) in self.buffers.items():
-            if getattr(self.module, name) is not buffer or buffer._version != version:
+            if getattr(self.module, name) is not buffer or version_of(buffer) != version:
                 setattr(self.module, name, buffer)
                 buffer.copy_(value)
                 changed.append(name)

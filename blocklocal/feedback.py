@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocklocal.arguments import require_number, require_tensor, require_whole
+from blocklocal.internals import Convertible
 from blocklocal.replicas import Group, Replicas
 
 
@@ -77,7 +78,7 @@ class Feedback(Protocol):
     def build(self, targets: Targets, *, channels: int) -> nn.Module: ...
 
 
-class LinearFeedback(nn.Module):
+class LinearFeedback(Convertible):
     """Linear feedback at its closed-form optimum, for any targets. beta (..., C) from y.
 
     `update(y, alpha)` moves the sufficient statistics and the weight on; no gradient ever reaches them. `replicas` are
@@ -151,13 +152,12 @@ class LinearFeedback(nn.Module):
         second = alpha.new_zeros(n).index_add_(0, y, weights)
         return second, alpha.new_zeros(n, alpha.shape[1]).index_add_(0, y, alpha)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearFeedback:
-        def convert(tensor: Tensor) -> Tensor:
-            converted = fn(tensor)
+    def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
+        """Put fn(tensor) in the place of each statistic, which never is of less than single precision."""
+        for name, buffer in self.named_buffers():
+            converted = fn(buffer)
             dtype = _at_least_single(converted.dtype)
-            return converted if converted.dtype == dtype else tensor.to(converted.device, dtype)
-
-        return super()._apply(convert, recurse)
+            setattr(self, name, converted if converted.dtype == dtype else buffer.to(converted.device, dtype))
 
 
 def share_feedback(module: nn.Module, group: Group) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from blocklocal.effects import Draws, State, ambient, context
+from blocklocal.internals import has_hooks
 from blocklocal.recompute import is_recomputed
 
 
@@ -116,8 +117,7 @@ def obstacle(module: nn.Module) -> str | None:
         return "is recomputed as a whole (bll.recompute)"
     if "forward" in vars(module):
         return "has a forward pass of its own, set on the instance"
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    if any(hooks):
+    if has_hooks(module):
         return "has hooks, and a module that is cut is never called"
     return None
 

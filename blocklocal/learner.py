@@ -29,6 +29,7 @@ from blocklocal.border import Border
 from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback, Targets, share_feedback
 from blocklocal.graph import mode
 from blocklocal.inputs import Example, check_batch, check_owners, check_settings, check_steps
+from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import Criterion, Statistic, dense, spatial_mean
@@ -52,7 +53,7 @@ def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(prediction.flatten(0, -2), y.flatten())
 
 
-class BlockLocal(nn.Module):
+class BlockLocal(Convertible):
     """Trains `model` in blocks: at each border a local loss, and no gradient crosses it.
 
     model: any module, or a list of modules. at, blocks, balance: where to cut, see `split`; neither cuts a list or an
@@ -306,16 +307,16 @@ class BlockLocal(nn.Module):
         self.model.train(mode)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLocal:
+    def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
+        """Put fn(tensor) in the place of each parameter and buffer; the blocks stay those of the model."""
         self._outline.check()
-        self.model._apply(fn, recurse)
+        convert(self.model, fn, recurse=recurse)
         for name, child in self.named_children():  # the borders, and a criterion that is a module
             if name != "blocks":
-                child._apply(fn, recurse)
+                convert(child, fn, recurse=recurse)
         for block in self._traced():
             share(self.model, block)
         self._outline.note()
-        return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         result = super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from blocklocal.arguments import passes
 from blocklocal.feedback import Targets
 from blocklocal.graph import mode
+from blocklocal.internals import version_of
 from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.messages import Criterion, Site
 
@@ -45,11 +46,11 @@ def survey(model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, s
     devices = [example.device] if example.is_cuda else []
     with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
         for k, block in enumerate(blocks):
-            before = h._version
+            before = version_of(h)
             name = "example" if k == 0 else f"what block {k - 1} gives on example="
             with passes(h, name=name, through=f"block {k}"), Reading(h) as reading, torch.enable_grad():
                 output = block(h)
-            writes_input.append(k > 0 and (h._version != before or _drops_in_place(block)))
+            writes_input.append(k > 0 and (version_of(h) != before or _drops_in_place(block)))
             if not isinstance(output, Tensor) or output.dim() < 2:
                 raise ValueError(f"block {k} gives {_describe(output)}: a block gives one tensor (B, ...) of features")
             _require_own_gradient(output, blocks=blocks, k=k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -328,7 +329,8 @@ def other_targets(rank: int) -> dict[str, Tensor]:
     batches = list(as_rank(minibatches(4), rank))
     pipeline = Pipeline(learner(), optimizer=optimizer, timeout=5)
     if rank == 0:
-        list(pipeline.train(batches))
+        with suppress(RuntimeError):  # rank 1 has ended
+            list(pipeline.train(batches))
         return {}
     with pytest.raises(ValueError, match="rank 1, block 2, minibatch 0: rank 0 reads other targets"):
         list(pipeline.train(batches[::-1]))

@@ -95,7 +95,7 @@ def load_weights(learner: BlockLocal, checkpoints: Checkpoints, *, minibatch: in
 
 def unshard(learner: BlockLocal) -> None:
     """Make room for whole parameters in place of this process's shares; what they hold is lost."""
-    learner._apply(
+    learner.convert(
         lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, DTensor) else tensor
     )
 
