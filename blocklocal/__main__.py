@@ -16,8 +16,18 @@ def main() -> int:
         )
         return 2
     from blocklocal.lab import cli
+    from blocklocal.lab.terminal import flush_output, prepare_streams
 
-    return cli.main(sys.argv[1:])
+    prepare_streams()
+    code = cli.main(sys.argv[1:])
+    try:
+        flush_output()
+    except BrokenPipeError:
+        return code or 1
+    except OSError as error:
+        print(f"bll: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        return code or 1
+    return code
 
 
 if __name__ == "__main__":

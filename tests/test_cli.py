@@ -108,7 +108,7 @@ def test_training_ends_with_one_json_object(capsys):
         (["blocks", "resnet20", "--blocks=99"], ["blocks=99"]),
         (["blocks", "resnet20", "--size=0"], ["--size 0"]),
         (["blocks", "mlp", "--plan=5"], ["--plan 5", "1 to 4", "--blocks"]),
-        (["blocks", "mlp", "--plan=-1"], ["--plan -1", "1 to 4"]),
+        (["blocks", "mlp", "--plan=-1"], ["--plan -1", "0 or more"]),
         (["blocks", "mlp", "--plan=2", "--link=fast"], ["--link 'fast'", "100mbit"]),
         (["timeline"], ["RUN"]),
         (["timeline", "nowhere"], ["nowhere", "--trace"]),

@@ -84,7 +84,7 @@ def load(name: str, *, train_size: int = 0, test_size: int = 0) -> Dataset:
         dataset = sources.digits(sizes)
     elif name in sources.HUB:
         dataset = sources.hub(sources.HUB[name], sizes)
-    elif name.startswith("hf:"):
+    elif name.startswith("hf:") and name != "hf:":
         dataset = sources.hub(name.removeprefix("hf:"), sizes)
     elif Path(name).is_dir():
         dataset = sources.folder(Path(name), sizes)

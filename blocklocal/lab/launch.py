@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,19 +12,22 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+from blocklocal.lab import rules
 from blocklocal.lab.agent import Agent, first, tell
 from blocklocal.lab.arguments import parse_known
 from blocklocal.lab.checkpoints import kept
 from blocklocal.lab.config import Settings
+from blocklocal.lab.environment import find_interface
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.processes import STORE, loopback
+from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
 
@@ -39,35 +43,35 @@ class Options:
     joins later adds --resume.
     """
 
-    processes: int = 0
+    processes: Annotated[int, Range(least=0, most=4096)] = 0
     """processes on this machine; 0: one per block and replica, spread over the machines"""
     nnodes: str = "1"
     """number of machines, or LEAST:MOST to go on when one is lost or joins"""
-    rdzv_endpoint: str = ""
+    rdzv_endpoint: Annotated[str, Needs("nnodes")] = ""
     """HOST:PORT where the machines meet, HOST being one of them; needed for several"""
     interface: str = ""
     """network interface for the messages (default: the loopback of this machine); needed for several machines"""
-    restarts: int = 3
+    restarts: Annotated[int, Range(least=0)] = 3
     """so many times the processes are started again"""
 
     @property
     def machines(self) -> tuple[int, int]:
         """The least and the most. UserError: no numbers."""
-        least, _, most = self.nnodes.partition(":")
-        if not least.isdecimal() or not (most or least).isdecimal() or not 1 <= int(least) <= int(most or least):
+        numbers = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", self.nnodes, re.ASCII)
+        if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2] or numbers[1]):
             raise UserError(f"--nnodes {self.nnodes}: a number of machines, or LEAST:MOST")
-        return int(least), int(most or least)
+        return int(numbers[1]), int(numbers[2] or numbers[1])
 
     def check(self) -> None:
         """UserError: what does not go together."""
         _, most = self.machines
-        if self.processes < 0 or self.restarts < 0:
-            raise UserError(f"--processes {self.processes}, --restarts {self.restarts}: 0 or more")
         if most > 1 and not (self.rdzv_endpoint and self.interface):
             raise UserError(
                 f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, where the machines meet, and --interface, "
                 "by which they reach each other"
             )
+        if self.interface:
+            find_interface(self.interface)
 
 
 def main(args: Sequence[str]) -> None:
@@ -79,6 +83,7 @@ def main(args: Sequence[str]) -> None:
     options.check()
     settings = settings_from(rest)
     settings.check()
+    rules.check_over_processes(settings.rule)
     run = Run(settings.folder)
     if run.exists and not settings.resume:
         raise UserError(
@@ -148,13 +153,13 @@ def _address(endpoint: str) -> tuple[str, bool]:
     UserError: no HOST:PORT, or an unknown host.
     """
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--rdzv-endpoint {endpoint}: HOST:PORT is needed")
+    if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
+        raise UserError(f"--rdzv-endpoint {endpoint}: HOST:PORT is needed, with a port from 1 to 65535")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
             way.connect((host, int(port)))
             address = way.getsockname()[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"--rdzv-endpoint {endpoint}: there is no way to that host ({error})") from error
     with socket.socket() as place:
         try:

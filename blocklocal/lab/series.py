@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from blocklocal.lab import rules
+from blocklocal.lab import member, rules
 from blocklocal.lab.config import Settings, flag
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.history import History, read
 from blocklocal.lab.recipes import recipe
 from blocklocal.lab.runs import Run
+
+LOCK = ".lock"
 
 
 def complete(series: Sequence[Settings], *, folder: Path, console: Console) -> list[History]:
@@ -28,10 +29,10 @@ def complete(series: Sequence[Settings], *, folder: Path, console: Console) -> l
     """
     for settings in series:
         settings.check()
+        settings.check_alone()
         rules.find(settings.rule)
         _refuse_other(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder, console=console) as lock:
+    with _made(folder), _alone(folder, console=console) as lock:
         for number, settings in enumerate(series, start=1):
             _train(settings, console=console, title=f"run {number} of {len(series)}", lock=lock)
     return [run for settings in series if (run := read(settings.folder)).finished]
@@ -62,18 +63,32 @@ def _refuse_other(settings: Settings) -> None:
 
 def _train(settings: Settings, *, console: Console, title: str, lock: int) -> None:
     run = Run(settings.folder)
-    done = run.exists and read(run.path).finished
-    console.print(f"{title}: {run.path}{', done before' if done else ''}", highlight=False, soft_wrap=True)
-    if done:
+    if run.exists and read(run.path).finished:
+        console.print(f"{title}: {run.path}, done before", soft_wrap=True)
         return
     command = [sys.executable, "-m", "blocklocal", "train", *arguments(settings)]
     if run.exists:
         command.append("--resume")
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[lock]).returncode
-    if status and not run.exists:
-        raise UserError(f"the run in {str(run.path)!r} could not begin (exit code {status}), see above")
-    if status:
-        console.print(f"{title}: failed with exit code {status}; the same command tries it again", highlight=False)
+    ended = member.call(command, title=f"{title}, {run.path}", lock=lock)
+    if ended.code and not run.exists:
+        raise UserError(f"the run in {str(run.path)!r} could not begin: {ended.reason}")
+    if ended.code:
+        console.print(f"{title} failed: {ended.reason}", soft_wrap=True)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder, which is gone again where no run in it could begin."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except UserError:
+        if new and [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            for path in new:
+                path.rmdir()
+        raise
 
 
 @contextmanager
@@ -83,10 +98,10 @@ def _alone(folder: Path, *, console: Console) -> Iterator[int]:
     The lock ends with the last process that holds it, so that a training process which has outlived a killed series
     is waited for, and is not resumed while it still writes.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"waiting for a run that still goes on in {folder}", highlight=False, soft_wrap=True)
+            console.print(f"waiting for a run that still goes on in {folder}", soft_wrap=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()

@@ -11,12 +11,13 @@ from typing import Annotated, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.ranges import Range
+from blocklocal.lab.terminal import Terminal
 from blocklocal.pipeline.timeline import Timeline
 from blocklocal.pipeline.trace import Record, load
 
@@ -31,7 +32,7 @@ class Options:
     """folder of a run made with --trace"""
     out: str | None = None
     """picture, .svg or .png (default: timeline.svg in the run's folder); a Chrome trace (.json) is written beside it"""
-    minibatches: int = 12
+    minibatches: Annotated[int, Range(least=0)] = 12
     """the picture shows so many, from the first on; 0: all"""
 
 
@@ -47,9 +48,9 @@ def main(args: Sequence[str]) -> None:
     draw(timeline, minibatches=options.minibatches).savefig(picture, bbox_inches="tight", dpi=150)
     chrome = picture.with_suffix(".json")
     chrome.write_text(json.dumps(chrome_trace(timeline)))
-    Console().print(table(timeline))
+    Terminal().print(table(timeline))
     print("\n".join(summary(timeline)))
-    print(f"wrote {picture}, and {chrome} for chrome://tracing or ui.perfetto.dev")
+    Terminal().print(f"wrote {picture}, and {chrome} for chrome://tracing or ui.perfetto.dev", soft_wrap=True)
 
 
 def table(timeline: Timeline) -> Table:
