@@ -56,14 +56,8 @@ def pages(tmp_path: Path) -> tuple[Path, list[str]]:
     """Runs of which each has another wild name for its data and its model."""
     data = [f"data/{name.replace('/', '.')}" for name in WILD[:6:2] + WILD[1:6:2] + WILD[-1:]]
     for k, name in enumerate(data):
-        write_run(
-            tmp_path / "runs" / f"{k}",
-            data=name,
-            model=f"m:{name[5:45]}",
-            accuracies=[0.5, 0.6],
-            epochs=3 + k,
-            blocks=1,
-        )
+        settings = {"data": name, "model": f"m:{name[5:45]}"}
+        write_run(tmp_path / "runs" / f"{k}", accuracies=[0.5, 0.6], epochs=3 + k, blocks=1, **settings)
     return tmp_path, data
 
 

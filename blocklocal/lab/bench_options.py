@@ -65,11 +65,11 @@ class Options:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     threads: Annotated[int, Range(least=0, most=THREADS)] = 0
     """CPU threads; 0 leaves the choice to PyTorch"""
-    channels: Annotated[int, Range(least=1)] = 3
+    channels: Annotated[int, Range(least=1, most=2**14)] = 3
     """colour channels of the images, which are noise"""
-    size: Annotated[int, Range(least=1)] = 32
+    size: Annotated[int, Range(least=1, most=2**14)] = 32
     """height and width of the images in pixels"""
-    classes: Annotated[int, Range(least=2)] = 10
+    classes: Annotated[int, Range(least=2, most=2**20)] = 10
     """number of classes"""
 
     def check(self) -> None:

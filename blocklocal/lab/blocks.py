@@ -32,11 +32,11 @@ class Options:
     """submodules after which to cut, instead of --blocks"""
     rule: str = "bll"
     """how the blocks learn, which says what stands at the borders"""
-    channels: Annotated[int, Range(least=1)] = 3
+    channels: Annotated[int, Range(least=1, most=2**14)] = 3
     """colour channels of the images"""
-    size: Annotated[int, Range(least=1)] = 32
+    size: Annotated[int, Range(least=1, most=2**14)] = 32
     """height and width of the images in pixels"""
-    classes: Annotated[int, Range(least=2)] = 10
+    classes: Annotated[int, Range(least=2, most=2**20)] = 10
     """number of classes"""
     batch_size: Annotated[int, Range(least=2)] = 32
     """images in the batch that is measured"""
@@ -64,8 +64,13 @@ def main(args: Sequence[str]) -> None:
         blocks=options.blocks,
         at=options.at or models.CUTS.get((options.model, options.blocks)),
     )
-    learner = rules.apply(options.rule, model, task).learner
+    learning = rules.apply(options.rule, model, task)
     y = torch.randint(options.classes, (len(x),))
+    with learning.given(y):
+        _show(learning.learner, x, y, options)
+
+
+def _show(learner: BlockLocal, x: Tensor, y: Tensor, options: Options) -> None:
     if not options.plan:
         Terminal().print(table(learner, x, y))
         return

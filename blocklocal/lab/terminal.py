@@ -44,11 +44,10 @@ def prepare_streams() -> None:
     if sys.stdout is None:  # closed by who called
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    else:
+        sys.stderr = sys.__stderr__ = open(os.devnull, "w")  # noqa: SIM115
+    elif sys.stderr is sys.__stderr__:
         raw = io.BufferedWriter(Expendable(sys.stderr.fileno(), "w", closefd=False))
-        sys.stderr = io.TextIOWrapper(raw, sys.stderr.encoding, line_buffering=True)
-    sys.__stderr__ = sys.stderr
+        sys.stderr = sys.__stderr__ = io.TextIOWrapper(raw, sys.stderr.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="blocklocal")  # pyright: ignore[reportAttributeAccessIssue]
 
