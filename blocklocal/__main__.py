@@ -1,5 +1,6 @@
 """Entry of the command `bll` and of `python -m blocklocal`."""
 
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -18,6 +19,7 @@ def main() -> int:
     from blocklocal.lab import cli
     from blocklocal.lab.terminal import flush_output, prepare_streams
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_streams()
     code = cli.main(sys.argv[1:])
     try:

@@ -57,7 +57,7 @@ def pages(tmp_path: Path) -> tuple[Path, list[str]]:
     data = [f"data/{name.replace('/', '.')}" for name in WILD[:6:2] + WILD[1:6:2] + WILD[-1:]]
     for k, name in enumerate(data):
         settings = {"data": name, "model": f"m:{name[5:45]}"}
-        write_run(tmp_path / "runs" / f"{k}", accuracies=[0.5, 0.6], epochs=3 + k, blocks=1, **settings)
+        write_run(tmp_path / "runs" / f"{k}", accuracies=[0.5, 0.6], epochs=3 + k, blocks=1, **settings)  # pyright: ignore[reportArgumentType]
     return tmp_path, data
 
 

@@ -16,6 +16,7 @@ import torch
 from blocklocal.lab import member
 from blocklocal.lab.environment import keep_freed_memory
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.journal import LAUNCHED, report
 from blocklocal.lab.names import sentence
 
 # name: (module with main(args), what it does). The module is imported only when its command is called.
@@ -73,8 +74,12 @@ def main(args: Sequence[str]) -> int:
 
 
 def _fail(message: str, *, code: int) -> int:
-    first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0"
-    if not member.tell(sentence(message)) and first:  # of the processes of torchrun, which all say the same
+    """Say it once: what has started this process says it, and of the processes of torchrun the first."""
+    report(message)
+    told = member.tell(sentence(message))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        told = LAUNCHED in os.environ or os.environ.get("LOCAL_RANK") != "0"
+    if not told:
         _say(message)
     return code
 

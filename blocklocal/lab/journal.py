@@ -16,6 +16,13 @@ LAUNCHED = "BLOCKLOCAL_LAUNCHED"  # set by `bll launch`, which reads the reports
 LOGS = "logs"  # in the folder of a run: a file per process
 
 
+def report(message: str) -> None:
+    """Tell torch's agent, where this process is one of its, why it ends."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
+
+
 class Journal:
     """Of one process. What a rank above 0 says before there is a file is kept for it."""
 
@@ -44,9 +51,7 @@ class Journal:
         message = str(error) if code == 2 else f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")
         if code == 1:
             traceback.print_exception(error, file=self.file or sys.__stderr__)
-        report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        if report:
-            Path(report).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
+        report(message)
         if LAUNCHED not in os.environ:
             print(f"bll: rank {self.rank}: {message}", file=sys.__stderr__)
         for stream in (self.file, sys.__stdout__, sys.__stderr__):

@@ -9,8 +9,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -31,6 +31,17 @@ from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
 
+# What a process runs. While it imports, an interruption is a silent end, and so is that of the launcher.
+ENTRY = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != {launcher}:
+        sys.exit(1)
+from blocklocal.__main__ import main
+sys.exit(main())
+"""
 POLL = 0.1  # seconds between two looks at the processes
 
 
@@ -90,8 +101,10 @@ def main(args: Sequence[str]) -> None:
             f"{str(run.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
         )
     processes = options.processes or max(1, _parts(settings) // options.machines[1])
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # the meeting may leave a last word there
+    with (
+        _silence(),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # the meeting may leave a last word there
+    ):
         _set_environment(options, processes=processes, store=folder)
         try:
             workers = _workers(options, rest, processes=processes, folder=folder)
@@ -110,6 +123,16 @@ def main(args: Sequence[str]) -> None:
         raise OSError(f"{tell(rank, failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing from the loggers of torch, each of which has a level of its own: what they tell is said here."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _parts(settings: Settings) -> int:
     """So many processes are there work for: one per block and replica."""
     return settings.replicas * (len(settings.at) + 1 if settings.at else settings.blocks)
@@ -119,6 +142,7 @@ def _set_environment(options: Options, *, processes: int, store: str) -> None:
     """What the processes inherit."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = options.interface or loopback()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # nor a line of its runtime below the one that is said
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restart meets at a store that is gone
     if options.machines == (1, 1):
         os.environ[STORE] = store
@@ -139,7 +163,7 @@ def _workers(options: Options, rest: list[str], *, processes: int, folder: str) 
         role="blocks",
         local_world_size=processes,
         entrypoint=sys.executable,
-        args=("-m", "blocklocal", "train", *rest),
+        args=("-c", ENTRY.format(launcher=os.getpid()), "train", *rest),
         rdzv_handler=registry.get_rendezvous_handler(parameters),
         max_restarts=options.restarts,
         monitor_interval=POLL,
