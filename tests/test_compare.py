@@ -178,6 +178,15 @@ def test_failed_run_does_not_stop_the_others(tmp_path, pretend, capsys):
     assert "bp-seed0" in err
 
 
+def test_a_first_run_that_cannot_begin_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "nowhere", "--rules=bp,bll"]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("bll: the run in 'runs/compare-nowhere-resnet18/bp-seed0' could not begin: unknown data")
+    assert not list(tmp_path.iterdir())
+
+
 def test_run_that_cannot_begin_stops_the_series(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(UserError, match="could not begin"):
@@ -200,7 +209,7 @@ def test_series_waits_for_a_process_that_a_killed_one_left(tmp_path, pretend, ca
     [
         (["--rules=bp,backprop"], "unknown rule 'backprop'"),
         (["--rules=bp,bp"], "--rules 'bp,bp': name each once"),
-        (["--rules="], "--rules ''"),
+        (["--rules="], "--rules=: the value is empty"),
         (["--seeds=0"], "--seeds 0 is out of range"),
         (["--epochs=2"], "holds a run with other settings (--epochs)"),
         (["--rule=bp"], "--rule"),

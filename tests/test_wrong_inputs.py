@@ -505,3 +505,16 @@ def test_an_environment_that_is_no_group(
     assert out == ""
     assert re.fullmatch(rf"bll: .*\b{name}\b.*\n", err), err
     assert files(world) == before
+
+
+@pytest.mark.parametrize("rule", ALIGNED)
+def test_one_of_several_processes_refuses_feedback_alignment(
+    world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    for key, given in ENVIRONMENT.items():
+        monkeypatch.setenv(key, given)
+    before = files(world)
+    assert main(["train", f"--rule={rule}"]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", f"bll: --rule {rule} trains the model whole, in one process: use bll train\n")
+    assert files(world) == before
