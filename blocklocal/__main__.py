@@ -1,5 +1,6 @@
 """Entry of the command `bll` and of `python -m blocklocal`."""
 
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -16,8 +17,19 @@ def main() -> int:
         )
         return 2
     from blocklocal.lab import cli
+    from blocklocal.lab.terminal import flush_output, prepare_streams
 
-    return cli.main(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare_streams()
+    code = cli.main(sys.argv[1:])
+    try:
+        flush_output()
+    except BrokenPipeError:
+        return code or 1
+    except OSError as error:
+        print(f"bll: standard output cannot be written ({error.strerror})", file=sys.stderr)
+        return code or 1
+    return code
 
 
 if __name__ == "__main__":

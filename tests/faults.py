@@ -33,7 +33,9 @@ class Launched:
 
     def __init__(self, out: Path, *options: str, processes: int, before: tuple[str, ...] = ()) -> None:
         self.out, self.processes = out, processes
-        command = [*before, *BLL, "launch", f"--processes={processes}", *SETTINGS, f"--out={out}", *options]
+        given = {option.partition("=")[0] for option in options}
+        settings = [setting for setting in SETTINGS if setting.partition("=")[0] not in given]
+        command = [*before, *BLL, "launch", f"--processes={processes}", *settings, f"--out={out}", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.launcher = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True

@@ -245,9 +245,9 @@ def test_compiled_steps_are_compiled(rule: str, monkeypatch: pytest.MonkeyPatch)
     [
         ({"rules": "bp,magic"}, "unknown rule 'magic': choose"),
         ({"blocks": "two"}, "--blocks 'two': a number is needed"),
-        ({"blocks": "0,2"}, "--blocks 0,2 is out of range"),
+        ({"blocks": "0,2"}, "--blocks 0 is out of range"),
         ({"steps": 0}, "--steps 0 is out of range"),
-        ({"warmup": -1}, "--warmup and --threads are 0 or more"),
+        ({"warmup": -1}, "--warmup -1 is out of range: 0 or more"),
         ({"accumulate": 3}, "--accumulate 3 does not divide the batch of 4 images"),
         ({"blocks": "99"}, "rule 'bll': blocks=99: "),
         ({"head": "tail"}, "head='tail' is unknown"),

@@ -8,6 +8,8 @@ import warnings
 from importlib.metadata import requires
 
 import pytest
+import rich
+import torch
 
 import blocklocal.__main__ as entry
 from blocklocal.lab import cli
@@ -108,7 +110,7 @@ def test_training_ends_with_one_json_object(capsys):
         (["blocks", "resnet20", "--blocks=99"], ["blocks=99"]),
         (["blocks", "resnet20", "--size=0"], ["--size 0"]),
         (["blocks", "mlp", "--plan=5"], ["--plan 5", "1 to 4", "--blocks"]),
-        (["blocks", "mlp", "--plan=-1"], ["--plan -1", "1 to 4"]),
+        (["blocks", "mlp", "--plan=-1"], ["--plan -1", "0 or more"]),
         (["blocks", "mlp", "--plan=2", "--link=fast"], ["--link 'fast'", "100mbit"]),
         (["timeline"], ["RUN"]),
         (["timeline", "nowhere"], ["nowhere", "--trace"]),
@@ -215,3 +217,22 @@ def test_warnings_are_one_line(monkeypatch, capsys):
         warnings.simplefilter("always")
         assert main(["blocks"]) == 0
     assert capsys.readouterr().err == "bll: warning: block 1 has collapsed\n"
+
+
+def test_blocks_of_a_rule_that_needs_the_targets(capsys):
+    assert main(["blocks", "cnn", "--rule=drtp", "--size=8", "--channels=1", "--batch-size=4"]) == 0
+    assert "│ 0 " in capsys.readouterr().out
+
+
+def test_warnings_of_libraries_are_not_ours(monkeypatch, capsys):
+    def run(args):
+        for file in (torch.__file__, rich.__file__, warnings.__file__):
+            warnings.warn_explicit("be warned", UserWarning, file, 1)
+        warnings.warn_explicit("be warned too (Triggered internally at x.cpp:1)", UserWarning, cli.__file__, 1)
+        warnings.warn_explicit("ours", UserWarning, cli.__file__, 1)
+
+    monkeypatch.setattr("blocklocal.lab.blocks.main", run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["blocks"]) == 0
+    assert capsys.readouterr().err == "bll: warning: ours\n"

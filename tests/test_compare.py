@@ -224,6 +224,15 @@ def test_failed_run_does_not_stop_the_others(tmp_path, pretend, capsys):
     assert "bp-seed0" in err
 
 
+def test_a_first_run_that_cannot_begin_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", "nowhere", "--rules=bp,bll"]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("bll: the run in 'runs/compare-nowhere-resnet18/bp-seed0' could not begin: unknown data")
+    assert not list(tmp_path.iterdir())
+
+
 def test_run_that_cannot_begin_stops_the_series(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(UserError, match="could not begin"):
@@ -247,18 +256,19 @@ def test_series_waits_for_a_process_that_a_killed_one_left(tmp_path, pretend, ca
     [
         (["--rules=bp,backprop"], "unknown rule 'backprop'"),
         (["--rules=bp,bp"], "--rules 'bp,bp': name each once"),
-        (["--rules="], "--rules ''"),
+        (["--rules="], "--rules=: the value is empty"),
         (["--seeds=0"], "--seeds 0 is out of range"),
         (["--epochs=2"], "holds a run with other settings (--epochs)"),
         (["--rule=bp"], "--rule"),
     ],
 )
 def test_unusable_arguments(tmp_path, pretend, capsys, options, complaint):
-    command = ["compare", "digits", "--seeds=1", "--epochs=1", f"--out={tmp_path}"]
+    command = {"--seeds": "1", "--epochs": "1", "--out": str(tmp_path)}
     pretend(series(tmp_path))
-    assert cli.main(command) == 0
+    assert cli.main(["compare", "digits", *(f"{name}={value}" for name, value in command.items())]) == 0
     capsys.readouterr()
-    assert cli.main([*command, *options]) == 2
+    command |= dict(option.split("=") for option in options)
+    assert cli.main(["compare", "digits", *(f"{name}={value}" for name, value in command.items())]) == 2
     assert complaint in capsys.readouterr().err
 
 

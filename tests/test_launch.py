@@ -138,6 +138,16 @@ def test_two_machines_whose_link_breaks(tmp_path, whole):
         pytest.skip(f"no network namespace can be made here: {error}")
 
 
+def test_an_interruption_at_the_start_is_one_line(tmp_path):
+    run = faults.Launched(tmp_path / "run", "--epochs=100", processes=2)
+    children = Path(f"/proc/{run.launcher.pid}/task/{run.launcher.pid}/children")
+    run.until(lambda: len(children.read_text().split()) == 2)
+    run.launcher.send_signal(signal.SIGINT)
+    code, said = run.end()
+    assert (code, said) == (130, "bll: interrupted\n")
+    assert not run.out.exists()
+
+
 FUSE = """
 import torch
 from torch import nn
@@ -182,8 +192,8 @@ def test_what_no_restart_can_mend_ends_the_run(tmp_path, monkeypatch):
         (["--speed=3"], "--speed"),
         (["--lr=-1"], "--lr -1.0 is out of range"),
         (["--patience=0"], "--patience 0.0 is out of range"),
-        (["--shard"], "--shard spreads a block over its replicas: add --replicas"),
-        (["--replicas=3"], "--replicas 3 is out of range: 1 or more, and a divisor of --batch-size"),
+        (["--shard"], "--shard has an effect only with --replicas"),
+        (["--replicas=3"], "--replicas 3 is not a divisor of --batch-size"),
     ],
 )
 def test_unusable_options_start_nothing(tmp_path, capsys, args, words):

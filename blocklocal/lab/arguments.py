@@ -4,42 +4,132 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from blocklocal.lab import ranges
 from blocklocal.lab.errors import UserError
 
 Arguments = TypeVar("Arguments")
 
+HELP = {"-h", "--help"}
+WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
+DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan", re.ASCII | re.IGNORECASE)
+NUMBERS = ConstructorRegistry()
+
 
 def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
-    """The arguments as `kind`, absent ones from `default`; --help is printed and exits. UserError: unusable ones."""
-    with _in_one_line(prog):
-        return tyro.cli(kind, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
+    """The arguments as `kind`, absent ones from `default`; --help is printed and exits.
+
+    UserError: unusable ones, what `ranges` refuses among them.
+    """
+    _refuse_misused(kind, args, prog=prog)
+    with _in_one_line(args, prog=prog):
+        found = tyro.cli(
+            kind, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default, registry=NUMBERS
+        )
+    return _checked(found)
 
 
 def parse_known(kind: type[Arguments], args: Sequence[str], *, prog: str) -> tuple[Arguments, list[str]]:
-    """The arguments that `kind` knows, and the others. UserError: unusable ones."""
-    with _in_one_line(prog):
-        return tyro.cli(kind, args=args, prog=prog, return_unknown_args=True)
+    """The arguments that `kind` knows, and the others. UserError: as for `parse`."""
+    _refuse_misused(kind, args, prog=prog)
+    with _in_one_line(args, prog=prog):
+        found, others = tyro.cli(kind, args=args, prog=prog, return_unknown_args=True, registry=NUMBERS)
+    return _checked(found), others
+
+
+def _checked(options: Arguments) -> Arguments:
+    ranges.check(options)
+    ranges.check_needs(options)
+    return options
+
+
+@NUMBERS.primitive_rule
+def _numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Decimal digits only: Python itself also takes 1_0 for ten, and digits of other scripts."""
+    if info.type is int:
+        return _number(int, WHOLE, what="a whole number", metavar="INT")
+    if info.type is float:
+        return _number(float, DECIMAL, what="a number", metavar="FLOAT")
+    return None
+
+
+def _number(kind: Callable[[str], Any], form: re.Pattern[str], *, what: str, metavar: str) -> Any:
+    def read(args: list[str]) -> Any:
+        if not form.fullmatch(args[0]):
+            raise ValueError(f"{args[0]!r} is not {what}")
+        return kind(args[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int | float),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _refuse_misused(kind: type, args: Sequence[str], *, prog: str) -> None:
+    """What tyro lets pass. UserError: an option twice, of which only one would count; a value for one that has none,
+    which would be read as something else; no value for one that takes several; an empty one, which as a path would be
+    the current folder."""
+    kinds = {ranges.called(name): type for name, (type, _) in ranges.declared(kind).items()}
+    seen: set[str] = set()
+    for i, arg in enumerate(args):
+        given, equals, value = arg.partition("=")
+        if not arg.strip():
+            raise UserError(f"argument {i + 1} of {prog} is empty: {arg!r}")
+        written = given.replace("_", "-")
+        name = written if written in kinds else re.sub("^--no-", "--", written)
+        if name not in kinds:
+            continue
+        if name in seen:
+            raise UserError(f"{name} is given twice")
+        seen.add(name)
+        if equals and not value.strip():
+            raise UserError(f"{arg}: the value is empty")
+        if kinds[name] is bool and equals:
+            raise UserError(f"{arg}: {given} takes no value")
+        alone = not equals and (i + 1 == len(args) or args[i + 1].startswith("--"))
+        if get_origin(kinds[name]) is tuple and alone:
+            raise UserError(f"{name} needs a value")
 
 
 @contextlib.contextmanager
-def _in_one_line(prog: str) -> Iterator[None]:
+def _in_one_line(args: Sequence[str], *, prog: str) -> Iterator[None]:
+    if HELP & set(args):
+        yield
+        return
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with _wide(), contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
             yield
-    except SystemExit as stop:
-        if not stop.code:
-            raise
+    except SystemExit:
         raise UserError(f"{_first_paragraph(complaint.getvalue())} (see {prog} --help)") from None
 
 
+@contextlib.contextmanager
+def _wide() -> Iterator[None]:
+    """As if the terminal had room for the longest word: a line is not broken."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
 def _first_paragraph(box: str) -> str:
-    """The text of tyro's box down to its first rule, on one line."""
-    lines = [line.strip(" │") for line in box.splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if not line.strip("─╰╯")), len(lines))
-    return " ".join(lines[:end]).strip()
+    """The text of tyro's box, which has lines of hyphens where the output is no terminal: between the first two."""
+    lines = [line.strip() for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line and not line.strip("-")]
+    return " ".join(" ".join(lines[rules[0] + 1 : rules[1]]).split())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from blocklocal.lab import models, operations, scaling
@@ -22,6 +21,7 @@ from blocklocal.lab.environment import describe, find_device
 from blocklocal.lab.measurement import Measurement, Watch, measure_all, ratio
 from blocklocal.lab.memory_plot import plot
 from blocklocal.lab.outputs import check_picture
+from blocklocal.lab.terminal import Terminal
 
 PIPELINE = "--pipeline"
 
@@ -32,10 +32,10 @@ def main(args: Sequence[str]) -> None:
         return
     options = parse(Options, args, prog="bll bench")
     run, show = (scaling.scale, scaling.tables) if options.scale else (bench, tables)
-    with Console(stderr=True).status("measuring") as status:
+    with Terminal(stderr=True).status("measuring") as status:
         result = run(options, watch=lambda what: status.update(f"measuring {what}"))
     for table in show(result):
-        Console().print(table, end="\n\n")
+        Terminal().print(table, end="\n\n")
     if options.json:
         print(json.dumps(result))
 

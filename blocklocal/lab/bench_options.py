@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 from tyro.conf import FlagCreatePairsOff
 
-from blocklocal.lab.config import flag
+from blocklocal.lab import ranges
+from blocklocal.lab.config import THREADS
 from blocklocal.lab.contenders import RULES, Workload
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import DTYPES
+from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.trial import FEW, try_model
 
 
@@ -31,7 +34,7 @@ class Options:
     """mlp, cnn, vit, resnet18/34/50, resnet20/32/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     blocks: str = "4"
     """number of blocks, or several: 2,4,8,16"""
-    batch_size: int = 128
+    batch_size: Annotated[int, Range(least=2)] = 128
     """images per step"""
     rules: str = "bp,bp-checkpoint,bp-accumulate,bll,bll-checkpoint,bll-sum"
     """what to compare with bp"""
@@ -45,51 +48,50 @@ class Options:
     """torch.compile each model or block; tensors alive are those of the step before it"""
     channels_last: Annotated[bool, FlagCreatePairsOff] = False
     """images and kernels with the channels last in memory"""
-    accumulate: int = 4
+    accumulate: Annotated[int, Range(least=1)] = 4
     """parts of the batch for bp-accumulate"""
-    steps: int = 10
+    steps: Annotated[int, Range(least=1)] = 10
     """measured rounds of one step per rule"""
-    warmup: int = 2
+    warmup: Annotated[int, Range(least=0)] = 2
     """rounds before them that do not count"""
     scale: Annotated[bool, FlagCreatePairsOff] = False
     """instead: how time and memory of bp and bll grow with the batch and with depth"""
-    operations: Annotated[bool, FlagCreatePairsOff] = False
+    operations: Annotated[bool, FlagCreatePairsOff, Needs("scale", (False,))] = False
     """list the ten operations (GPU: kernels) of bp and bll that take the most time, too"""
-    plot: str | None = None
+    plot: Annotated[str | None, Needs("scale", (False,))] = None
     """file (.png or .svg) for a picture of memory over one step"""
     json: Annotated[bool, FlagCreatePairsOff] = False
     """print one JSON object as the last line"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
-    threads: int = 0
+    threads: Annotated[int, Range(least=0, most=THREADS)] = 0
     """CPU threads; 0 leaves the choice to PyTorch"""
-    channels: int = 3
+    channels: Annotated[int, Range(least=1, most=2**14)] = 3
     """colour channels of the images, which are noise"""
-    size: int = 32
+    size: Annotated[int, Range(least=1, most=2**14)] = 32
     """height and width of the images in pixels"""
-    classes: int = 10
+    classes: Annotated[int, Range(least=2, most=2**20)] = 10
     """number of classes"""
 
     def check(self) -> None:
-        """UserError: an option out of its range, an unknown rule."""
-        for name in ("batch_size", "accumulate", "steps", "channels", "size", "classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{flag(name)} {getattr(self, name)} is out of range: 1 or more")
-        if self.warmup < 0 or self.threads < 0:
-            raise UserError("--warmup and --threads are 0 or more")
-        if min(self.ks) < 1:
-            raise UserError(f"--blocks {self.blocks} is out of range: 1 or more")
+        """UserError: an option out of its range, an unknown rule, a picture of another kind."""
+        ranges.check(self)
+        for k in self.ks:
+            Range(least=1).check("--blocks", k)
         for rule in self.rules.split(","):
             if rule not in RULES:
-                raise UserError(f"unknown rule {rule!r}: choose {', '.join(RULES)}")
+                raise UserError(f"--rules {self.rules}: unknown rule {rule!r}: choose {', '.join(RULES)}")
+        if "bp-accumulate" in self.rules.split(",") and self.batch_size % self.accumulate:
+            raise UserError(f"--accumulate {self.accumulate} does not divide the batch of {self.batch_size} images")
+        if self.plot is not None and not self.plot.endswith((".png", ".svg")):
+            raise UserError(f"--plot {self.plot!r}: a picture is .svg or .png")
 
     @property
     def ks(self) -> list[int]:
         """The numbers of blocks."""
-        try:
-            return [int(k) for k in self.blocks.split(",")]
-        except ValueError:
-            raise UserError(f"--blocks {self.blocks!r}: a number is needed, or several such as 2,4,8") from None
+        if not re.fullmatch(r"-?\d{1,18}(,-?\d{1,18})*", self.blocks, re.ASCII):
+            raise UserError(f"--blocks {self.blocks!r}: a number is needed, or several such as 2,4,8")
+        return [int(k) for k in self.blocks.split(",")]
 
     def workload(self, model: nn.Module, *, batch_size: int, device: torch.device) -> Workload:
         """The model, moved to the device and laid out as the options say, and a batch of noise for it."""

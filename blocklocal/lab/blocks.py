@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from blocklocal import BlockLocal
-from blocklocal.lab import models, rules
+from blocklocal.lab import models, plan, rules
 from blocklocal.lab.arguments import parse
-from blocklocal.lab.config import flag
-from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.errors import blame
+from blocklocal.lab.ranges import Needs, Range
+from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.trial import FEW, try_learning, try_model
 from blocklocal.memory import MemoryTracker
 
@@ -29,35 +29,35 @@ class Options:
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
-    blocks: int = 4
+    blocks: Annotated[int, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: tuple[str, ...] = ()
     """submodules after which to cut, instead of --blocks"""
     rule: str = "bll"
     """how the blocks learn, which says what stands at the borders"""
-    channels: int = 3
+    channels: Annotated[int, Range(least=1, most=2**14)] = 3
     """colour channels of the images"""
-    size: int = 32
+    size: Annotated[int, Range(least=1, most=2**14)] = 32
     """height and width of the images in pixels"""
-    classes: int = 10
+    classes: Annotated[int, Range(least=2, most=2**20)] = 10
     """number of classes"""
-    batch_size: int = 32
+    batch_size: Annotated[int, Range(least=2)] = 32
     """images in the batch that is measured"""
-    plan: int = 0
+    plan: Annotated[int, Range(least=0)] = 0
     """instead: place the blocks on so many ranks, and predict what pipelines of up to so many take"""
-    speeds: tuple[float, ...] = ()
+    speeds: Annotated[tuple[float, ...], Range(above=0), Needs("plan")] = ()
     """with --plan: how fast each rank is, this process being 1; without, all are as fast as this process"""
-    link: str = ""
+    link: Annotated[str, Needs("plan")] = ""
     """with --plan: between ranks, such as 100mbit or 100mbit,0.5ms (latency); without, messages take no time"""
-    message: Literal["fp32", "bf16"] = "fp32"
+    message: Annotated[Literal["fp32", "bf16"], Needs("plan")] = "fp32"
     """with --plan: what travels between blocks"""
 
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll blocks")
-    for name in ("blocks", "channels", "size", "classes", "batch_size"):
-        if getattr(options, name) < 1:
-            raise UserError(f"{flag(name)} {getattr(options, name)} is out of range: 1 or more")
+    if options.plan:
+        blocks = len(options.at) + 1 if options.at else options.blocks
+        plan.check(blocks=blocks, ranks=options.plan, speeds=options.speeds, link=options.link)
     size = (options.size, options.size)
     model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
     x = torch.randn(options.batch_size, options.channels, *size)
@@ -72,12 +72,14 @@ def main(args: Sequence[str]) -> None:
     with blame(f"model {options.model!r} does not fit rule {options.rule!r}"):
         learning = rules.apply(options.rule, model, task)
     try_learning(learning, x[:FEW], y[:FEW], name=options.model, context=nullcontext())
-    learner = learning.learner
-    if not options.plan:
-        Console().print(table(learner, x, y))
-        return
-    from blocklocal.lab import plan  # which needs the pipeline, and that one version of torch
+    with learning.given(y):
+        _show(learning.learner, x, y, options)
 
+
+def _show(learner: BlockLocal, x: Tensor, y: Tensor, options: Options) -> None:
+    if not options.plan:
+        Terminal().print(table(learner, x, y))
+        return
     names = [", ".join(submodules(learner.model, block)) for block in learner.blocks]
     plan.show(
         learner,

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+import sysconfig
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
+
+import torch
 
 from blocklocal.internals import UnsupportedTorch
+from blocklocal.lab import member
 from blocklocal.lab.environment import keep_freed_memory
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.journal import LAUNCHED, report
+from blocklocal.lab.names import sentence
 
 # name: (module with main(args), what it does). The module is imported only when its command is called.
 COMMANDS = {
@@ -55,19 +63,46 @@ def main(args: Sequence[str]) -> int:
         return _fail(str(error), code=2)
     except KeyboardInterrupt as stop:
         return _fail(f"interrupted{f': {stop}' if str(stop) else ''}", code=130)
+    except BrokenPipeError:  # who reads the output has enough of it, and knows
+        return 1
     except OSError as error:
         return _fail(str(error), code=1)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        return _fail(f"this takes more memory than there is: {str(error) or type(error).__name__}", code=1)
     return 0
 
 
 def _fail(message: str, *, code: int) -> int:
-    _say(message)
+    """Say it once: what has started this process says it, and of the processes of torchrun the first."""
+    report(message)
+    told = member.tell(sentence(message))
+    if LAUNCHED in os.environ:
+        told = True
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        told = os.environ.get("LOCAL_RANK") != "0"
+    if not told:
+        _say(message)
     return code
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
-    _say(f"warning: {message}")
+def _lacks_memory(error: Exception) -> bool:
+    """torch has a class of its own for a GPU's memory, and none for the rest."""
+    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+# Where other people's code is, whose warnings say nothing to who calls a command.
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+OWN = str(Path(__file__).parents[1])
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
+    foreign = filename.startswith(LIBRARIES) and not filename.startswith(OWN)
+    if not foreign and "Triggered internally at" not in str(message):  # a warning of torch that names its caller
+        _say(f"warning: {message}")
 
 
 def _say(message: str) -> None:
-    print(f"bll: {' '.join(message.split())}", file=sys.stderr)
+    print(f"bll: {sentence(message)}", file=sys.stderr)

@@ -6,17 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import Suppress
 
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.config import Settings, folder_name, last_name
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.groups import gather
+from blocklocal.lab.ranges import Range
 from blocklocal.lab.recipes import recipe
 from blocklocal.lab.series import complete
 from blocklocal.lab.summary import Reference, print_table, summarise
+from blocklocal.lab.terminal import Terminal
+
+SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Options(Settings):
     trust: Suppress[bool] = False
     rules: str = "bp,bll"
     """rules, with commas between them"""
-    seeds: int = 3
+    seeds: Annotated[int, Range(least=1, most=SEEDS)] = 3
     """runs of every rule: the first with --seed, each further one with one more"""
     out: str | None = None
     """folder of all runs (default: runs/compare-DATA-MODEL)"""
@@ -46,7 +50,7 @@ class Options(Settings):
         shared = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
         return [
             replace(shared, rule=rule, seed=seed, out=str(self.home / folder_name(rule, f"seed{seed}")))
-            for seed in seed_range(self.seed, self.seeds)
+            for seed in range(self.seed, self.seed + self.seeds)
             for rule in listed(self.rules, flag="--rules")
         ]
 
@@ -64,10 +68,11 @@ def lay_side_by_side(
     series: Sequence[Settings], *, folder: Path, title: str, reference: Reference | None = None
 ) -> None:
     """Complete the series, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
-    finished = complete(series, folder=folder, console=Console(stderr=True))
+    finished = complete(series, folder=folder, console=Terminal(stderr=True))
     rows = summarise(gather(finished), reference=reference)
-    print_table(rows, title=title)
-    print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
+    if rows:
+        print_table(rows, title=title)
+        print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
     if len(finished) < len(series):
         missing = sorted({str(settings.folder) for settings in series} - {str(run.path) for run in finished})
         raise UserError(
@@ -81,13 +86,6 @@ def listed(names: str, *, flag: str) -> list[str]:
     if not all(found) or len(set(found)) < len(found):
         raise UserError(f"{flag} {names!r}: name each once, with one comma between two")
     return found
-
-
-def seed_range(first: int, count: int) -> range:
-    """UserError: less than one."""
-    if count < 1:
-        raise UserError(f"--seeds {count} is out of range: 1 or more")
-    return range(first, first + count)
 
 
 def _default(data: str) -> Options:

@@ -9,7 +9,12 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from blocklocal.lab import ranges
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.ranges import Needs, Range
+
+THREADS = 1024  # far more than help, far fewer than a system refuses
+PATIENCE = 10**7  # seconds: four months
 
 
 @dataclass(frozen=True)
@@ -22,39 +27,39 @@ class Settings:
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
     """in blocks: bll, bll-pooled, bll-paper, pred, predsim; whole: bp (backprop), fa, usf, brsf, frsf, dfa, drtp"""
-    train_size: int = 0
+    train_size: Annotated[int, Range(least=0)] = 0
     """train on a sample of so many images, always the same; 0: on all"""
-    test_size: int = 0
+    test_size: Annotated[int, Range(least=0)] = 0
     """test on such a sample; 0: on all"""
-    blocks: int = 4
+    blocks: Annotated[int, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: tuple[str, ...] = ()
     """submodules after which to cut, instead of --blocks"""
-    epochs: int = 15
+    epochs: Annotated[int, Range(least=1)] = 15
     """passes over the training images"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(least=2)] = 64
     """images per step"""
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(least=1)] = 1
     """number of minibatches whose mean gradient makes an optimizer step"""
-    lr: float = 0.1
+    lr: Annotated[float, Range(above=0)] = 0.1
     """highest learning rate"""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(above=0, below=1)] = 0.9
     """momentum, Nesterov's"""
-    weight_decay: float = 5e-4
+    weight_decay: Annotated[float, Range(least=0)] = 5e-4
     """weight decay of all parameters"""
-    clip: float = 0.0
+    clip: Annotated[float, Range(least=0)] = 0.0
     """highest norm of the gradient of a block with its border; 0: no limit"""
     schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
     """course of the learning rate: a fall to zero after the warm-up, or a rise for 30 % of the steps and a fall"""
-    warmup: float = 1.0
+    warmup: Annotated[float, Range(least=0), Needs("schedule", ("cosine", "constant"))] = 1.0
     """epochs of linear rise before cosine or constant"""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(least=0, below=1)] = 0.0
     """share of the target spread over all classes"""
     flip: bool = False
     """mirror every second training image"""
-    crop: int = 1
+    crop: Annotated[int, Range(least=0)] = 1
     """shift training images by up to so many pixels"""
-    cutout: int = 0
+    cutout: Annotated[int, Range(least=0)] = 0
     """blank a square of so many pixels in every training image"""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """arithmetic of the forward pass"""
@@ -64,19 +69,19 @@ class Settings:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     compile: bool = False
     """compile every block with torch.compile"""
-    threads: int = 0
+    threads: Annotated[int, Range(least=0, most=THREADS)] = 0
     """CPU threads; 0 leaves the choice to PyTorch"""
-    replicas: int = 1
+    replicas: Annotated[int, Range(least=1)] = 1
     """over processes: copies of every block, each of which learns from its share of a minibatch"""
-    shard: bool = False
+    shard: Annotated[bool, Needs("replicas")] = False
     """with --replicas: each copy keeps a share of the block's weights and optimizer state (FSDP2)"""
     message: Literal["fp32", "bf16"] = "fp32"
     """over processes: what travels from block to block"""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 0
     """of initial weights, order and augmentation"""
-    save_every: int = 500
+    save_every: Annotated[int, Range(least=1)] = 500
     """minibatches between two checkpoints, besides those at the end of every epoch"""
-    patience: float = 300.0
+    patience: Annotated[float, Range(above=0, most=PATIENCE)] = 300.0
     """over processes: seconds without an answer after which another one is given up"""
     trace: bool = False
     """over processes: record what each does when, for bll timeline"""
@@ -88,36 +93,22 @@ class Settings:
     """with --resume: run the code of the model package.module:function that is kept there (or repeat --model)"""
 
     def check(self) -> None:
-        """UserError: a number out of its range."""
-        allowed = {
-            "train_size": (self.train_size >= 0, "0 or more"),
-            "test_size": (self.test_size >= 0, "0 or more"),
-            "blocks": (self.blocks >= 1, "1 or more"),
-            "epochs": (self.epochs >= 1, "1 or more"),
-            "batch_size": (self.batch_size >= 2, "2 or more"),
-            "accumulate": (self.accumulate >= 1, "1 or more"),
-            "clip": (0 <= self.clip < float("inf"), "0 or more"),
-            "lr": (0 < self.lr < float("inf"), "more than 0"),
-            "momentum": (0 < self.momentum < 1, "between 0 and 1"),
-            "weight_decay": (0 <= self.weight_decay < float("inf"), "0 or more"),
-            "warmup": (0 <= self.warmup <= self.epochs, "from 0 to --epochs"),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "from 0 to below 1"),
-            "crop": (self.crop >= 0, "0 or more pixels"),
-            "cutout": (self.cutout >= 0, "0 or more pixels"),
-            "threads": (self.threads >= 0, "0 or more"),
-            "seed": (0 <= self.seed < 2**63, "0 or more"),
-            "replicas": (
-                self.replicas >= 1 and self.batch_size % max(self.replicas, 1) == 0,
-                f"1 or more, and a divisor of --batch-size {self.batch_size}",
-            ),
-            "save_every": (self.save_every >= 1, "1 or more"),
-            "patience": (0 < self.patience < float("inf"), "more than 0"),
-        }
-        for name, (fine, what) in allowed.items():
-            if not fine:
-                raise UserError(f"{flag(name)} {getattr(self, name)} is out of range: {what}")
-        if self.shard and self.replicas == 1:
-            raise UserError("--shard spreads a block over its replicas: add --replicas, from 2 on")
+        """UserError: a number out of its range, or options that do not go together."""
+        ranges.check(self)
+        if self.warmup > self.epochs:
+            raise UserError(f"--warmup {self.warmup} is out of range: 0 to --epochs {self.epochs}")
+        if self.batch_size % self.replicas:
+            raise UserError(f"--replicas {self.replicas} is not a divisor of --batch-size {self.batch_size}")
+        if len(set(self.at)) < len(self.at):
+            raise UserError(f"--at {' '.join(self.at)} names a submodule twice")
+
+    def check_alone(self) -> None:
+        """UserError: what only processes can do."""
+        for name in OVER_PROCESSES:
+            if getattr(self, name) != getattr(Settings, name):
+                raise UserError(
+                    f"{flag(name)} is for blocks over processes: start with bll launch, be it --processes 1"
+                )
 
     @property
     def folder(self) -> Path:
@@ -131,6 +122,8 @@ class Settings:
         names = [field.name for field in fields(self) if field.name not in PLACE]
         return [flag(name) for name in names if getattr(self, name) != getattr(other, name)]
 
+
+OVER_PROCESSES = ("trace", "message", "replicas", "patience")  # and with replicas, shard
 
 # They say where a run is, how it was called and watched, not what it computes.
 PLACE = ("out", "resume", "trust", "save_every", "patience", "trace")

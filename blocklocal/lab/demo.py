@@ -6,14 +6,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
 from rich.table import Table
 
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.lock import alone
+from blocklocal.lab.ranges import Range
 from blocklocal.lab.recipes import DIGITS
 from blocklocal.lab.runs import Run
+from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.train import train
 
 RULES = {"bll": "4 blocks, each with its own loss", "bp": "backpropagation through the whole"}
@@ -23,9 +25,9 @@ RULES = {"bll": "4 blocks, each with its own loss", "bp": "backpropagation throu
 class Options:
     """Train the same small network on 1,442 handwritten digits twice: in four local blocks, and by backpropagation."""
 
-    epochs: int = DIGITS.epochs
+    epochs: Annotated[int, Range(least=1)] = DIGITS.epochs
     """passes over the training images"""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 0
     """of initial weights, order and augmentation"""
     out: Path | None = None
     """folder of both runs (default: runs/demo-DATE-TIME)"""
@@ -44,6 +46,6 @@ def main(args: Sequence[str]) -> None:
             result = train(replace(DIGITS, rule=rule, epochs=options.epochs, seed=options.seed, out=str(folder / rule)))
             combined = f"{result['accuracy_all']:.2%}" if result["blocks"] > 1 else ""
             table.add_row(rule, text, f"{result['accuracy']:.2%}", combined, f"{result['seconds']:.1f} s")
-    console = Console()
+    console = Terminal()
     console.print(table)
-    console.print(f"The runs are in {folder}. Next: bll eval {folder}/bll --exit 0.9", highlight=False, soft_wrap=True)
+    console.print(f"The runs are in {folder}. Next: bll eval {folder}/bll --exit 0.9", soft_wrap=True)

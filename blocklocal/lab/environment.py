@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import resource
+import socket
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,23 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--device {name} cannot be used here ({reason}); choose auto or cpu") from error
+        with warnings.catch_warnings(action="ignore"):  # of names that torch used to know
+            device = torch.device(name)
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("there is one cpu, without a number")
+        torch.ones(2, device=device).sum().item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = re.split(r"\n|\. ", str(error))[0]
+        raise UserError(f"--device {name!r} cannot be used here ({reason}); choose auto or cpu") from error
     return device
+
+
+def find_interface(name: str) -> str:
+    """UserError: this machine has no network interface of that name."""
+    there = [found for _, found in socket.if_nameindex()]
+    if name not in there:
+        raise UserError(f"--interface {name!r} is not here: this machine has {', '.join(there)}")
+    return name
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
@@ -20,6 +20,7 @@ from blocklocal.lab.experiment import check_data, prepare
 from blocklocal.lab.models import refuse_code
 from blocklocal.lab.runs import Run
 from blocklocal.lab.state import load_weights
+from blocklocal.lab.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Options:
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll eval")
+    find_exit(options.exit)
     run = Run(options.run)
     settings = run.settings()
     if not options.trust:
@@ -48,45 +50,48 @@ def main(args: Sequence[str]) -> None:
     experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
     check_data(experiment.dataset, run.facts())
     learner = experiment.learner
-    accuracy_of = chosen(options.exit, blocks=len(learner.blocks))
+    find_exit(options.exit, blocks=len(learner.blocks))
     checkpoints = Checkpoints(run.checkpoints, blocks=len(learner.blocks))
     minibatch = checkpoints.latest()
     if minibatch is None:
         raise UserError(f"{str(run.path)!r} has no checkpoint: it was stopped before the first")
     load_weights(learner, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
     epoch, exits = round(minibatch / experiment.steps, 2), experiment.test()
-    accuracy = accuracy_of(exits)
-    Console().print(_table(exits, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))
+    accuracy = choose(exits, options.exit)
+    Terminal().print(_table(exits, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))
     print(json.dumps({"run": str(options.run), "epoch": epoch, "exit": options.exit, "accuracy": accuracy}))
 
 
-def chosen(exit: str, *, blocks: int) -> Callable[[Exits], float]:
-    """The accuracy that `--exit` asks for, of the exits of so many blocks. UserError: no such exit."""
-    last = blocks - 1
-    if exit == "all":
-        return lambda exits: exits.combined_accuracy
-    if exit == "last":
-        return lambda exits: exits.accuracies[last]
-    if exit.isascii() and exit.isdecimal() and int(exit) <= last:
-        return lambda exits: exits.accuracies[int(exit)]
-    threshold = _threshold(exit)
-    if threshold is None:
-        raise UserError(f"--exit {exit}: choose last, all, a block from 0 to {last}, or a threshold between 0 and 1")
-    return lambda exits: exits.early_accuracy(threshold)
+def find_exit(exit: str, *, blocks: int | None = None) -> int | float | None:
+    """What `--exit` names: a block, a threshold, or None for last and all. UserError: neither, or no such block.
 
-
-def _threshold(exit: str) -> float | None:
-    try:
-        threshold = float(exit)
-    except ValueError:
+    blocks: their number, None where it is not known yet.
+    """
+    if exit in ("last", "all"):
         return None
-    return threshold if "." in exit and 0 <= threshold <= 1 else None
+    if re.fullmatch(r"\d{1,9}", exit, re.ASCII) and (blocks is None or int(exit) < blocks):
+        return int(exit)
+    if re.fullmatch(r"0?\.\d+|0\.|1\.0*", exit, re.ASCII):
+        return float(exit)
+    which = "" if blocks is None else f" from 0 to {blocks - 1}"
+    raise UserError(f"--exit {exit}: choose last, all, a block{which}, or a threshold between 0 and 1 such as 0.9")
+
+
+def choose(exits: Exits, exit: str) -> float:
+    """The accuracy that `--exit` asks for. UserError: no such exit."""
+    found = find_exit(exit, blocks=len(exits.accuracies))
+    if exit == "all":
+        return exits.combined_accuracy
+    if isinstance(found, float):
+        return exits.early_accuracy(found)
+    return exits.accuracies[-1 if found is None else found]
 
 
 def _table(exits: Exits, *, title: str, exit: str) -> Table:
     table = Table("exit", title=title, title_justify="left")
     table.add_column("test accuracy", justify="right")
-    threshold = _threshold(exit)
+    found = find_exit(exit)
+    threshold = found if isinstance(found, float) else None
     if threshold is not None:
         table.add_column(f"images that leave at {threshold:g}", justify="right")
     for k, accuracy in enumerate(exits.accuracies):

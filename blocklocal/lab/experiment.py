@@ -124,6 +124,8 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         raise UserError(f"--batch-size {settings.batch_size}{times} is more than the {images} training images")
     if settings.crop >= min(dataset.size):
         raise UserError(f"--crop {settings.crop} is not less than the {min(dataset.size)} pixels of an image's side")
+    if settings.cutout > min(dataset.size):
+        raise UserError(f"--cutout {settings.cutout} is more than the {min(dataset.size)} pixels of an image's side")
     normalisation = Normalisation.of(dataset.train.images)
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, channels=dataset.channels, size=dataset.size, classes=len(dataset.classes))

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from blocklocal.lab.groups import Group
+from blocklocal.lab.names import plain, short
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -30,6 +31,7 @@ STYLE: dict[Any, Any] = {
     "lines.markersize": 3.5,
     "legend.frameon": False,
     "legend.fontsize": 9,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.fonttype": "none",  # text stays text: a third of the size, and it can be searched
     "svg.hashsalt": "blocklocal",
 }
@@ -60,7 +62,7 @@ def over_epochs(
 ) -> Figure:
     """low, high: values that the axis reaches at least. mark: a value with a line of its own."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="epoch", ylabel=y)
+    axes = figure.add_subplot(title=_shown(title), xlabel="epoch", ylabel=y)
     for line in lines:
         _draw(axes, line)
     bottom, top = axes.get_ylim()
@@ -76,12 +78,12 @@ def over_epochs(
 def against_time(lines: Sequence[Line], *, title: str, y: str) -> Figure:
     """Over the seconds of training: a line for each run."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="seconds of training", ylabel=y)
+    axes = figure.add_subplot(title=_shown(title), xlabel="seconds of training", ylabel=y)
     for line in lines:
         for k, run in enumerate(line.group.counted):
             seconds = list(accumulate(float(record["seconds"]) for record in run.records))
             values = [line.value(record) for record in run.records]
-            axes.plot(seconds, values, color=line.colour, label=None if k else line.label)
+            axes.plot(seconds, values, color=line.colour, label=None if k else _shown(line.label))
     _name(axes, figure)
     return figure
 
@@ -91,10 +93,10 @@ def stacked(lines: Sequence[Line], *, title: str) -> Figure:
     """A panel for each line, one below the other."""
     figure = Figure(figsize=(WIDTH, max(HEIGHT, 0.9 + 0.7 * len(lines))), layout="constrained")
     panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
-    panels[0].set_title(title)
+    panels[0].set_title(_shown(title))
     for axes, line in zip(panels, lines, strict=True):
         _draw(axes, line)
-        axes.set_ylabel(line.label)
+        axes.set_ylabel(_shown(line.label))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
         axes.ticklabel_format(axis="y", useOffset=False)
     panels[-1].set_xlabel("epoch")
@@ -108,10 +110,16 @@ def _draw(axes: Axes, line: Line) -> None:
     columns = [[run[i] for run in runs if i < len(run)] for i in range(max(map(len, runs)))]
     known = [[value for value in column if not math.isnan(value)] or [math.nan] for column in columns]
     epochs = range(1, len(columns) + 1)
-    axes.plot(epochs, [mean(column) for column in known], linestyle=line.style, color=line.colour, label=line.label)
+    values, label = [mean(column) for column in known], _shown(line.label)
+    axes.plot(epochs, values, linestyle=line.style, color=line.colour, label=label)
     if len(runs) > 1:
         low, high = [min(column) for column in known], [max(column) for column in known]
         axes.fill_between(epochs, low, high, color=line.colour, alpha=0.15, linewidth=0)
+
+
+def _shown(name: str) -> str:
+    """A legend leaves out what begins with an underscore."""
+    return plain(short(name)).replace("\n", " ").lstrip("_")
 
 
 def _count_epochs(axes: Axes) -> None:

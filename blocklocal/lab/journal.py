@@ -19,6 +19,12 @@ REPORT = "TORCHELASTIC_ERROR_FILE"  # where a launcher, torchrun too, looks for 
 LOGS = "logs"  # in the folder of a run: a file per process
 
 
+def report(message: str) -> None:
+    """Tell the launcher, where one has started this process, why it ends."""
+    if REPORT in os.environ:
+        Path(os.environ[REPORT]).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
+
+
 class Journal:
     """Of one process. What a rank above 0 says before there is a file is kept for it.
 
@@ -57,10 +63,8 @@ class Journal:
         The launcher gets a line. The traceback of what nobody expected goes to the file.
         """
         message = str(error) if code == 2 else f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")
-        report = {"message": message, "timestamp": str(int(time.time()))}
         try:
-            if REPORT in os.environ:
-                Path(os.environ[REPORT]).write_text(json.dumps(report))
+            report(message)
             if LAUNCHED not in os.environ:
                 print(f"bll: rank {self.rank}: {message}", file=self.console)
             if code == 1 and (self.file or not isinstance(error, OSError)):

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from blocklocal.lab import lock, outputs
+from blocklocal.lab import lock, outputs, rules
 from blocklocal.lab.agent import Agent, Ended, tell
 from blocklocal.lab.arguments import parse_known
 from blocklocal.lab.checkpoints import kept
 from blocklocal.lab.config import Settings
+from blocklocal.lab.environment import find_interface
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.journal import diverted
 from blocklocal.lab.meeting import Alone, Endpoint, Meeting
 from blocklocal.lab.processes import loopback
+from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
+
+# What a process runs. While it imports, an interruption is a silent end, and so is that of the launcher.
+ENTRY = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != {launcher}:
+        sys.exit(1)
+from blocklocal.__main__ import main
+sys.exit(main())
+"""
 
 
 @dataclass(frozen=True)
@@ -34,35 +50,35 @@ class Options:
     joins later adds --resume.
     """
 
-    processes: int = 0
+    processes: Annotated[int, Range(least=0, most=4096)] = 0
     """processes on this machine; 0: one per block and replica, spread over the machines"""
     nnodes: str = "1"
     """number of machines, or LEAST:MOST to go on when one is lost or joins"""
-    rdzv_endpoint: str = ""
+    rdzv_endpoint: Annotated[str, Needs("nnodes")] = ""
     """HOST:PORT where the machines meet, HOST being one of them; needed for several"""
     interface: str = ""
     """network interface for the messages (default: the loopback of this machine); needed for several machines"""
-    restarts: int = 3
+    restarts: Annotated[int, Range(least=0)] = 3
     """so many times the processes are started again"""
 
     @property
     def machines(self) -> tuple[int, int]:
         """The least and the most. UserError: no numbers."""
-        least, _, most = self.nnodes.partition(":")
-        if not least.isdecimal() or not (most or least).isdecimal() or not 1 <= int(least) <= int(most or least):
+        numbers = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", self.nnodes, re.ASCII)
+        if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2] or numbers[1]):
             raise UserError(f"--nnodes {self.nnodes}: a number of machines, or LEAST:MOST")
-        return int(least), int(most or least)
+        return int(numbers[1]), int(numbers[2] or numbers[1])
 
     def check(self) -> None:
         """UserError: what does not go together."""
         _, most = self.machines
-        if self.processes < 0 or self.restarts < 0:
-            raise UserError(f"--processes {self.processes}, --restarts {self.restarts}: 0 or more")
         if most > 1 and not (self.rdzv_endpoint and self.interface):
             raise UserError(
                 f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, where the machines meet, and --interface, "
                 "by which they reach each other"
             )
+        if self.interface:
+            find_interface(self.interface)
 
 
 def main(args: Sequence[str]) -> None:
@@ -74,6 +90,7 @@ def main(args: Sequence[str]) -> None:
     options.check()
     settings = settings_from(rest)
     settings.check()
+    rules.check_over_processes(settings.rule)
     run = Run(settings.folder)
     if settings.resume:
         run.records()  # before anything is started
@@ -81,8 +98,9 @@ def main(args: Sequence[str]) -> None:
         run.refuse()
     processes = options.processes or max(1, _parts(settings) // options.machines[1])
     _set_environment(options, processes=processes)
-    command = [sys.executable, "-m", "blocklocal", "train", *rest]
+    command = [sys.executable, "-c", ENTRY.format(launcher=os.getpid()), "train", *rest]
     with (
+        _silence(),
         outputs.room(run.path, flag="--out"),
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,  # a meeting may leave a last word there
     ):
@@ -111,6 +129,16 @@ def main(args: Sequence[str]) -> None:
         raise OSError(f"{tell(failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing from the loggers of torch, each of which has a level of its own: what they tell is said here."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _parts(settings: Settings) -> int:
     """So many processes are there work for: one per block and replica."""
     return settings.replicas * (len(settings.at) + 1 if settings.at else settings.blocks)
@@ -127,7 +155,6 @@ def _meeting(options: Options, *, processes: int, folder: Path) -> Meeting:
     """UserError: nobody answers at the endpoint."""
     if options.machines == (1, 1):
         return Alone(processes=processes, folder=folder)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells what is said here
     address, hosts = _address(options.rdzv_endpoint)
     print(f"bll: meeting at {options.rdzv_endpoint}, {options.nnodes} machines", file=sys.stderr)
     try:
@@ -144,13 +171,13 @@ def _address(endpoint: str) -> tuple[str, bool]:
     UserError: no HOST:PORT, or an unknown host.
     """
     host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--rdzv-endpoint {endpoint}: HOST:PORT is needed")
+    if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
+        raise UserError(f"--rdzv-endpoint {endpoint}: HOST:PORT is needed, with a port from 1 to 65535")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
             way.connect((host, int(port)))
             address = way.getsockname()[0]
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"--rdzv-endpoint {endpoint}: there is no way to that host ({error})") from error
     with socket.socket() as place:
         try:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blocklocal.lab.contenders import Contender
 from blocklocal.lab.environment import keep_freed_memory
+from blocklocal.lab.errors import UserError
 from blocklocal.lab.footprint import Footprint, allocated, measure
 
 Watch = Callable[[str], None]
@@ -56,7 +57,10 @@ def measure_all(
     for label, contender in contenders.items():
         watch(f"memory of {label}")
         with FlopCounterMode(display=False) as counter:
-            contender.step()  # and the optimizers make their state
+            try:
+                contender.step()  # and the optimizers make their state
+            except ValueError as error:  # of a layer, such as one that needs more images than there are in a part
+                raise UserError(f"{label} cannot take a step: {error}") from error
         flops[label] = counter.get_total_flops()
         footprints[label] = measure(contender.step, parts=contender.parts)
         if compiled:

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from blocklocal.lab import outputs
 from blocklocal.lab.footprint import Footprint
+from blocklocal.lab.names import plain, short
 
 
+@matplotlib.rc_context({"text.parse_math": False})
 def plot(footprints: Mapping[str, Footprint], file: Path, *, title: str) -> None:
     """One panel per contender, on a common scale; where there are blocks, every second one is shaded."""
     figure = Figure(figsize=(1.5 + 3 * len(footprints), 3.2), layout="constrained")
@@ -27,6 +30,6 @@ def plot(footprints: Mapping[str, Footprint], file: Path, *, title: str) -> None
         panel.axhline(timeline.peak / 2**20, color="black", linewidth=0.8, linestyle=":")
         panel.set(title=f"{label}: {timeline.peak / 2**20:,.0f} MiB", xlabel="share of the step", xlim=(0, 1))
     panels[0].set(ylabel="MiB alive", ylim=(0, None))
-    figure.suptitle(title)
+    figure.suptitle(plain(short(title)))
     file.parent.mkdir(parents=True, exist_ok=True)
     outputs.write(file, lambda part: figure.savefig(part, format=file.suffix[1:], dpi=130))

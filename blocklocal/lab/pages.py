@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from html import escape
 
+from blocklocal.lab import names
 from blocklocal.lab.findings import Findings, Section
 from blocklocal.lab.plots import Plot
 from blocklocal.lab.summary import TEXT, Row, tabulate
@@ -34,35 +34,35 @@ summary { cursor: pointer; } .names td { overflow-wrap: anywhere; }
 
 def markdown(findings: Findings) -> str:
     """Its pictures are links into plots/."""
-    parts = [f"# {findings.title}", _markdown_table(findings.rows), NOTE]
+    parts = [f"# {names.markdown(findings.title)}", _markdown_table(findings.rows), NOTE]
     if findings.unfinished:
-        parts.append("Unfinished:\n\n" + "\n".join(f"- {line}" for line in findings.unfinished))
+        parts.append("Unfinished:\n\n" + "\n".join(f"- {names.markdown(line)}" for line in findings.unfinished))
     for section in findings.sections:
-        parts.append(f"## {section.title}")
+        parts.append(f"## {names.markdown(section.title)}")
         parts += [f"![{plot.caption}](plots/{plot.name}.svg)\n\n{plot.caption}" for plot in section.plots]
     for title, entries in (("Settings", findings.settings), ("Versions", findings.versions)):
-        lines = "\n".join(f"| {name} | {value} |" for name, value in entries.items())
+        lines = "\n".join(f"| {name} | {names.markdown(value)} |" for name, value in entries.items())
         parts.append(f"## {title}\n\n| | |\n|---|---|\n{lines}")
     return "\n\n".join(parts) + "\n"
 
 
 def html(findings: Findings) -> str:
-    unfinished = "".join(f"<li>{escape(line)}</li>" for line in findings.unfinished)
+    unfinished = "".join(f"<li>{names.page(line)}</li>" for line in findings.unfinished)
     warning = f'<div class="unfinished"><p>Unfinished runs:</p><ul>{unfinished}</ul></div>' if unfinished else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(findings.title)}</title>
+<title>{names.page(findings.title)}</title>
 <link rel="icon" href="data:,">
 <style>{CSS}</style>
 </head>
 <body>
-<h1>{escape(findings.title)}</h1>
+<h1>{names.page(findings.title)}</h1>
 {warning}
 <div class="wide">{_html_table(findings.rows)}</div>
-<p class="note">{escape(NOTE)}</p>
+<p class="note">{names.page(NOTE)}</p>
 {"".join(_html_section(section) for section in findings.sections)}
 <h2>Settings and versions</h2>
 <p class="note">Several values: those that occur among the runs.</p>
@@ -77,7 +77,7 @@ def _markdown_table(rows: Sequence[Row]) -> str:
     lines = [
         list(columns),
         ["---" if name in TEXT else "---:" for name in columns],
-        *zip(*columns.values(), strict=True),
+        *([names.markdown(cell) for cell in cells] for cells in zip(*columns.values(), strict=True)),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -85,9 +85,11 @@ def _markdown_table(rows: Sequence[Row]) -> str:
 def _html_table(rows: Sequence[Row]) -> str:
     columns = tabulate(rows)
     kinds = ["" if name in TEXT else ' class="number"' for name in columns]
-    heading = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
+    heading = "".join(f"<th{kind}>{names.page(name)}</th>" for kind, name in zip(kinds, columns, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>\n"
+        "<tr>"
+        + "".join(f"<td{kind}>{names.page(cell)}</td>" for kind, cell in zip(kinds, cells, strict=True))
+        + "</tr>\n"
         for cells in zip(*columns.values(), strict=True)
     )
     return f"<table><thead><tr>{heading}</tr></thead>\n<tbody>{body}</tbody></table>"
@@ -95,17 +97,19 @@ def _html_table(rows: Sequence[Row]) -> str:
 
 def _html_section(section: Section) -> str:
     figures = "".join(_html_figure(plot) for plot in section.plots)
-    return f'<h2>{escape(section.title)}</h2>\n<div class="plots">{figures}</div>\n'
+    return f'<h2>{names.page(section.title)}</h2>\n<div class="plots">{figures}</div>\n'
 
 
 def _html_figure(plot: Plot) -> str:
     picture = b64encode(plot.svg).decode()
     return (
-        f'<figure><img alt="{escape(plot.caption)}" src="data:image/svg+xml;base64,{picture}">'
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>\n"
+        f'<figure><img alt="{names.page(plot.caption)}" src="data:image/svg+xml;base64,{picture}">'
+        f"<figcaption>{names.page(plot.caption)}</figcaption></figure>\n"
     )
 
 
 def _html_names(entries: Mapping[str, str]) -> str:
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>\n" for name, value in entries.items())
+    rows = "".join(
+        f"<tr><td>{names.page(name)}</td><td>{names.page(value)}</td></tr>\n" for name, value in entries.items()
+    )
     return f"<table><tbody>{rows}</tbody></table>"

@@ -15,24 +15,23 @@ from statistics import median
 from typing import Any
 
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch.multiprocessing.spawn import start_processes
 
 from blocklocal.lab.arguments import parse
-from blocklocal.lab.errors import UserError
 from blocklocal.lab.pipeline_measurement import ALONE, AT_ONCE, BLOCKS, measure
 from blocklocal.lab.pipeline_options import Options
+from blocklocal.lab.processes import environment, loopback
+from blocklocal.lab.terminal import Terminal
 
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll bench --pipeline")
-    if not 2 <= options.processes <= 16 or (options.model != "devices" and options.processes > 4):
-        raise UserError(f"--processes {options.processes}: 2 to 4 for the four blocks of a model, to 16 for devices")
+    options.check()
     result = bench(options)
     if os.environ.get("RANK", "0") != "0":
         return
-    Console().print(table(result))
+    Terminal().print(table(result))
     if options.json:
         print(json.dumps(result))
 
@@ -43,8 +42,8 @@ def bench(options: Options) -> dict[str, Any]:
     Where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, this is one of the processes, and there may be a
     network between them; otherwise it starts them all.
     """
-    os.environ["GLOO_SOCKET_IFNAME"] = options.interface
-    if "RANK" in os.environ:
+    os.environ["GLOO_SOCKET_IFNAME"] = options.interface or loopback()
+    if environment() is not None:
         dist.init_process_group("gloo")
         return measure(options)
     with tempfile.TemporaryDirectory() as folder:

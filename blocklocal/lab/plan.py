@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -14,9 +14,10 @@ from blocklocal import BlockLocal
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.pipeline_options import MESSAGES
 from blocklocal.lab.predictions import Predictions, measure, predict
+from blocklocal.lab.terminal import Terminal
 from blocklocal.pipeline.simulator import Link
 
-RATE = re.compile(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)?(?:,(\d+(?:\.\d+)?)(?:ms)?)?")
+RATE = re.compile(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)?(?:,(\d+(?:\.\d+)?)(?:ms)?)?", re.ASCII)
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
@@ -33,21 +34,28 @@ def show(
 ) -> None:
     """Measure, predict and print. names: of what is in each block. speeds: of the ranks; if empty, all are as this one.
 
-    UserError: too many ranks, speeds that are none or of other ranks, a link unheard of.
+    UserError: as of `check`.
     """
-    between, blocks = parse_link(link), len(learner.blocks)
-    if not 1 <= ranks <= blocks:
-        raise UserError(f"--plan {ranks}: 1 to {blocks}, since every rank needs one of the {blocks} blocks (--blocks)")
-    speeds = speeds or (1.0,) * ranks
-    if len(speeds) != ranks or not all(0 < speed < float("inf") for speed in speeds):
-        raise UserError(
-            f"--speeds {' '.join(f'{s:g}' for s in speeds)}: write a number above 0 for each of {ranks} ranks"
-        )
-    predictions = predict(measure(learner, x, y, ranks=ranks, message=MESSAGES[message]), speeds=speeds, link=between)
-    console = Console()
+    check(blocks=len(learner.blocks), ranks=ranks, speeds=speeds, link=link)
+    predictions = predict(
+        measure(learner, x, y, ranks=ranks, message=MESSAGES[message]),
+        speeds=speeds or (1.0,) * ranks,
+        link=parse_link(link),
+    )
+    console = Terminal()
     console.print(placement_table(predictions, names=names, title=f"one step on {len(x)} images, on {ranks} ranks"))
     console.print(predictions_table(predictions))
-    print(advice(predictions))
+    console.print(advice(predictions), soft_wrap=True)
+
+
+def check(*, blocks: int, ranks: int, speeds: Sequence[float], link: str) -> None:
+    """UserError: more ranks than blocks, speeds of other ranks, a link unheard of."""
+    parse_link(link)
+    if not 1 <= ranks <= blocks:
+        raise UserError(f"--plan {ranks}: 1 to {blocks}, since every rank needs one of the {blocks} blocks (--blocks)")
+    if speeds and len(speeds) != ranks:
+        given = " ".join(f"{speed:g}" for speed in speeds)
+        raise UserError(f"--speeds {given}: write a number above 0 for each of {ranks} ranks")
 
 
 def parse_link(text: str) -> Link:
@@ -55,7 +63,7 @@ def parse_link(text: str) -> Link:
     if not text:
         return Link()
     parts = RATE.fullmatch(text)
-    if parts is None or not float(parts[1]):
+    if parts is None or not 0 < float(parts[1]) < math.inf or float(parts[3] or 0) == math.inf:
         raise UserError(f"--link {text!r}: write the rate and, where it counts, the latency: 100mbit or 1gbit,0.5ms")
     bits = float(parts[1]) * UNITS[parts[2] or "mbit"]
     return Link(latency=float(parts[3] or 0) / 1e3, bandwidth=bits / 8)

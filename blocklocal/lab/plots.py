@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,7 @@ from matplotlib.ticker import MultipleLocator
 
 from blocklocal.lab.figures import STYLE, Line, against_time, over_epochs, stacked
 from blocklocal.lab.groups import Group
+from blocklocal.lab.names import NAME
 
 # Okabe and Ito's colours, which the colour-blind too can tell apart.
 COLOURS = ("#222222", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#8c6d31")
@@ -143,8 +146,11 @@ def _label(group: Group) -> str:
 
 
 def _name(what: str, subject: str) -> str:
-    words = "".join(letter if letter.isalnum() or letter in "._" else " " for letter in f"{what} {subject}").split()
-    return "-".join(words)
+    """Of files: words of letters, with a number where that, or its length, could make two subjects one."""
+    words = re.findall(r"[\w.]+", f"{what} {subject}", re.ASCII)
+    told = " ".join(words) == f"{what} {subject}".replace(",", "").replace("-", " ") and len(subject) <= NAME
+    name = "-".join(words)
+    return name if told else f"{name[:NAME]}-{zlib.crc32(subject.encode(errors='surrogateescape')):08x}"
 
 
 def _shades(count: int) -> list[tuple[float, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from blocklocal.internals import UnsupportedTorch
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.journal import LAUNCHED, Journal
+from blocklocal.lab.ranges import Range
 
 # Set by `bll launch` for the processes that it starts.
 STORE = "BLOCKLOCAL_STORE"  # file in which the processes of one machine meet, instead of at a port
@@ -79,16 +81,48 @@ class Processes:
             self.journal.open(run)
 
 
+# What torchrun, `bll launch` and others that start processes say to each, and the numbers that it may be.
+NUMBERS = {
+    "RANK": Range(least=0),
+    "WORLD_SIZE": Range(least=1),
+    "LOCAL_RANK": Range(least=0),
+    "LOCAL_WORLD_SIZE": Range(least=1),
+    "MASTER_PORT": Range(least=0, most=65535),
+    "TORCHELASTIC_RESTART_COUNT": Range(least=0),
+}
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment() -> tuple[int, int] | None:
+    """Rank and number of processes, where this one was started as one of several. UserError: that is said in part, or
+    by no such numbers."""
+    if "RANK" not in os.environ:
+        return None
+    for name in NEEDED:
+        if not os.environ.get(name):
+            raise UserError(f"RANK is set and {name} is not: start with bll launch or torchrun, or unset RANK")
+    for name, allowed in NUMBERS.items():
+        text = os.environ.get(name, "0" if allowed.least == 0 else "1")
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+            raise UserError(f"the environment's {name} is {text!r}, not a number: start with bll launch or torchrun")
+        allowed.check(f"the environment's {name}", int(text))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise UserError(f"the environment's RANK {rank} is not one of {size} processes (WORLD_SIZE)")
+    return rank, size
+
+
 @contextmanager
 def joined(*, device: str, patience: float) -> Iterator[Processes]:
     """This process in its group, if it was started as one of several; they end together, whatever happens.
 
     device: by name, as for `find_device`. patience: seconds after which a process that does not answer is given up.
     """
-    if "RANK" not in os.environ:
+    place = environment()
+    if place is None:
         yield Processes(find_device(device))
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = place
     journal = Journal(rank, size=size)
     try:
         _die_with_parent()

@@ -73,7 +73,7 @@ class PlainDisplay:
         )
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
         self.spoke = time.monotonic()
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from tyro.conf import Positional
 
 from blocklocal.lab import outputs
@@ -17,6 +16,7 @@ from blocklocal.lab.findings import Findings, compose
 from blocklocal.lab.history import find, read
 from blocklocal.lab.pages import html, markdown
 from blocklocal.lab.summary import print_table
+from blocklocal.lab.terminal import Terminal
 
 PLOTS, MARKDOWN = "plots", "report.md"  # in the report's folder
 
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
     write(findings, folder=options.home, page=page)
     print_table(findings.rows, title=findings.title)
     for line in findings.unfinished:
-        Console().print(f"unfinished: {line}", highlight=False, soft_wrap=True)
+        Terminal().print(f"unfinished: {line}", soft_wrap=True)
     told = {"runs": len(paths), "unfinished": len(findings.unfinished), "out": str(options.home), "html": str(page)}
     print(json.dumps(told), flush=True)
 

@@ -87,14 +87,7 @@ def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
 
 
 BLL_POOLED = 0.1 * Variational() + Predictive("pooled")
-
-RULES: dict[str, Rule] = {
-    "bll": block_local(BLL),
-    "bll-paper": block_local(BLL_PAPER, feedback=ClosedFormFeedback(forgetting=0.0)),  # the optimum of each batch alone
-    "bll-pooled": block_local(BLL_POOLED),
-    "pred": block_local(Predictive()),
-    "predsim": block_local(PRED_SIM),
-    "bp": backpropagation,
+ALIGNED: dict[str, Rule] = {
     "fa": aligned(lambda model, task: FeedbackAlignment(model, seed=task.seed)),
     "usf": aligned(lambda model, task: SignSymmetry(model, magnitude="uniform", seed=task.seed)),
     "brsf": aligned(lambda model, task: SignSymmetry(model, magnitude="batchwise", seed=task.seed)),
@@ -103,12 +96,29 @@ RULES: dict[str, Rule] = {
     "drtp": aligned(lambda model, task: DirectRandomTargetProjection(model, example=task.example, seed=task.seed)),
 }
 
+RULES: dict[str, Rule] = {
+    "bll": block_local(BLL),
+    "bll-paper": block_local(BLL_PAPER, feedback=ClosedFormFeedback(forgetting=0.0)),  # the optimum of each batch alone
+    "bll-pooled": block_local(BLL_POOLED),
+    "pred": block_local(Predictive()),
+    "predsim": block_local(PRED_SIM),
+    "bp": backpropagation,
+    **ALIGNED,
+}
+
 
 def find(name: str) -> Rule:
     """UserError: no such rule."""
     if name not in RULES:
         raise UserError(f"unknown rule {name!r}: choose {', '.join(RULES)}")
     return RULES[name]
+
+
+def check_over_processes(name: str) -> None:
+    """UserError: no such rule, or one of feedback alignment, whose feedback no pipeline places, saves or moves."""
+    find(name)
+    if name in ALIGNED:
+        raise UserError(f"--rule {name} trains the model whole, in one process: use bll train")
 
 
 def apply(name: str, model: nn.Module, task: Task) -> Learning:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from blocklocal.lab import rules
+from blocklocal.lab import member, rules
 from blocklocal.lab.config import Settings, flag
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.history import History, read
@@ -31,6 +30,7 @@ def complete(series: Sequence[Settings], *, folder: Path, console: Console) -> l
     """
     for settings in series:
         settings.check()
+        settings.check_alone()
         rules.find(settings.rule)
     _refuse_one_folder_for_two(series)
     with alone(folder):
@@ -76,22 +76,22 @@ def _train(settings: Settings, *, console: Console, title: str) -> None:
     run = Run(settings.folder)
     _wait(run, console=console)
     done = run.exists and read(run.path).finished
-    console.print(f"{title}: {run.path}{', done before' if done else ''}", highlight=False, soft_wrap=True)
     if done:
+        console.print(f"{title}: {run.path}, done before", soft_wrap=True)
         return
     command = [sys.executable, "-m", "blocklocal", "train", *arguments(settings)]
     if run.exists:
         command.append("--resume")
-    status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-    if status and not run.exists:
-        raise UserError(f"the run in {str(run.path)!r} could not begin (exit code {status}), see above")
-    if status:
-        console.print(f"{title}: failed with exit code {status}; the same command tries it again", highlight=False)
+    ended = member.call(command, title=f"{title}, {run.path}")
+    if ended.code and not run.exists:
+        raise UserError(f"the run in {str(run.path)!r} could not begin: {ended.reason}")
+    if ended.code:
+        console.print(f"{title} failed: {ended.reason}", soft_wrap=True)
 
 
 def _wait(run: Run, *, console: Console) -> None:
     """For a process that trains the run already: the series that started it may have been killed."""
     if is_held(run.path):
-        console.print(f"waiting for {holder(run.path)}, which trains in {run.path}", highlight=False, soft_wrap=True)
+        console.print(f"waiting for {holder(run.path)}, which trains in {run.path}", soft_wrap=True)
     while is_held(run.path):
         time.sleep(WAIT)

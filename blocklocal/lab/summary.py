@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from rich.console import Console
 from rich.table import Table
 
 from blocklocal.lab.config import last_name
 from blocklocal.lab.groups import Group
+from blocklocal.lab.names import NAME, sentence, short
+from blocklocal.lab.terminal import Terminal
 
 # Accuracy, mean and standard deviation, of a rule on a data set: by (data set, rule).
 Reference = Mapping[tuple[str, str], tuple[float, float]]
@@ -54,11 +55,11 @@ def summarise(groups: Sequence[Group], *, reference: Reference | None = None) ->
 
 def print_table(rows: Sequence[Row], *, title: str) -> None:
     """To standard output, wide enough where that is no terminal."""
-    console = Console()
+    console = Terminal()
     if not console.is_terminal:
         console.width = 140
     columns = tabulate(rows)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=sentence(title), title_justify="left")
     for name in columns:
         table.add_column(name, justify="left" if name in TEXT else "right")
     for k, row in enumerate(rows):
@@ -73,10 +74,10 @@ TEXT = ("data", "model", "rule", "variant")
 def tabulate(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Heading -> the cells of a column, without columns that say nothing. `TEXT` names those of words."""
     columns = {
-        "data": [row.dataset for row in rows],
-        "model": [row.model for row in rows],
+        "data": [short(row.dataset) for row in rows],
+        "model": [short(row.model) for row in rows],
         "rule": [row.rule for row in rows],
-        "variant": [row.variant for row in rows],
+        "variant": [short(row.variant, longest=4 * NAME) for row in rows],
         "accuracy %": [_percent(row.accuracy_mean, row.accuracy_std) for row in rows],
         "paper": ["" if row.paper is None else f"{100 * row.paper[0]:.1f} ± {100 * row.paper[1]:.2f}" for row in rows],
         "− BP": [_percent(row.difference_to_bp, row.difference_stderr, sign="+") for row in rows],
@@ -87,7 +88,8 @@ def tabulate(rows: Sequence[Row]) -> dict[str, list[str]]:
         "seconds": [f"{row.seconds:,.0f}" if row.seconds >= 10 else f"{row.seconds:.1f}" for row in rows],
         "MiB": [f"{row.peak_memory_mib:,.0f}" for row in rows],
     }
-    said = [name for name in ("data", "model") if len(set(columns[name])) == 1]  # the title says it
+    whole = {"data": {row.dataset for row in rows}, "model": {row.model for row in rows}}
+    said = [name for name, names in whole.items() if len(names) == 1]  # the title says it
     return {name: column for name, column in columns.items() if any(column) and name not in said}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.cells import DATASETS, PAPER, RULES, SCALES
-from blocklocal.lab.compare import lay_side_by_side, listed, seed_range
+from blocklocal.lab.compare import SEEDS, lay_side_by_side, listed
 from blocklocal.lab.config import Settings, folder_name
+from blocklocal.lab.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Options:
     """data sets, with commas between them"""
     data: str | None = None
     """folder that holds one folder per data set (default: the Hugging Face hub)"""
-    seeds: int = 3
+    seeds: Annotated[int, Range(least=1, most=SEEDS)] = 3
     """runs of every cell, with seeds 0, 1, ..."""
-    epochs: int | None = None
+    epochs: Annotated[int | None, Range(least=1)] = None
     """epochs of every run (default: those of the scale)"""
     out: str | None = None
     """folder of all runs (default: runs/table1-SCALE)"""
@@ -44,7 +45,7 @@ class Options:
         """All cells with the first seed, then with the next: a series that is stopped has a table of what it has."""
         return [
             self._run(dataset, rule=rule, seed=seed)
-            for seed in seed_range(0, self.seeds)
+            for seed in range(self.seeds)
             for dataset in listed(self.datasets, flag="--datasets")
             for rule in listed(self.rules, flag="--rules")
         ]

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
 from blocklocal.lab import outputs
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.ranges import Range
+from blocklocal.lab.terminal import Terminal
 from blocklocal.pipeline.timeline import Timeline
 from blocklocal.pipeline.trace import Record, load
 
@@ -33,7 +34,7 @@ class Options:
     """folder of a run made with --trace"""
     out: str | None = None
     """picture, .svg or .png (default: timeline.svg in the run's folder); a Chrome trace (.json) is written beside it"""
-    minibatches: int = 12
+    minibatches: Annotated[int, Range(least=0)] = 12
     """the picture shows so many, from the first on; 0: all"""
 
 
@@ -53,9 +54,9 @@ def main(args: Sequence[str]) -> None:
     kind = picture.suffix[1:]
     outputs.write(picture, lambda part: figure.savefig(part, format=kind, bbox_inches="tight", dpi=150))
     outputs.write(chrome, lambda part: part.write_text(json.dumps(chrome_trace(timeline))))
-    Console().print(rows)
+    Terminal().print(rows)
     print("\n".join(lines))
-    print(f"wrote {picture}, and {chrome} for chrome://tracing or ui.perfetto.dev")
+    Terminal().print(f"wrote {picture}, and {chrome} for chrome://tracing or ui.perfetto.dev", soft_wrap=True)
 
 
 def find(run: Path) -> list[Path]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
+from blocklocal.lab import member, rules
 from blocklocal.lab.checkpoints import Checkpoints, kept
 from blocklocal.lab.config import Settings
 from blocklocal.lab.course import Course
@@ -18,11 +18,12 @@ from blocklocal.lab.environment import describe, peak_memory
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import Experiment, check_data, prepare
 from blocklocal.lab.lock import MOMENT
-from blocklocal.lab.processes import Processes, joined
+from blocklocal.lab.processes import Processes, environment, joined
 from blocklocal.lab.progress import Display, Plan, display
 from blocklocal.lab.recipes import settings_from
 from blocklocal.lab.runs import Run
 from blocklocal.lab.state import load_weights, unshard
+from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.trainer import SingleTrainer, Trainer
 
 RESTART = 30.0  # seconds
@@ -42,6 +43,10 @@ def train(settings: Settings) -> dict[str, Any]:
     at the end. UserError: settings, data or a folder that cannot be used; a loss that is no number.
     """
     settings.check()
+    if environment() is None:
+        settings.check_alone()
+    else:
+        rules.check_over_processes(settings.rule)
     run = Run(settings.folder)
     with joined(device=settings.device, patience=settings.patience) as processes, _alone(run, processes):
         return _train(run, settings, processes)
@@ -78,8 +83,8 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     if settings.compile:
         experiment.learner.compile()
     plan = Plan(settings.epochs, experiment.steps, settings.batch_size, blocks, done=done, rest=rest)
-    console = Console(stderr=True)
-    console.print(_headline(experiment, plan, trainer, processes), highlight=False, soft_wrap=True)
+    console = Terminal(stderr=True)
+    console.print(_headline(experiment, plan, trainer, processes), soft_wrap=True)
     try:
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
@@ -115,20 +120,12 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
 
 
 def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Trainer:
-    """UserError: more processes than blocks, or what only processes can do."""
+    """UserError: more processes than blocks."""
     settings = experiment.settings
     if processes.distributed:
         from blocklocal.lab.pipeline_trainer import PipelineTrainer  # it needs one certain version of torch
 
         return PipelineTrainer(experiment, processes, trace=trace if settings.trace else None)
-    asked = {
-        "--trace": settings.trace,
-        "--message": settings.message != "fp32",
-        "--replicas": settings.replicas > 1,  # and with them --shard
-    }
-    for name in asked:
-        if asked[name]:
-            raise UserError(f"{name} is for blocks over processes: start with bll launch, be it --processes 1")
     return SingleTrainer(experiment)
 
 
@@ -194,7 +191,7 @@ def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, processes: P
         rest = "nothing is left to train" if plan.done == plan.epochs else "going on"
         progress = f"; {plan.done} of {plan.epochs} epochs{inside} are done, {rest}"
     return (
-        f"{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test images of "
+        f"{member.title()}{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test images of "
         f"{channels}x{height}x{width}, {len(dataset.classes)} classes; "
         f"{model}{part}, rule {settings.rule}, on {processes.device}{progress}"
     )

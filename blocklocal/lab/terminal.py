@@ -1,0 +1,69 @@
+"""What the commands write to: consoles that show a name as it is, and streams whose failure ends no run."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from blocklocal.lab.names import plain
+
+# For an output that has ASCII alone; any other character is shown by its number.
+ASCII = {"±": "+-", "−": "-", "–": "-", "…": "...", "│": "|", "─": "-", "━": "-"}
+
+
+class Terminal(Console):
+    """A console on which brackets, colons and escape characters of a string mean nothing."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(plain(text), **how)
+
+
+class Expendable(io.FileIO):
+    """A file for what need not arrive: a full disk or a closed pipe loses it, and that is all."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)
+
+
+def prepare_streams() -> None:
+    """Of a process that is a command: standard error is expendable, and both streams take every character."""
+    codecs.register_error("blocklocal", _replace)
+    if sys.stdout is None:  # closed by who called
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
+    if sys.stderr is None:
+        sys.stderr = sys.__stderr__ = open(os.devnull, "w")  # noqa: SIM115
+    elif sys.stderr is sys.__stderr__:
+        raw = io.BufferedWriter(Expendable(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = sys.__stderr__ = io.TextIOWrapper(raw, sys.stderr.encoding, line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="blocklocal")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def flush_output() -> None:
+    """OSError: what was printed cannot be written. Nothing is tried again as the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(ASCII.get(letter, letter.encode("unicode_escape").decode()) for letter in letters), error.end

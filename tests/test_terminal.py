@@ -1,0 +1,46 @@
+"""Standard output and standard error that are closed, full or take ASCII alone: no traceback, the model is saved."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_folders import write_run
+
+BLL = [sys.executable, "-m", "blocklocal"]
+TRAIN = [*BLL, "train", "--model=mlp", "--epochs=1", "--train-size=128", "--test-size=50", "--out=run"]
+FULL = Path("/dev/full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs Linux")
+
+
+@needs_full
+@pytest.mark.parametrize("ending", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true", ">&- 2>&-"])
+def test_training_needs_nobody_who_listens(tmp_path: Path, ending: str) -> None:
+    command = f"{' '.join(TRAIN)} {ending}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@needs_full
+@pytest.mark.parametrize(("ending", "said"), [(">/dev/full", "No space left"), ("| true", "")])
+def test_results_that_cannot_be_written(tmp_path: Path, ending: str, said: str) -> None:
+    write_run(tmp_path / "runs", accuracies=[0.5, 0.6])
+    command = f"{' '.join(BLL)} report runs {ending}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.count("\n") == (1 if said else 0)
+    assert (tmp_path / "runs" / "report" / "report.html").exists()
+
+
+def test_an_output_of_ascii_alone(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / str(seed), seed=seed, data="näme", accuracies=[0.5, 0.6 + 0.1 * seed])
+    command = [*BLL, "report", "runs"]
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="ascii", env=ascii_alone)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "n\\xe4me, resnet20 (2 runs)" in done.stdout
+    assert "65.00 +- 7.07" in done.stdout
