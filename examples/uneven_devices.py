@@ -33,6 +33,7 @@ def main(minibatches: int = 160) -> None:
     core = sorted(os.sched_getaffinity(0))[rank]
     os.sched_setaffinity(0, {core})
     other = subprocess.Popen([sys.executable, "-c", BUSY.format(core={core})]) if rank == 1 else None
+    torch.manual_seed(0)  # the same data on every rank
     x, y = torch.randn(128, 512), torch.randint(10, (128,))
     for name in ("even", "as measured"):
         trained = learner(x)

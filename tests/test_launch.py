@@ -99,19 +99,6 @@ def test_a_killed_process_changes_nothing(tmp_path, whole):
     faults.kill_one_after_another(tmp_path, whole, epochs=EPOCHS, kills=2, processes=2)
 
 
-def test_feedback_that_is_drawn_anew_goes_on_after_a_kill(tmp_path):
-    command = [*faults.BLL, "train", *faults.SETTINGS, "--rule=brsf", "--epochs=2", f"--out={tmp_path / 'whole'}"]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    run = faults.Launched(tmp_path / "run", "--rule=brsf", "--epochs=2", processes=1)
-    run.wait_until_training()
-    run.until(run.cuts)
-    run.signal(0, signal.SIGKILL)
-    code, said = run.end()
-    assert code == 0, said
-    assert "killed by SIGKILL" in said
-    assert faults.same(run.out, tmp_path / "whole")
-
-
 def test_a_stopped_process_is_noticed(tmp_path, whole):
     faults.stop(tmp_path, whole, epochs=EPOCHS, patience=3, processes=2)
 

@@ -47,9 +47,9 @@ def places(folder: Path) -> dict[str, str]:
     return {
         f"{folder}/file/below": "Not a directory",
         f"{folder}/file/below/deep": "Not a directory",
-        f"{folder}/{'x' * 300}": "File name too long",
-        f"{folder}/made/{'x' * 300}/deep": "File name too long",
-        f"{folder}/{'x/' * 3000}": "File name too long",
+        f"{folder}/{'x' * 300}": "too long",
+        f"{folder}/made/{'x' * 300}/deep": "too long",
+        f"{folder}/{'x/' * 3000}": "too long",
         f"{folder}/zero\0": "null",
         "/proc/nothing/here": "No such file",
         f"{folder}/dangling": "",
@@ -109,7 +109,7 @@ def test_files_that_cannot_be_written(tmp_path, capsys, no_work, command, flag, 
     for name, words in [
         (f"folder{kind}", "is not a regular file"),
         (f"pipe{kind}", "is not a regular file"),
-        ("x" * 250 + kind, "File name too long"),
+        ("x" * 250 + kind, "too long"),
     ]:
         assert cli.main([*command, f"{flag}={tmp_path / name}"]) == 2
         assert words in capsys.readouterr().err

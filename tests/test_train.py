@@ -338,7 +338,7 @@ def test_options_come_from_the_recipe_or_from_the_run(tmp_path):
         ({"data": "digit"}, "unknown data"),
         ({"at": ("layer9",)}, "layer9"),
         ({"blocks": 40}, "blocks=40"),
-        ({"device": "cuda:77"}, "--device cuda:77"),
+        ({"device": "cuda:77"}, "--device 'cuda:77'"),
         ({"batch_size": 2000}, "--batch-size 2000"),
         ({"crop": 8}, "--crop 8"),
         ({"lr": float("nan")}, "--lr nan"),

@@ -155,15 +155,15 @@ def test_another_data_set_is_not_taken_for_that_of_the_run(here, capsys, name):
     [
         (["--exit=2"], "--exit 2: choose last, all, a block from 0 to 1"),
         (["--exit=-1"], "--exit -1"),
-        (["--exit="], "--exit :"),
+        (["--exit="], "--exit=: the value is empty"),
         (["--exit=nan"], "--exit nan"),
         (["--exit=1.01"], "--exit 1.01"),
         (["--exit=1e-1"], "--exit 1e-1"),
         (["--exit=٣"], "--exit ٣"),
         (["--data=nowhere"], "unknown data 'nowhere'"),
         (["--data=run"], "holds neither"),
-        (["--device=cuda:99"], "--device cuda:99"),
-        (["--device=abacus"], "--device abacus"),
+        (["--device=cuda:99"], "--device 'cuda:99'"),
+        (["--device=abacus"], "--device 'abacus'"),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_one_line(here, capsys, monkeypatch, options, words):

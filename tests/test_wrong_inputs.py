@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from run_folders import write_run
 
 from blocklocal.lab import ranges
 from blocklocal.lab.bench_options import Options as BenchOptions
 from blocklocal.lab.cli import COMMANDS, main
-from blocklocal.lab.config import Settings, encode
+from blocklocal.lab.config import Settings
+from blocklocal.lab.data import load
 from blocklocal.lab.launch import Options as LaunchOptions
 from blocklocal.lab.pipeline_options import Options as PipelineOptions
 from blocklocal.lab.rules import ALIGNED
@@ -422,7 +424,9 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("a_file").write_text("text")
     Path("damaged/config.json").write_text("{")
     Path("foreign/config.json").write_text('{"name": "another program"}')
-    Path("run/config.json").write_text(json.dumps({"settings": encode(Settings(model="mlp")), "versions": {}}))
+    write_run(Path("run"), accuracies=[], epochs=3, model="mlp", data="digits")
+    config = json.loads(Path("run/config.json").read_text())
+    Path("run/config.json").write_text(json.dumps(config | {"data": load("digits").facts}))
     Path("broken/train-0.parquet").write_text("no table")
     for part in ("train", "test"):
         Path(f"images/{part}/a/fake.png").write_text("no picture")
@@ -432,7 +436,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    return {path: (path.stat().st_size, 0 if path.is_dir() else path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("wrong", CASES.values(), ids=lambda wrong: wrong.name)

@@ -83,7 +83,9 @@ class SignSymmetry(FeedbackAlignment):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         require(state, dict, name="state", needed="pass what state_dict() gave")
-        next_seed = require_whole(state.get("next_seed", self.next_seed), name="state['next_seed']")
+        if "next_seed" not in state:
+            raise ValueError("the state has no next_seed: pass what state_dict() of this rule has returned")
+        next_seed = require_whole(state["next_seed"], name="state['next_seed']", least=0)
         super().load_state_dict(state)
         self.next_seed = next_seed
 

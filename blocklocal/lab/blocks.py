@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from blocklocal import BlockLocal
-from blocklocal.lab import models, plan, rules
+from blocklocal.lab import models, rules
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import blame
 from blocklocal.lab.ranges import Needs, Range
@@ -56,6 +56,8 @@ class Options:
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll blocks")
     if options.plan:
+        from blocklocal.lab import plan  # which takes a second to import
+
         blocks = len(options.at) + 1 if options.at else options.blocks
         plan.check(blocks=blocks, ranks=options.plan, speeds=options.speeds, link=options.link)
     size = (options.size, options.size)
@@ -80,6 +82,8 @@ def _show(learner: BlockLocal, x: Tensor, y: Tensor, options: Options) -> None:
     if not options.plan:
         Terminal().print(table(learner, x, y))
         return
+    from blocklocal.lab import plan
+
     names = [", ".join(submodules(learner.model, block)) for block in learner.blocks]
     plan.show(
         learner,

@@ -24,13 +24,15 @@ GRACE = 3  # seconds that a process has to end by itself before it is killed
 class Failure:
     """Of one process. code: what it ended with, or the number of the signal that killed it, negated.
 
-    message: what it reported, or the name of the signal. seconds: since the epoch, when that was.
+    message: what it reported, or the name of the signal. seconds: since the epoch, when that was. trace: the traceback
+    of an error that nobody expected, where no log has it.
     """
 
     rank: int
     code: int
     message: str
     seconds: float
+    trace: str = ""
 
 
 class Children:
@@ -107,7 +109,8 @@ class Children:
             named = -code in set(signal.Signals)
             return Failure(rank, code, signal.Signals(-code).name if named else f"signal {-code}", end)
         try:
-            return Failure(rank, code, str(json.loads(report.read_text())["message"]), report.stat().st_mtime)
+            said = json.loads(report.read_text())
+            return Failure(rank, code, str(said["message"]), report.stat().st_mtime, str(said.get("trace", "")))
         except (OSError, ValueError, TypeError, KeyError):  # it ended before it could report
             return Failure(rank, code, f"exit code {code}", end)
 

@@ -150,6 +150,7 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     )
     with blame(f"model {settings.model!r} does not fit rule {settings.rule!r}"):
         learning = rules.apply(settings.rule, model, task)
+    learning.learner.share_feedback(False)  # a pipeline of several processes says itself what its blocks share
     if settings.channels_last:  # the heads at the borders too
         learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     try_learning(learning, x, y, name=settings.model, context=context)

@@ -19,10 +19,12 @@ REPORT = "TORCHELASTIC_ERROR_FILE"  # where a launcher, torchrun too, looks for 
 LOGS = "logs"  # in the folder of a run: a file per process
 
 
-def report(message: str) -> None:
+def report(message: str, *, trace: str = "") -> None:
     """Tell the launcher, where one has started this process, why it ends."""
     if REPORT in os.environ:
-        Path(os.environ[REPORT]).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
+        Path(os.environ[REPORT]).write_text(
+            json.dumps({"message": message, "trace": trace, "timestamp": str(int(time.time()))})
+        )
 
 
 class Journal:
@@ -60,15 +62,18 @@ class Journal:
     def end(self, error: BaseException, *, code: int) -> NoReturn:
         """End this process at once: it shall not wait for others, nor they for it.
 
-        The launcher gets a line. The traceback of what nobody expected goes to the file.
+        The launcher gets a line. The traceback of what nobody expected goes to the file, or where there is none yet to
+        the launcher, who knows whose failure the others follow from.
         """
         message = str(error) if code == 2 else f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")
+        told = code == 1 and (self.file or not isinstance(error, OSError))
+        trace = "".join(traceback.format_exception(error)) if told else ""
         try:
-            report(message)
+            report(message, trace="" if self.file else trace)
             if LAUNCHED not in os.environ:
                 print(f"bll: rank {self.rank}: {message}", file=self.console)
-            if code == 1 and (self.file or not isinstance(error, OSError)):
-                traceback.print_exception(error, file=self.file or self.console)
+            if trace and (self.file or LAUNCHED not in os.environ):
+                print(trace, file=self.file or self.console)
             for stream in (self.file, sys.__stdout__, self.console):
                 if stream is not None:
                     stream.flush()

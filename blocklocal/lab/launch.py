@@ -126,6 +126,7 @@ def main(args: Sequence[str]) -> None:
     if failure and failure.code == 2:
         raise UserError(failure.message)
     if failure:
+        sys.stderr.write(failure.trace)
         raise OSError(f"{tell(failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
 
 

@@ -20,7 +20,7 @@ from blocklocal.lab.evaluate import SIZE, Exits, grade
 from blocklocal.lab.experiment import DTYPES, Experiment
 from blocklocal.lab.part import State
 from blocklocal.lab.processes import Processes
-from blocklocal.lab.state import alignment_state, block_state, load_alignment_state, load_block_state
+from blocklocal.lab.state import block_state, load_block_state
 from blocklocal.learner import warn_of_collapse
 from blocklocal.pipeline import Placement, balanced, replicate, shard
 from blocklocal.pipeline.pipeline import Batch
@@ -86,15 +86,11 @@ class PipelineTrainer:
 
     def states(self) -> dict[int, State]:
         states = {stage.k: block_state(self.learner, stage.k, stage.optimizer) for stage in self.pipeline.stages}
-        if self.experiment.learning.alignment:
-            states[0] |= alignment_state(self.experiment.learning.alignment)  # such a rule has one block
         return states if self.replica == 0 else {}  # the others have given the first their shares
 
     def load(self, states: Mapping[int, State]) -> None:
         for stage in self.pipeline.stages:
             load_block_state(self.learner, stage.k, stage.optimizer, states[stage.k])
-        if self.experiment.learning.alignment:
-            load_alignment_state(self.experiment.learning.alignment, states[0])
 
     def test(self) -> Exits:
         test, classes = self.experiment.dataset.test, len(self.experiment.dataset.classes)
