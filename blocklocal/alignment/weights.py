@@ -83,11 +83,12 @@ class SignSymmetry(FeedbackAlignment):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         require(state, dict, name="state", needed="pass what state_dict() gave")
-        if "next_seed" not in state:
-            raise ValueError("the state has no next_seed: pass what state_dict() of this rule has returned")
-        next_seed = require_whole(state["next_seed"], name="state['next_seed']", least=0)
+        if state.get("rule") == self.rule:  # any other is refused below
+            if "next_seed" not in state:
+                raise ValueError("the state has no next_seed: pass what state_dict() gave")
+            require_whole(state["next_seed"], name="state['next_seed']", least=0)
         super().load_state_dict(state)
-        self.next_seed = next_seed
+        self.next_seed = int(state["next_seed"])
 
     def _run(self, forward: Forward, redraw: Callable[[], object], *args: Any, **kwargs: Any) -> Tensor:
         if torch.is_grad_enabled() and not self.measuring:
