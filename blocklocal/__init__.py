@@ -41,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Pipeline":  # torch.distributed.pipelining takes seconds to import
+    if name == "Pipeline":  # FSDP2 takes a second to import
         from blocklocal.pipeline import Pipeline
 
         return Pipeline

@@ -87,7 +87,10 @@ def require_number(
     allowed = f"allowed is a finite number{_range(name, above=above, least=least, below=below, most=most)}"
     if not isinstance(value, Real):
         raise TypeError(f"{name} is {describe(value)}: {allowed}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     inside = (
         not isinstance(value, bool)
         and math.isfinite(number)

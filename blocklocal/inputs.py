@@ -100,6 +100,13 @@ def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> Non
 
 def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
     """ValueError: an optimizer that steps a parameter of another block, whose gradient is not there yet or gone."""
+    for k, (optimizer, own) in enumerate(zip(optimizers, parameters, strict=True)):
+        held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+        if held and held.isdisjoint(map(id, own)):
+            raise ValueError(
+                f"optimizers[{k}] has no parameter of block {k}: pass one optimizer per block, in the order of the "
+                "blocks, made from learner.block_parameters(k)"
+            )
     owners = {id(parameter): k for k, own in enumerate(parameters) for parameter in own}
     for k, optimizer in enumerate(optimizers):
         for group in getattr(optimizer, "param_groups", ()):

@@ -93,6 +93,8 @@ def find_layouts(outputs: Sequence[Tensor], readings: Sequence[Reading]) -> list
 
 def given_layouts(layout: Layout | Sequence[Layout] | None, *, borders: int) -> list[Layout | None]:
     """One layout per border from what the user passed: one for all borders, or one for each."""
+    if layout is not None:
+        require(layout, Sequence, name="layout", needed=f"choose {', '.join(get_args(Layout))}, or pass one per border")
     layouts: list[Layout | None] = [layout] * borders if layout is None or isinstance(layout, str) else list(layout)
     for given in layouts:
         if given is not None and given not in get_args(Layout):

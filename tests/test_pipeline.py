@@ -203,7 +203,7 @@ def watched(rank: int) -> dict[str, Tensor]:
 def test_nothing_is_sent_backward(tmp_path: Path) -> None:
     sent = torch.stack([part["sent"] for part in processes.run(watched, processes=3, folder=tmp_path)])
     message = (11 + 2) * 12 * 6 * 6 * 2  # minibatches, rows, positions, bytes; times channels
-    preambles = 8 * (3 * 5 + 2 * (11 + 2))  # of three windows five numbers each, and two for each minibatch
+    preambles = 8 * 3 * (5 + 2 * 8)  # of three windows: the form of the messages, and what the minibatches are
     assert sent.tolist() == [[0, 8 * message + preambles, 0], [0, 0, 6 * message + preambles], [0, 0, 0]]
 
 
@@ -278,6 +278,22 @@ def test_a_slow_device_gets_less_to_do(dimensions: tuple[str, str], tmp_path: Pa
 def misused(rank: int) -> dict[str, Tensor]:
     with pytest.raises(ValueError, match="placement \\[0, 0, 1\\] is not one of 4 blocks on 1 ranks"):
         Pipeline(learner(), optimizer=optimizer, placement=[0, 0, 1])
+    wrong: list[tuple[dict, str]] = [
+        ({"window": 1.5}, "window=1.5"),
+        ({"window": "8"}, "window is"),
+        ({"ahead": 0}, "ahead=0"),
+        ({"accumulate": True}, "accumulate=True"),
+        ({"timeout": None}, "timeout is"),
+        ({"timeout": float("inf")}, "timeout=inf"),
+        ({"message": torch.int64}, "message=torch.int64"),
+        ({"message": "bf16"}, "message='bf16'"),
+        ({"optimizer": None}, "optimizer is"),
+    ]
+    for options, words in wrong:
+        with pytest.raises((TypeError, ValueError), match=words):
+            Pipeline(learner(), **{"optimizer": optimizer} | options)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="learner is"):
+        Pipeline(nn.Linear(2, 2), optimizer=optimizer)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="window=0"):
         Pipeline(learner(), optimizer=optimizer, window=0)
     with pytest.raises(ValueError, match="rank of block 0 reads the inputs"):
@@ -324,21 +340,47 @@ def test_a_message_is_waited_for_no_longer_than_the_timeout(deaf: int, tmp_path:
     processes.run(neglected, processes=2, folder=tmp_path, arguments=(deaf, str(tmp_path / "word")))
 
 
-def other_targets(rank: int) -> dict[str, Tensor]:
-    """Rank 1 has the same minibatches in another order."""
+def other_targets(rank: int, change: str) -> dict[str, Tensor]:
+    """Rank 1 has the same minibatches in another order, more or fewer of them, or more or fewer rows."""
     batches = list(as_rank(minibatches(4), rank))
+    changed = {
+        "order": batches[::-1],
+        "fewer": batches[:3],
+        "more": list(as_rank(minibatches(5), rank)),
+        "rows": [(x, y[:-1]) for x, y in batches],
+    }[change]
     pipeline = Pipeline(learner(), optimizer=optimizer, timeout=5)
     if rank == 0:
         with suppress(RuntimeError):  # rank 1 has ended
             list(pipeline.train(batches))
         return {}
     with pytest.raises(ValueError, match="rank 1, block 2, minibatch 0: rank 0 reads other targets"):
-        list(pipeline.train(batches[::-1]))
+        list(pipeline.train(changed))
     return {}
 
 
-def test_ranks_that_read_other_targets_are_told(tmp_path: Path) -> None:
-    processes.run(other_targets, processes=2, folder=tmp_path)
+@pytest.mark.parametrize("change", ["order", "fewer", "more", "rows"])
+def test_ranks_that_read_other_targets_are_told(change: str, tmp_path: Path) -> None:
+    processes.run(other_targets, processes=2, folder=tmp_path, arguments=(change,))
+
+
+def interrupted(rank: int) -> dict[str, Tensor]:
+    """A look at the predictions between two windows; training under torch.no_grad() is refused."""
+    mine = learner()
+    pipeline = Pipeline(mine, optimizer=optimizer, window=8)
+    losses = []
+    for window in pipeline.train(as_rank(minibatches(), rank)):
+        losses.append(window)
+        list(pipeline.predict(as_rank(minibatches(2), rank)))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"Pipeline.train needs gradients"):
+        list(pipeline.train(as_rank(minibatches(1), rank)))
+    found = torch.cat(losses)
+    return state(mine, pipeline.blocks) | {f"loss{k}": found[:, i] for i, k in enumerate(pipeline.blocks)}
+
+
+def test_predictions_between_two_windows_change_nothing(tmp_path: Path) -> None:
+    found = together(processes.run(interrupted, processes=1, folder=tmp_path))
+    assert [name for name, tensor in one_process().items() if not torch.equal(found[name], tensor)] == []
 
 
 def broken(rank: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from blocklocal.lab.arguments import parse
 from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.evaluate import Exits
-from blocklocal.lab.experiment import check_data, prepare
+from blocklocal.lab.experiment import check_facts, prepare
 from blocklocal.lab.models import refuse_code
 from blocklocal.lab.runs import Run
 from blocklocal.lab.state import load_weights
@@ -48,7 +48,7 @@ def main(args: Sequence[str]) -> None:
     if not options.trust:
         refuse_code(settings.model, run=str(run.path), remedy="add --trust")
     experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
-    check_data(experiment.dataset, run.facts())
+    check_facts(experiment, run.facts())
     learner = experiment.learner
     find_exit(options.exit, blocks=len(learner.blocks))
     checkpoints = Checkpoints(run.checkpoints, blocks=len(learner.blocks))

@@ -97,6 +97,17 @@ def check_data(dataset: Dataset, facts: Mapping[str, Any]) -> None:
             )
 
 
+def check_facts(experiment: Experiment, facts: Mapping[str, Any]) -> None:
+    """UserError: the settings of a run do not give what its config.json says of it, so that a file was changed."""
+    check_data(experiment.dataset, facts)
+    for name, found in (("blocks", len(experiment.learner.blocks)), ("steps", experiment.steps)):
+        if facts.get(name, found) != found:
+            raise UserError(
+                f"the run has {facts[name]} {name} by its config.json, and {found} by the settings there: "
+                "give back the file, or train anew with another --out"
+            )
+
+
 def _short(value: object) -> str:
     return str(value) if len(str(value)) < 200 else f"{str(value)[:200]} ..."
 

@@ -9,10 +9,12 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from typing import NoReturn, TextIO
+
+from blocklocal.lab.terminal import expendable
 
 LAUNCHED = "BLOCKLOCAL_LAUNCHED"  # set by `bll launch`, which reads the reports of the processes that it starts
 REPORT = "TORCHELASTIC_ERROR_FILE"  # where a launcher, torchrun too, looks for what a process failed of
@@ -48,7 +50,8 @@ class Journal:
     def open(self, run: Path) -> None:
         """From now on there is a file in the folder of the run."""
         (run / LOGS).mkdir(parents=True, exist_ok=True)
-        self.file = (run / LOGS / f"rank{self.rank}.log").open("a", buffering=1)
+        log = os.open(run / LOGS / f"rank{self.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self.file = expendable(log, "a")
         now, host = time.strftime("%Y-%m-%d %H:%M:%S"), socket.gethostname()
         self.file.write(f"{now} rank {self.rank} of {self.size}, process {os.getpid()} on {host}\n")
         self.file.write(self.early.getvalue())
@@ -85,7 +88,7 @@ def divert(file: TextIO) -> TextIO:
     """Let what libraries below Python write to standard error go to `file`; returns the way that it took before."""
     assert sys.__stderr__ is not None
     sys.__stderr__.flush()
-    before = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.__stderr__.encoding, errors="backslashreplace")
+    before = expendable(os.dup(2), "w", like=sys.__stderr__)
     os.dup2(file.fileno(), 2)
     return before
 
@@ -102,6 +105,7 @@ def diverted(path: Path) -> Iterator[TextIO | None]:
         try:
             yield console
         finally:
-            console.flush()
+            with suppress(OSError):
+                console.flush()
             os.dup2(console.fileno(), 2)
             sys.stderr = python

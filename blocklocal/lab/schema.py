@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -15,8 +14,8 @@ from blocklocal.lab.errors import UserError
 
 Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Amount = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
-Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+Amount = Annotated[float, Meta(ge=0, le=1e12)]
+Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 # Settings that came after version 0.1.0. A run that does not know one was trained as its default says.
 LATER = {"clip", "accumulate"}

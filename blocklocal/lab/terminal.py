@@ -7,7 +7,7 @@ import contextlib
 import io
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -36,6 +36,13 @@ class Expendable(io.FileIO):
             return super().write(content)
         except OSError:
             return len(content)
+
+
+def expendable(descriptor: int, mode: str, *, like: TextIO | None = None) -> TextIO:
+    """A stream that may fail, on an open file; with the encoding of another one."""
+    raw = io.BufferedWriter(Expendable(descriptor, mode))
+    encoding, errors = (like.encoding, like.errors) if like else ("utf-8", "backslashreplace")
+    return io.TextIOWrapper(raw, encoding, errors=errors, line_buffering=True)
 
 
 def prepare_streams() -> None:

@@ -15,8 +15,8 @@ from blocklocal.lab.checkpoints import Checkpoints, kept
 from blocklocal.lab.config import Settings
 from blocklocal.lab.course import Course
 from blocklocal.lab.environment import describe, peak_memory
-from blocklocal.lab.errors import UserError
-from blocklocal.lab.experiment import Experiment, check_data, prepare
+from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.experiment import Experiment, check_facts, prepare
 from blocklocal.lab.lock import MOMENT
 from blocklocal.lab.processes import Processes, environment, joined
 from blocklocal.lab.progress import Display, Plan, display
@@ -67,11 +67,13 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         run.refuse()
     experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else processes.device)
     if resume:
-        check_data(experiment.dataset, run.facts())
+        check_facts(experiment, run.facts())
     trainer = _trainer(experiment, processes, trace=run.traces)
     blocks = len(experiment.learner.blocks)
     checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
     course = Course(trainer, checkpoints, save_every=settings.save_every)
+    if processes.rank == 0 and resume:
+        _refuse_anew(run, checkpoints)
     if processes.rank == 0 and not resume:
         _begin(run, experiment, processes)
     if processes.rank == 0 and settings.trace:
@@ -88,7 +90,8 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     try:
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
-                record = _epoch(epoch, course, processes, shown=shown)
+                with _blamed(settings, processes):
+                    record = _epoch(epoch, course, processes, shown=shown)
                 if processes.rank == 0:
                     run.append(record)
                 records.append(record)
@@ -119,11 +122,27 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     }
 
 
+def _refuse_anew(run: Run, checkpoints: Checkpoints) -> None:
+    """UserError: a run that has come too far to begin again, without a checkpoint to go on from."""
+    if checkpoints.latest() is None and (len(run.records()) > 1 or run.model.exists()):
+        raise UserError(
+            f"{str(run.checkpoints)!r} has no whole checkpoint, though the run has done epochs: "
+            "put it back, or train anew with another --out"
+        )
+
+
+def _blamed(settings: Settings, processes: Processes) -> AbstractContextManager[None]:
+    """What goes wrong in a model of the user's is said of it; over processes it may be what follows from another's."""
+    if ":" in settings.model and not processes.distributed:
+        return blame(f"model {settings.model!r} fails in training")
+    return nullcontext()
+
+
 def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Trainer:
     """UserError: more processes than blocks."""
     settings = experiment.settings
     if processes.distributed:
-        from blocklocal.lab.pipeline_trainer import PipelineTrainer  # it needs one certain version of torch
+        from blocklocal.lab.pipeline_trainer import PipelineTrainer  # FSDP2 takes a second to import
 
         return PipelineTrainer(experiment, processes, trace=trace if settings.trace else None)
     return SingleTrainer(experiment)

@@ -2,9 +2,9 @@
 
 A receive is posted `prefetch` minibatches early, into the slot of the ring that the minibatch before it has left: the
 schedule posts it after the last action that reads the slot, and no stage hands on what shares storage with its input.
-The first message of a window is preceded by a preamble: the forms of its tensors, so that a block gets the very tensors
-that the block before it gave; and for each minibatch the number of its rows and a digest of its targets, so that ranks
-which read different data are told.
+A window begins with what the rank before reads in it, the number of rows and a digest of the targets of each
+minibatch, so that ranks which read different data are told. Its first message is preceded by the forms of its tensors,
+so that a block gets the very tensors that the block before it gave.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ class Executor:
         rank: int,
         group: dist.ProcessGroup | None,
         device: torch.device,
+        window: int,
         prefetch: int,
         timeout: float,
     ) -> None:
         self.stages = {stage.k: stage for stage in stages}
         self.receives, self.sends = receives, sends
         self.rank, self.group, self.device = rank, group, device
-        self.timeout = timedelta(seconds=timeout)
+        self.window, self.timeout = window, timedelta(seconds=timeout)
         self.ring: list[list[Tensor] | None] = [None] * prefetch
         self.arriving: dict[int, tuple[list[Tensor], list[dist.Work]]] = {}
         self.leaving: list[tuple[Action, dist.Work, Tensor]] = []
@@ -76,6 +77,7 @@ class Executor:
         pipeline cannot be used after it, since its neighbours are waiting for messages that will not come.
         """
         self.handed, results = {}, []
+        self._compare(minibatches)
         for action in actions:
             minibatch = minibatches[action.minibatch]
             with self._named(action, minibatch):
@@ -85,7 +87,7 @@ class Executor:
                     case "F":
                         self._forward(action, minibatches)
                     case "SEND_F":
-                        self._send(action, minibatches)
+                        self._send(action)
                     case "B":
                         results.append(self.stages[action.block].finish())
         while self.leaving:
@@ -94,11 +96,30 @@ class Executor:
                 self._wait(work, f"rank {self.rank + 1} did not take the message")
         return results
 
+    def _compare(self, minibatches: Sequence[Minibatch]) -> None:
+        """ValueError: the rank before reads other minibatches."""
+        own = [number for minibatch in minibatches for number in (len(minibatch.y), minibatch.digest)]
+        own += [0] * (2 * self.window - len(own))
+        for k in self.sends:
+            contents = torch.tensor(own, device=self.device)
+            work = _started(dist.isend(contents, group=self.group, group_dst=self.rank + 1))
+            self.leaving.append((Action(k, "SEND_F", 0), work, contents))
+        for k in self.receives:
+            with self._named(Action(k, "RECV_F", 0), minibatches[0]):
+                contents = torch.empty(len(own), dtype=torch.int64, device=self.device)
+                work = _started(dist.irecv(contents, group=self.group, group_src=self.rank - 1))
+                self._wait(work, f"no message from rank {self.rank - 1}")
+                if _differ(contents.tolist(), own):
+                    raise ValueError(
+                        f"rank {self.rank - 1} reads other targets: all ranks go through the same minibatches in the "
+                        "same order, drawn from the same seed"
+                    )
+
     def _receive(self, action: Action, minibatches: Sequence[Minibatch]) -> None:
         specs, rows = self.receives[action.block], len(minibatches[action.minibatch].y)
         parts = self._buffers(action.minibatch % len(self.ring), rows=rows, specs=specs)
         if action.minibatch == 0:
-            size = sum(2 + len(spec.shape) for spec in specs) + 2 * len(minibatches)
+            size = sum(2 + len(spec.shape) for spec in specs)
             parts = [torch.empty(size, dtype=torch.int64, device=self.device), *parts]
         works = [_started(dist.irecv(part, group=self.group, group_src=self.rank - 1)) for part in parts]
         self.arriving[action.minibatch] = parts, works
@@ -121,23 +142,18 @@ class Executor:
             self._wait(work, f"no message from rank {self.rank - 1}")
         if action.minibatch == 0:
             preamble, *parts = parts
-            self.forms[action.block - 1], contents = _read(preamble.tolist(), specs)
-            if contents != _contents(minibatches):
-                raise ValueError(
-                    f"rank {self.rank - 1} reads other targets: all ranks go through the same minibatches in the same "
-                    "order, drawn from the same seed"
-                )
+            self.forms[action.block - 1] = _read(preamble.tolist(), specs)
         forms = self.forms[action.block - 1]
         return tuple(
             form.tensor(part, shape=(rows, *spec.shape)) for part, spec, form in zip(parts, specs, forms, strict=True)
         )
 
-    def _send(self, action: Action, minibatches: Sequence[Minibatch]) -> None:
+    def _send(self, action: Action) -> None:
         message = [dense(h) for h in self.handed.pop(action.block)]
         specs, parts = self.sends[action.block], []
         if action.minibatch == 0:
             forms = self.forms[action.block] = [Form.of(h) for h in message]
-            numbers = [number for form in forms for number in form.numbers()] + _contents(minibatches)
+            numbers = [number for form in forms for number in form.numbers()]
             parts.append(torch.tensor(numbers, device=self.device))
         for h, spec, form in zip(message, specs, self.forms[action.block], strict=True):
             if not form.fits(h):
@@ -179,18 +195,20 @@ class Executor:
             ) from error
 
 
-def _contents(minibatches: Sequence[Minibatch]) -> list[int]:
-    return [number for minibatch in minibatches for number in (len(minibatch.y), minibatch.digest)]
+def _differ(theirs: list[int], ours: list[int]) -> bool:
+    """Whether two ranks read other minibatches: rows and digest of each; a digest of zero is not known."""
+    pairs = enumerate(zip(theirs, ours, strict=True))
+    return any(a != b and (i % 2 == 0 or 0 not in (a, b)) for i, (a, b) in pairs)
 
 
-def _read(preamble: list[int], specs: Sequence[TensorSpec]) -> tuple[list[Form], list[int]]:
-    """The forms of a message's tensors, and the contents of the window."""
+def _read(preamble: list[int], specs: Sequence[TensorSpec]) -> list[Form]:
+    """The forms of a message's tensors."""
     forms = []
     for spec in specs:
         size = 2 + len(spec.shape)
         forms.append(Form.read(preamble[:size]))
         preamble = preamble[size:]
-    return forms, preamble
+    return forms
 
 
 def _started(work: dist.Work | None) -> dist.Work:

@@ -36,6 +36,7 @@ def _reset(name: str, module: nn.Module, *, k: int) -> Callable[[], object]:
     if not callable(reset):
         raise ValueError(
             f"{name!r} of block {k}, a {type(module).__name__}, is on the meta device and has no reset_parameters() "
-            "that would initialise it: write one, or build the model on a real device"
+            "that would initialise it: write one, move the tensors of a container that is cut into a submodule, or "
+            "build the model on a real device"
         )
     return reset

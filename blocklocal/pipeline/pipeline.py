@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
+from blocklocal.arguments import require, require_function, require_gradients, require_number, require_whole
 from blocklocal.border import Border
 from blocklocal.feedback import share_feedback
 from blocklocal.learner import BlockLocal
@@ -21,7 +21,7 @@ from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers
 from blocklocal.pipeline.schedule import Action, Placement, schedule
 from blocklocal.pipeline.stage import LocalStep, MessageType, Stage
 from blocklocal.pipeline.trace import Trace
-from blocklocal.pipeline.wire import TensorSpec, digest
+from blocklocal.pipeline.wire import DTYPES, TensorSpec, digest
 
 Batch = tuple[Tensor | None, Tensor]
 
@@ -70,12 +70,14 @@ class Pipeline:
     ) -> None:
         if not dist.is_initialized():
             raise ValueError("a pipeline needs processes: call torch.distributed.init_process_group() first")
-        if window < 1 or ahead < 1 or accumulate < 1:
-            raise ValueError(
-                f"window={window}, ahead={ahead}, accumulate={accumulate}: all count minibatches, from 1 on"
-            )
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout={timeout}: a number of seconds above 0 is needed")
+        require(learner, BlockLocal, name="learner", needed="pass a bll.BlockLocal")
+        require_function(optimizer, name="optimizer", needed="pass a function from parameters to an optimizer")
+        window = require_whole(window, name="window", least=1)
+        ahead = require_whole(ahead, name="ahead", least=1)
+        accumulate = require_whole(accumulate, name="accumulate", least=1)
+        require_number(timeout, name="timeout", above=0)
+        if message is not None and message not in DTYPES:
+            raise ValueError(f"message={message!r}: choose {', '.join(map(str, DTYPES))}")
         self.learner, self.device, self.window = learner, torch.device(device), window
         group, replicas = _dimensions(mesh)
         self._replicas = replicas
@@ -114,6 +116,7 @@ class Pipeline:
             rank=self.rank,
             group=group,
             device=self.device,
+            window=window,
             prefetch=ahead,
             timeout=timeout,
         )
@@ -130,18 +133,16 @@ class Pipeline:
         All ranks pass the same number of minibatches. Between two windows every rank has finished the same minibatches,
         though not at the same time: what is saved there by each fits together.
         """
-        self._set_mode(training=True)
         if self.trace:
             self.trace.start()
-        for results in self._run(batches):
+        for results in self._run(batches, training=True):
             self.minibatches += len(results) // len(self.blocks)
             yield torch.stack(results).view(-1, len(self.blocks))
 
     @torch.no_grad()
     def predict(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """Minibatch by minibatch, the predictions (blocks of this rank, B, n) of this rank's exits."""
-        self._set_mode(training=False)
-        for results in self._run(batches):
+        for results in self._run(batches, training=False):
             for m in range(0, len(results), len(self.blocks)):
                 yield torch.stack(results[m : m + len(self.blocks)])
 
@@ -156,18 +157,23 @@ class Pipeline:
                 reports[step.k] = step.border.diagnose(output[1], y.to(self.device))
 
         hooks = [step.register_forward_hook(look) for step in self.steps]
-        for _ in self.predict([(x, y)]):
-            pass
-        for hook in hooks:
-            hook.remove()
+        try:
+            for _ in self.predict([(x, y)]):
+                pass
+        finally:
+            for hook in hooks:
+                hook.remove()
         return reports
 
-    def _run(self, batches: Iterable[Batch]) -> Iterator[list[Tensor]]:
-        """Window by window what the stages' `finish` gave."""
+    def _run(self, batches: Iterable[Batch], *, training: bool) -> Iterator[list[Tensor]]:
+        """Window by window what the stages' `finish` gave. Between two windows others may run in the other mode."""
         remaining = iter(batches)
         while window := list(islice(remaining, self.window)):
-            for _, y in window if self.learner.training else ():
-                self.learner.targets.check(y)
+            self._set_mode(training=training)
+            if training:
+                require_gradients("Pipeline.train")
+                for _, y in window:
+                    self.learner.targets.check(y)
             minibatches = [
                 Minibatch(
                     self.minibatches + m,
@@ -178,7 +184,7 @@ class Pipeline:
                 for m, (x, y) in enumerate(window)
             ]
             results = self._executor.run(self._actions(len(window)), minibatches)
-            if self.trace and self.learner.training:
+            if self.trace and training:
                 self.trace.lap("wait", block=self.blocks[-1], minibatch=minibatches[-1].number)
             yield results
 
@@ -186,6 +192,8 @@ class Pipeline:
         if self._replicas is not None and not training and self.learner.training:
             for step in self.steps:
                 share_buffers(step, self._replicas.get_group())
+        if self.trace and training and not self.learner.training:
+            self.trace.start()
         self.learner.train(training)
         for stage in self.stages:
             stage.train(training)
@@ -228,7 +236,13 @@ def _message_type(learner: BlockLocal, message: torch.dtype | None) -> MessageTy
 
 def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: LocalStep) -> Optimizer | None:
     parameters = [parameter for parameter in step.parameters() if parameter.requires_grad]
-    return optimizer(parameters) if parameters else None
+    if not parameters:
+        return None
+    made = optimizer(parameters)
+    require(made, Optimizer, name="optimizer: what it gives", needed="a torch.optim.Optimizer is needed")
+    if not {id(p) for group in made.param_groups for p in group["params"]} & {id(p) for p in parameters}:
+        raise ValueError(f"optimizer= gives one without a parameter of block {step.k}: pass on those that it is given")
+    return made
 
 
 def _shape(learner: BlockLocal, k: int) -> tuple[int, ...]:

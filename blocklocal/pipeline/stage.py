@@ -115,6 +115,11 @@ class Stage(nn.Module):
         if not self.training:
             return result
         self._lap("send")
+        if not result.requires_grad and any(parameter.requires_grad for parameter in self.step.parameters()):
+            raise ValueError(
+                "the loss depends on none of the block's parameters: is criterion= differentiable, and does the block "
+                "keep the graph?"
+            )
         if result.requires_grad:  # else everything that it could move is frozen
             with torch.autocast(result.device.type, enabled=False):
                 (result * (1 / self.accumulate)).backward()
