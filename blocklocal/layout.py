@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from blocklocal.arguments import require
+
 Layout = Literal["vector", "tokens", "signal", "map"]
 """vector (B, D); tokens (B, T, D) or (B, H, W, D), channels last; signal (B, C, L) and map (B, C, H, W), channels
 first."""

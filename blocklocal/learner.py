@@ -309,7 +309,7 @@ class BlockLocal(Convertible):
 
     def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
         """Put fn(tensor) in the place of each parameter and buffer; the blocks stay those of the model."""
-        self._outline.check(tensors=False)
+        self._outline.check()
         convert(self.model, fn, recurse=recurse)
         for name, child in self.named_children():  # the borders, and a criterion that is a module
             if name != "blocks":

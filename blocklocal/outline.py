@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from blocklocal.graph import obstacle, trace
 
@@ -31,21 +31,13 @@ class Outline:
         self.constants = {name: _constants(module) for name, module in self.containers.items()}
         self.graph = self._graph()
 
-    def check(self, *, tensors: bool = True) -> None:
-        """ValueError: a container has hooks, or other submodules, tensors or constants than when it was cut.
-
-        tensors: False where the blocks are given the containers' tensors next, whichever these are.
-        """
+    def check(self) -> None:
+        """ValueError: a container has hooks, or other submodules, tensors or constants than when it was cut."""
         for name, module in self.containers.items():
             if found := obstacle(module):
                 raise ValueError(f"{_called(name)} {found}: build a new learner, cut outside it")
             then, now = self.members[name], _members(module)
-            changed = [
-                member
-                for member in {**then, **now}
-                if then.get(member) is not now.get(member)
-                and (tensors or not isinstance(then.get(member), Tensor) or not isinstance(now.get(member), Tensor))
-            ]
+            changed = [member for member in {**then, **now} if then.get(member) is not now.get(member)]
             if changed:
                 raise ValueError(
                     f"{_called(name)} has another {changed[0]!r} than when it was cut, and the blocks do not see it: "

@@ -426,7 +426,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("foreign/config.json").write_text('{"name": "another program"}')
     write_run(Path("run"), accuracies=[], epochs=3, model="mlp", data="digits")
     config = json.loads(Path("run/config.json").read_text())
-    Path("run/config.json").write_text(json.dumps(config | {"data": load("digits").facts}))
+    Path("run/config.json").write_text(json.dumps(config | {"data": load("digits").facts, "steps": 22}))
     Path("broken/train-0.parquet").write_text("no table")
     for part in ("train", "test"):
         Path(f"images/{part}/a/fake.png").write_text("no picture")

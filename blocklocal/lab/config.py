@@ -41,11 +41,11 @@ class Settings:
     """images per step"""
     accumulate: Annotated[int, Range(least=1)] = 1
     """number of minibatches whose mean gradient makes an optimizer step"""
-    lr: Annotated[float, Range(above=0, most=1e6)] = 0.1
+    lr: Annotated[float, Range(above=0, most=1e30)] = 0.1
     """highest learning rate"""
     momentum: Annotated[float, Range(above=0, below=1)] = 0.9
     """momentum, Nesterov's"""
-    weight_decay: Annotated[float, Range(least=0, most=1e6)] = 5e-4
+    weight_decay: Annotated[float, Range(least=0, most=1e30)] = 5e-4
     """weight decay of all parameters"""
     clip: Annotated[float, Range(least=0)] = 0.0
     """highest norm of the gradient of a block with its border; 0: no limit"""
