@@ -28,6 +28,11 @@ def describe(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line that an error says, or else its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require(value: object, kind: type | tuple[type, ...], *, name: str, needed: str) -> None:
     """TypeError: `value` is no instance of `kind`."""
     if not isinstance(value, kind):
@@ -149,8 +154,7 @@ def passes(value: Tensor, *, name: str, through: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError, TypeError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name}, {describe(value)}, does not go through {through} ({line})") from error
+        raise ValueError(f"{name}, {describe(value)}, does not go through {through} ({first_line(error)})") from error
 
 
 def _range(

@@ -94,7 +94,7 @@ class LinearFeedback(Convertible):
         super().__init__()
         self.targets, self.ridge, self.forgetting = targets, ridge, forgetting
         self.replicas: Replicas | None = None
-        n, dtype = targets.size, _at_least_single(torch.get_default_dtype())
+        n, dtype = targets.size, at_least_single(torch.get_default_dtype())
         self.register_buffer("weight", torch.zeros(n, channels, dtype=dtype))
         self.register_buffer("second", torch.zeros((n,) if targets.labels else (n, n), dtype=dtype))
         self.register_buffer("cross", torch.zeros(n, channels, dtype=dtype))
@@ -156,7 +156,7 @@ class LinearFeedback(Convertible):
         """Put fn(tensor) in the place of each statistic, which never is of less than single precision."""
         for name, buffer in self.named_buffers():
             converted = fn(buffer)
-            dtype = _at_least_single(converted.dtype)
+            dtype = at_least_single(converted.dtype)
             setattr(self, name, converted if converted.dtype == dtype else buffer.to(converted.device, dtype))
 
 
@@ -167,14 +167,15 @@ def share_feedback(module: nn.Module, group: Group) -> None:
             part.replicas = Replicas(group)
 
 
-def _at_least_single(dtype: torch.dtype) -> torch.dtype:
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """In which what half precision would spoil is computed and kept: sums over samples, statistics, probabilities."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _keep_single_precision(feedback: nn.Module, incompatible_keys: object) -> None:
     """After load_state_dict(assign=True), which takes tensors over as they are."""
     for name, buffer in feedback.named_buffers():
-        setattr(feedback, name, buffer.to(_at_least_single(buffer.dtype)))
+        setattr(feedback, name, buffer.to(at_least_single(buffer.dtype)))
 
 
 def _summable(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from blocklocal.arguments import first_line
 from blocklocal.effects import Draws, State, ambient, context
 from blocklocal.internals import has_hooks
 from blocklocal.recompute import is_recomputed
@@ -81,7 +82,7 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
                 graph = tracer.trace(model)
             except Exception as error:
                 raise ValueError(
-                    f"the forward pass of {where} cannot be traced ({_first_line(error)}): "
+                    f"the forward pass of {where} cannot be traced ({first_line(error)}): "
                     "cut outside it, or pass the blocks as a list of modules"
                 ) from error
             finally:
@@ -157,10 +158,6 @@ def crossing(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
 def _is_container(module: nn.Module) -> bool:
     builtin = type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
     return not builtin and any(True for _ in module.children())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

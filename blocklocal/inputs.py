@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,20 +99,27 @@ def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> Non
 
 
 def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
-    """ValueError: an optimizer that steps a parameter of another block, whose gradient is not there yet or gone."""
-    for k, (optimizer, own) in enumerate(zip(optimizers, parameters, strict=True)):
-        held = {id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
-        if held and held.isdisjoint(map(id, own)):
-            raise ValueError(
-                f"optimizers[{k}] has no parameter of block {k}: pass one optimizer per block, in the order of the "
-                "blocks, made from learner.block_parameters(k)"
-            )
+    """ValueError: an optimizer that does not step its block, or steps another's, whose gradient is gone or to come."""
     owners = {id(parameter): k for k, own in enumerate(parameters) for parameter in own}
+    remedy = "pass one optimizer per block, in the order of the blocks, made from learner.block_parameters(k)"
     for k, optimizer in enumerate(optimizers):
-        for group in getattr(optimizer, "param_groups", ()):
-            for parameter in group["params"]:
-                if owners.get(id(parameter), k) != k:
-                    raise ValueError(
-                        f"optimizers[{k}] has a parameter of block {owners[id(parameter)]}: pass one optimizer per "
-                        "block, in the order of the blocks, made from learner.block_parameters(k)"
-                    )
+        stepped = [owners.get(parameter) for parameter in stepped_by(optimizer)]
+        if stepped and k not in stepped:
+            raise ValueError(f"optimizers[{k}] has no parameter of block {k}: {remedy}")
+        for other in stepped:
+            if other not in (k, None):
+                raise ValueError(f"optimizers[{k}] has a parameter of block {other}: {remedy}")
+
+
+def stepped_by(optimizer: Any) -> list[int]:
+    """The identities of the parameters that an optimizer has."""
+    return [id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
+
+
+def check_frozen(parameters: Iterable[nn.Parameter], *, k: int) -> None:
+    """ValueError: parameters to train in block k, whose loss has no gradient."""
+    if any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"the loss of block {k} depends on none of its parameters: is criterion= differentiable, and does the "
+            "block keep the graph?"
+        )

@@ -26,9 +26,9 @@ from blocklocal.arguments import (
     require_whole,
 )
 from blocklocal.border import Border
-from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback, Targets, share_feedback
+from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback, Targets, at_least_single, share_feedback
 from blocklocal.graph import mode
-from blocklocal.inputs import Example, check_batch, check_owners, check_settings, check_steps
+from blocklocal.inputs import Example, check_batch, check_frozen, check_owners, check_settings, check_steps
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
@@ -201,8 +201,10 @@ class BlockLocal(Convertible):
         losses, h = [], x
         for k in range(len(self.blocks)):
             loss, h = self.local(k, h, y)
-            learns = self._learns(k, loss)
-            if learns:
+            learns = loss.requires_grad
+            if not learns:
+                check_frozen(self.block_parameters(k), k=k)
+            else:
                 with torch.autocast(loss.device.type, enabled=False):
                     scaled = loss * scale
                     (scaled if scaler is None else scaler.scale(scaled)).backward()
@@ -269,7 +271,7 @@ class BlockLocal(Convertible):
             require_number(confidence, name="confidence", above=0, most=1)
             return self._predict_confident(x, confidence=confidence)
         if isinstance(exit, str) and exit == "all":
-            exits = [_at_least_single(prediction) for prediction in self.exits(x)]
+            exits = [prediction.to(at_least_single(prediction.dtype)) for prediction in self.exits(x)]
             if self.targets.labels:
                 exits = [prediction.log_softmax(-1) for prediction in exits]
             return torch.stack(exits).mean(0)
@@ -354,15 +356,6 @@ class BlockLocal(Convertible):
                 "learner.share_feedback(False) where each has a learner of its own"
             )
 
-    def _learns(self, k: int, loss: Tensor) -> bool:
-        """Whether loss k has a gradient; it has none where everything that it could move is frozen."""
-        if not loss.requires_grad and any(parameter.requires_grad for parameter in self.block_parameters(k)):
-            raise ValueError(
-                f"the loss of block {k} depends on none of its parameters: is criterion= differentiable, and does the "
-                "block keep the graph?"
-            )
-        return loss.requires_grad
-
     def _forward(self, k: int, h: Tensor) -> Tensor:
         if k == 0:
             self._outline.check()
@@ -388,7 +381,7 @@ class BlockLocal(Convertible):
         for k in range(len(self.blocks)):
             logits, h = self.exit(k, h)
             decided = logits.clone() if decided is None else decided.index_copy(0, waiting, logits.to(decided.dtype))
-            surest = _at_least_single(logits).softmax(-1).amax(-1, keepdim=True)
+            surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
             least = surest.flatten(1).amin(1)  # over a sample's tokens
             stays = least < confidence
             h, waiting = h[stays], waiting[stays]
@@ -421,10 +414,6 @@ def _targets(classes: int | None, outputs: int | None) -> Targets:
             raise ValueError("classes=1: with one class there is nothing to tell apart; pass at least 2")
         return Targets(int(classes), labels=True)
     return Targets(require_whole(outputs, name="outputs", least=1), labels=False)
-
-
-def _at_least_single(prediction: Tensor) -> Tensor:
-    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
 
 def _call(forward: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:

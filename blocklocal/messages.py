@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import describe, require_tensor
-from blocklocal.feedback import Targets
+from blocklocal.feedback import Targets, at_least_single
 from blocklocal.layout import Layout
 
 Statistic = Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ def spatial_mean(positions: Tensor) -> Tensor:
     A sum that is divided after, since the gradient of torch.mean is written out for every position.
     """
     _require_positions(positions)
-    total = positions.sum(2, dtype=torch.promote_types(positions.dtype, torch.float32))
+    total = positions.sum(2, dtype=at_least_single(positions.dtype))
     return (total / positions.shape[2]).to(positions.dtype)
 
 
@@ -116,4 +116,4 @@ class Message:
 
     @cached_property
     def alpha(self) -> Tensor:
-        return self.statistics.to(torch.promote_types(self.h.dtype, torch.float32))
+        return self.statistics.to(at_least_single(self.h.dtype))

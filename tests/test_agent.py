@@ -16,7 +16,7 @@ import faults
 import pytest
 
 from blocklocal.lab import agent, children, processes
-from blocklocal.lab.agent import Agent, tell
+from blocklocal.lab.agent import Agent, describe_failure
 from blocklocal.lab.children import Children
 from blocklocal.lab.journal import REPORT
 from blocklocal.lab.meeting import Alone, Endpoint, within
@@ -100,7 +100,7 @@ def test_what_a_process_has_started_goes_with_it(tmp_path):
     assert not faults.alive(fork)
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, agent.Ended), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, agent.Terminated), (signal.SIGINT, KeyboardInterrupt)])
 def test_a_signal_ends_all(tmp_path, number, error):
     launch = Launch(tmp_path, "time.sleep(60)")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run unattended
@@ -142,7 +142,7 @@ while "Z" not in open("/proc/" + pid + "/stat").read().split()[2]: time.sleep(0.
 """
     failure = Launch(tmp_path, program, processes=3, restarts=0).agent.run()
     assert failure is not None
-    assert tell(failure, Run(tmp_path / "run")) == "process 2 was killed by SIGKILL"
+    assert describe_failure(failure, Run(tmp_path / "run")) == "process 2 was killed by SIGKILL"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"timestamp": 1}'])

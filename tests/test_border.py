@@ -3,27 +3,24 @@
 import numpy as np
 import pytest
 import torch
+import zoo
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 import blocklocal as bll
 from blocklocal.border import Border
-from blocklocal.feedback import LinearFeedback, Targets
-from blocklocal.layout import Layout
+from blocklocal.feedback import LinearFeedback
 from blocklocal.learner import cross_entropy
 from blocklocal.losses import LocalLoss
 from blocklocal.messages import Site
 
 CLASSES, CHANNELS, BATCH = 3, 6, 30
-LAYOUTS: dict[int, Layout] = {1: "vector", 2: "tokens", 3: "map"}
 
 
 def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
     criterion = cross_entropy if labels else F.mse_loss
-    return Site(
-        shape, layout=LAYOUTS[len(shape)], targets=Targets(CLASSES, labels=labels), tokens=tokens, criterion=criterion
-    )
+    return zoo.site(*shape, classes=CLASSES, labels=labels, tokens=tokens, criterion=criterion)
 
 
 def border(at: Site, loss: LocalLoss = bll.BLL, **options) -> Border:

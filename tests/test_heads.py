@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+import zoo
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -12,24 +14,13 @@ from torch.testing import assert_close
 import blocklocal as bll
 from blocklocal import families
 from blocklocal.families import Family
-from blocklocal.feedback import Feedback, Targets
+from blocklocal.feedback import Feedback
 from blocklocal.heads import HEADS, EvidenceHead, LinearHead, ResidualUnit
-from blocklocal.layout import Layout
 from blocklocal.memory import MemoryTracker
 from blocklocal.messages import Message, Site
 
 CLASSES, CHANNELS, BATCH = 4, 6, 5
-LAYOUTS: dict[int, Layout] = {1: "vector", 2: "tokens", 3: "map"}
-
-
-def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
-    return Site(
-        shape,
-        layout=LAYOUTS[len(shape)],
-        targets=Targets(CLASSES, labels=labels),
-        tokens=tokens,
-        criterion=F.cross_entropy,
-    )
+site = partial(zoo.site, classes=CLASSES)
 
 
 def message(h: Tensor, at: Site, feedback: Feedback | None = None) -> Message:

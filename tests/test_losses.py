@@ -1,10 +1,12 @@
 """Local losses against their closed forms, torch.distributions and NumPy."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -14,24 +16,12 @@ from torch.testing import assert_close
 
 import blocklocal as bll
 from blocklocal.families import Family
-from blocklocal.feedback import Targets
 from blocklocal.heads import MLPHead, ResidualHead
-from blocklocal.layout import Layout
 from blocklocal.losses import Term, similarity
-from blocklocal.messages import Message, Site
+from blocklocal.messages import Message
 
 CLASSES, CHANNELS, BATCH = 3, 6, 5
-LAYOUTS: dict[int, Layout] = {1: "vector", 2: "tokens", 3: "map"}
-
-
-def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
-    return Site(
-        shape,
-        layout=LAYOUTS[len(shape)],
-        targets=Targets(CLASSES, labels=labels),
-        tokens=tokens,
-        criterion=F.cross_entropy,
-    )
+site = partial(zoo.site, classes=CLASSES)
 
 
 class Fixed(nn.Module):

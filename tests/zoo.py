@@ -1,8 +1,12 @@
-"""Small models of the shapes that real ones have, each with a batch of its input."""
+"""Small models of the shapes that real ones have, each with a batch of its input; borders of any shape."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from blocklocal.feedback import Targets
+from blocklocal.layout import Layout
+from blocklocal.messages import Criterion, Site
 
 
 class Residual(nn.Module):
@@ -167,3 +171,14 @@ def encoder() -> tuple[nn.Module, Tensor]:
 
 
 MODELS = [perceptron, residual, preactivation, inception, nested, branching, transformer, encoder]
+
+
+LAYOUTS: dict[int, Layout] = {1: "vector", 2: "tokens", 3: "map"}
+
+
+def site(
+    *shape: int, classes: int, labels: bool = True, tokens: bool = False, criterion: Criterion = F.cross_entropy
+) -> Site:
+    """A border where a sample has that shape: a vector, tokens or a map."""
+    targets = Targets(classes, labels=labels)
+    return Site(shape, layout=LAYOUTS[len(shape)], targets=targets, tokens=tokens, criterion=criterion)

@@ -19,7 +19,7 @@ from blocklocal.lab.runs import Run
 POLL = 0.1  # seconds between two looks at the processes
 
 
-class Ended(Exception):
+class Terminated(Exception):
     """A signal asks the launcher to end."""
 
     def __init__(self, number: int) -> None:
@@ -53,7 +53,7 @@ class Agent:
     def run(self) -> Failure | None:
         """Until all processes of all machines have ended well, or one has failed for good: that failure.
 
-        OSError: see `Meeting`. Ended, KeyboardInterrupt: a signal; no process is left behind, whatever happens.
+        OSError: see `Meeting`. Terminated, KeyboardInterrupt: a signal; no process is left behind, whatever happens.
         """
         with _signals():
             while True:
@@ -62,7 +62,7 @@ class Agent:
                     self._meeting.close()
                     return failure
                 self._failed += 1
-                self._say(f"{tell(failure, self._run)}; restart {self._failed} of {self._restarts}")
+                self._say(f"{describe_failure(failure, self._run)}; restart {self._failed} of {self._restarts}")
 
     def _start(self) -> Failure | None:
         """The processes from a start to their end, or to that of one; None where all have ended well."""
@@ -96,7 +96,7 @@ class Agent:
         print(f"bll: {line}", file=sys.stderr)
 
 
-def tell(failure: Failure, run: Run) -> str:
+def describe_failure(failure: Failure, run: Run) -> str:
     """What happened to a process, and where to read more."""
     if failure.code < 0:
         return f"process {failure.rank} was killed by {failure.message}"
@@ -107,10 +107,10 @@ def tell(failure: Failure, run: Run) -> str:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Signals that would end this process raise Ended instead, but for those that it was started to ignore."""
+    """Signals that would end this process raise Terminated instead, but for those that it was started to ignore."""
 
     def end(number: int, _: object) -> None:
-        raise Ended(number)
+        raise Terminated(number)
 
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.getsignal(number) for number in numbers}

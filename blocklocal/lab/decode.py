@@ -13,7 +13,8 @@ from PIL.Image import DecompressionBombWarning
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
 
-from blocklocal.lab.errors import UserError, reason
+from blocklocal.arguments import first_line
+from blocklocal.lab.errors import UserError
 
 # Named, so that Pillow looks at these decoders only: three times as fast for WebP as its search through all.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
@@ -55,7 +56,7 @@ def _arrays(encoded: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
         except _Unfit as error:
             raise UserError(f"{name} {error}") from None
         except Exception as error:  # on damaged files Pillow's decoders raise errors of any kind
-            raise UserError(f"{name} is not a readable image ({reason(error)})") from error
+            raise UserError(f"{name} is not a readable image ({first_line(error)})") from error
         first = first or picture.shape[:2]
         if picture.shape[:2] != first:
             height, width = picture.shape[:2]

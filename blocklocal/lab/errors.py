@@ -9,14 +9,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from blocklocal.arguments import first_line
+
 
 class UserError(ValueError):
     """Unusable arguments or data. The command prints it in one line and exits with code 2."""
-
-
-def reason(error: BaseException) -> str:
-    """The first line that an error of another library says, or else its kind."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -28,7 +25,7 @@ def blame(subject: str) -> Iterator[None]:
         raise
     except BaseException as error:  # SystemExit too, with which a module may end at its import
         kind, text = type(error).__name__, str(error).strip()
-        said = f"{kind}: {reason(error)}" if text else kind
+        said = f"{kind}: {first_line(error)}" if text else kind
         raise UserError(f"{subject}: {said}{_place(error)}") from error
 
 

@@ -20,6 +20,7 @@ from blocklocal.lab.data import Dataset, load
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.evaluate import Exits, evaluate
+from blocklocal.lab.names import WORD, short
 from blocklocal.lab.trial import FEW, try_learning, try_model
 
 EXAMPLE = 8  # images by which the blocks are balanced and the borders get their shapes
@@ -93,7 +94,7 @@ def check_data(dataset: Dataset, facts: Mapping[str, Any]) -> None:
         if name in known and known[name] != found[name]:
             raise UserError(
                 f"data {dataset.name!r} is not what the run was trained on: {name.replace('_', ' ')} "
-                f"{_short(found[name])} now, {_short(known[name])} then"
+                f"{short(str(found[name]), longest=WORD)} now, {short(str(known[name]), longest=WORD)} then"
             )
 
 
@@ -106,10 +107,6 @@ def check_facts(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 f"the run has {facts[name]} {name} by its config.json, and {found} by the settings there: "
                 "give back the file, or train anew with another --out"
             )
-
-
-def _short(value: object) -> str:
-    return str(value) if len(str(value)) < 200 else f"{str(value)[:200]} ..."
 
 
 def autocast(settings: Settings, *, device: torch.device) -> torch.autocast:

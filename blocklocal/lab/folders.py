@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from blocklocal.arguments import first_line
 from blocklocal.lab.data import TEST_NAMES, Dataset, Sizes, Split, sample
 from blocklocal.lab.decode import decode
-from blocklocal.lab.errors import UserError, reason
+from blocklocal.lab.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
@@ -109,4 +110,4 @@ def _entries(folder: Path) -> list[tuple[Path, bool]]:
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{str(error.filename or path)!r} cannot be read ({error.strerror or reason(error)})")
+    return UserError(f"{str(error.filename or path)!r} cannot be read ({error.strerror or first_line(error)})")

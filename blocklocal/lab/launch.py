@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from blocklocal.lab import lock, outputs, rules
-from blocklocal.lab.agent import Agent, Ended, tell
+from blocklocal.lab.agent import Agent, Terminated, describe_failure
 from blocklocal.lab.arguments import parse_known
 from blocklocal.lab.checkpoints import kept
 from blocklocal.lab.config import Settings
@@ -119,7 +119,7 @@ def main(args: Sequence[str]) -> None:
                 ).run()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(kept(run) if run.exists else "") from None
-        except Ended as error:
+        except Terminated as error:
             sys.exit(128 + error.number)
         finally:
             lock.clear(run.path)
@@ -127,7 +127,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(failure.message)
     if failure:
         sys.stderr.write(failure.trace)
-        raise OSError(f"{tell(failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
+        raise OSError(f"{describe_failure(failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
 
 
 @contextmanager

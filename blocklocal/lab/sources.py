@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from blocklocal.arguments import first_line
 from blocklocal.lab import tables
 from blocklocal.lab.data import TEST_NAMES, Dataset, Sizes, Split
-from blocklocal.lab.errors import UserError, reason
+from blocklocal.lab.errors import UserError
 from blocklocal.lab.folders import from_images, walk
 
 HUB = {
@@ -50,7 +51,7 @@ def hub(repository: str, sizes: Sizes) -> Dataset:
         splits = datasets.load_dataset(repository)
     except Exception as error:  # of the hub's client, its cache and the readers of any format
         raise UserError(
-            f"cannot get {repository!r} from the Hugging Face hub ({reason(error)}); "
+            f"cannot get {repository!r} from the Hugging Face hub ({first_line(error)}); "
             "check name and connection, or name a folder with its Parquet files instead"
         ) from error
     parts = {}

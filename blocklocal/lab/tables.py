@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from blocklocal.arguments import first_line
 from blocklocal.lab.data import TEST_NAMES, Dataset, Sizes, Split, sample
 from blocklocal.lab.decode import decode
-from blocklocal.lab.errors import UserError, reason
+from blocklocal.lab.errors import UserError
 from blocklocal.lab.folders import check_regular
 
 IMAGE_COLUMNS = ("image", "img")
@@ -66,7 +67,7 @@ def read(file: Path) -> Part:
             columns = [_column(names, known, origin=str(file)) for known in (IMAGE_COLUMNS, LABEL_COLUMNS)]
             table = parquet.read(columns=columns)
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise UserError(f"{str(file)!r} is not a readable Parquet file ({reason(error)}); get it anew") from error
+        raise UserError(f"{str(file)!r} is not a readable Parquet file ({first_line(error)}); get it anew") from error
     return Part.of(table, origin=str(file))
 
 
@@ -141,7 +142,7 @@ def _labels(values: pa.ChunkedArray, *, column: str, origin: str) -> Tensor:
     try:
         return torch.tensor(values.cast(pa.int64()).to_numpy())
     except pa.ArrowInvalid as error:
-        raise UserError(f"{origin!r}: column {column!r} holds a label out of range ({reason(error)})") from error
+        raise UserError(f"{origin!r}: column {column!r} holds a label out of range ({first_line(error)})") from error
 
 
 def _contents(values: pa.ChunkedArray, *, column: str, origin: str) -> pa.ChunkedArray:

@@ -72,12 +72,13 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     blocks = len(experiment.learner.blocks)
     checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
     course = Course(trainer, checkpoints, save_every=settings.save_every)
-    if processes.rank == 0 and resume:
-        _refuse_anew(run, checkpoints)
-    if processes.rank == 0 and not resume:
-        _begin(run, experiment, processes)
-    if processes.rank == 0 and settings.trace:
-        run.forget_traces()
+    if processes.rank == 0:
+        if resume:
+            _refuse_anew(run, checkpoints)
+        else:
+            _begin(run, experiment, processes)
+        if settings.trace:
+            run.forget_traces()
     processes.meet()
     processes.log_to(run.path)
     done, rest = divmod(course.begin(processes, resume=resume), experiment.steps)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from blocklocal.messages import dense
+from blocklocal.arguments import first_line
 from blocklocal.pipeline.schedule import Action
 from blocklocal.pipeline.stage import Message, Stage
 from blocklocal.pipeline.wire import Form, TensorSpec
@@ -149,8 +149,7 @@ class Executor:
         )
 
     def _send(self, action: Action) -> None:
-        message = [dense(h) for h in self.handed.pop(action.block)]
-        specs, parts = self.sends[action.block], []
+        message, specs, parts = self.handed.pop(action.block), self.sends[action.block], []
         if action.minibatch == 0:
             forms = self.forms[action.block] = [Form.of(h) for h in message]
             numbers = [number for form in forms for number in form.numbers()]
@@ -171,7 +170,7 @@ class Executor:
                 work.wait()
         except RuntimeError as error:
             seconds = self.timeout.total_seconds()
-            raise RuntimeError(f"{failure} within {seconds:g} s ({_first_line(error)})") from error
+            raise RuntimeError(f"{failure} within {seconds:g} s ({first_line(error)})") from error
 
     def _buffers(self, slot: int, *, rows: int, specs: Sequence[TensorSpec]) -> list[Tensor]:
         sizes = [rows * math.prod(spec.shape) for spec in specs]
@@ -214,7 +213,3 @@ def _read(preamble: list[int], specs: Sequence[TensorSpec]) -> list[Form]:
 def _started(work: dist.Work | None) -> dist.Work:
     assert work is not None  # None is for processes outside the group
     return work
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from blocklocal.arguments import require, require_function, require_gradients, require_number, require_whole
 from blocklocal.border import Border
 from blocklocal.feedback import share_feedback
+from blocklocal.inputs import stepped_by
 from blocklocal.learner import BlockLocal
 from blocklocal.pipeline.executor import Executor, Minibatch
 from blocklocal.pipeline.materialize import materialize
@@ -133,8 +134,6 @@ class Pipeline:
         All ranks pass the same number of minibatches. Between two windows every rank has finished the same minibatches,
         though not at the same time: what is saved there by each fits together.
         """
-        if self.trace:
-            self.trace.start()
         for results in self._run(batches, training=True):
             self.minibatches += len(results) // len(self.blocks)
             yield torch.stack(results).view(-1, len(self.blocks))
@@ -168,8 +167,10 @@ class Pipeline:
     def _run(self, batches: Iterable[Batch], *, training: bool) -> Iterator[list[Tensor]]:
         """Window by window what the stages' `finish` gave. Between two windows others may run in the other mode."""
         remaining = iter(batches)
+        self._set_mode(training=training)
         while window := list(islice(remaining, self.window)):
-            self._set_mode(training=training)
+            if self.stages[0].training != training:
+                self._set_mode(training=training)
             if training:
                 require_gradients("Pipeline.train")
                 for _, y in window:
@@ -192,7 +193,7 @@ class Pipeline:
         if self._replicas is not None and not training and self.learner.training:
             for step in self.steps:
                 share_buffers(step, self._replicas.get_group())
-        if self.trace and training and not self.learner.training:
+        if self.trace and training:
             self.trace.start()
         self.learner.train(training)
         for stage in self.stages:
@@ -240,7 +241,7 @@ def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: Local
         return None
     made = optimizer(parameters)
     require(made, Optimizer, name="optimizer: what it gives", needed="a torch.optim.Optimizer is needed")
-    if not {id(p) for group in made.param_groups for p in group["params"]} & {id(p) for p in parameters}:
+    if not set(stepped_by(made)) & set(map(id, parameters)):
         raise ValueError(f"optimizer= gives one without a parameter of block {step.k}: pass on those that it is given")
     return made
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from blocklocal.inputs import check_frozen
 from blocklocal.learner import BlockLocal
 from blocklocal.messages import dense
 from blocklocal.pipeline.draws import seeded
@@ -115,12 +116,9 @@ class Stage(nn.Module):
         if not self.training:
             return result
         self._lap("send")
-        if not result.requires_grad and any(parameter.requires_grad for parameter in self.step.parameters()):
-            raise ValueError(
-                "the loss depends on none of the block's parameters: is criterion= differentiable, and does the block "
-                "keep the graph?"
-            )
-        if result.requires_grad:  # else everything that it could move is frozen
+        if not result.requires_grad:
+            check_frozen(self.step.parameters(), k=self.k)
+        else:
             with torch.autocast(result.device.type, enabled=False):
                 (result * (1 / self.accumulate)).backward()
         if self.optimizer is not None and (self.minibatch + 1) % self.accumulate == 0:
