@@ -67,9 +67,14 @@ class Border(nn.Module):
 
     def predict(self, h: Tensor) -> Tensor:
         """Logits (B, n) of the border's prediction head."""
+        return self.head(self.message(h))
+
+    @property
+    def head(self) -> nn.Module:
+        """The prediction head: of several, that of the first term. ValueError: there is none."""
         for term in self.terms:
             if isinstance(term, PredictiveTerm):
-                return term.head(self.message(h))
+                return term.head
         raise ValueError("this border predicts nothing: add bll.Predictive() to its local loss")
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from blocklocal.arguments import (
     require_whole,
 )
 from blocklocal.border import Border
+from blocklocal.exits import Exit, ExitPool, Predictor
 from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback, Targets, at_least_single, share_feedback
 from blocklocal.graph import mode
 from blocklocal.inputs import Example, check_batch, check_frozen, check_owners, check_settings, check_steps
@@ -123,6 +124,7 @@ class BlockLocal(Convertible):
         for k, h in enumerate(seen.outputs[:-1]):
             if not h.is_meta:
                 self._border(k).check(h[:2])
+        self.pool = ExitPool(len(self.blocks), labels=self.targets.labels)
         if self.borders and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
             raise ValueError("criterion has parameters, which every border would train: pass one without")
         self._steppers: tuple[int, ...] = ()  # the optimizers that were looked at last
@@ -258,11 +260,10 @@ class BlockLocal(Convertible):
         """The prediction (B, n) of the last block, without gradient.
 
         exit=k: that of exit k, 0 to K-1, running no later block. exit="all": the mean over exits, of
-        log-probabilities for labels, at least in single precision. confidence: each sample leaves at the first exit
-        whose largest class probability reaches it.
+        log-probabilities for labels, at least in single precision, or with the weights of `fit_exits`. confidence: each
+        sample leaves at the first exit whose largest class probability reaches it.
         """
         require_tensor(x, name="x")
-        last = len(self.blocks) - 1
         if confidence is not None:
             if exit is not None or not self.targets.labels:
                 raise ValueError(
@@ -271,18 +272,47 @@ class BlockLocal(Convertible):
             require_number(confidence, name="confidence", above=0, most=1)
             return self._predict_confident(x, confidence=confidence)
         if isinstance(exit, str) and exit == "all":
-            exits = [prediction.to(at_least_single(prediction.dtype)) for prediction in self.exits(x)]
-            if self.targets.labels:
-                exits = [prediction.log_softmax(-1) for prediction in exits]
-            return torch.stack(exits).mean(0)
-        try:
-            k = last if exit is None else require_whole(exit, name="exit", least=0, most=last)
-        except (TypeError, ValueError):
-            raise ValueError(f'exit={exit!r}: choose a block 0 to {last} or "all"') from None
-        h = x
+            return self.pool(self.exits(x))
+        k, h = self._exit(exit), x
         for j in range(k):
             h = self._forward(j, h)
         return self.exit(k, h)[0]
+
+    @torch.no_grad()
+    def fit_exits(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, ...]:
+        """Weigh the exits for exit="all" by what they say of samples (x, y) that were held out; returns the weights.
+
+        In evaluation mode: K numbers of least criterion for the combined prediction of all batches together.
+
+        >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
+        >>> len(learner.fit_exits([(torch.randn(4, 8), torch.tensor([0, 2, 1, 0]))]))
+        2
+        """
+        exits, targets = [], []
+        with mode(self, training=False):
+            for x, y in batches:
+                self._check(x, y)
+                exits.append(self.exits(x))
+                targets.append(y)
+        if not targets:
+            raise ValueError("batches is empty: held-out samples are needed to weigh the exits")
+        self.pool.fit(
+            [torch.cat(parts) for parts in zip(*exits, strict=True)], torch.cat(targets), criterion=self.criterion
+        )
+        return self.pool.weights
+
+    def predictor(self, *, exit: int | Literal["all"] | None = None) -> Predictor:
+        """`predict` as a module without learner, to be saved, compiled or exported; it shares the learner's weights.
+
+        exit=None: the blocks alone. exit=k: blocks 0 to k and the head of exit k. exit="all": blocks, heads, weights.
+        """
+        if isinstance(exit, str) and exit == "all":
+            return Predictor(
+                self.blocks, [*(Exit(self._border(k)) for k in range(len(self.borders))), None], pool=self.pool
+            )
+        k = self._exit(exit)
+        heads = [None] * k + [Exit(self._border(k)) if k < len(self.borders) else None]
+        return Predictor(self.blocks[: k + 1], heads, pool=None)
 
     @torch.no_grad()
     def diagnose(self, x: Tensor, y: Tensor) -> list[dict[str, float]]:
@@ -337,6 +367,13 @@ class BlockLocal(Convertible):
         border = self.borders[k]
         assert isinstance(border, Border)
         return border
+
+    def _exit(self, exit: object) -> int:
+        last = len(self.blocks) - 1
+        try:
+            return last if exit is None else require_whole(exit, name="exit", least=0, most=last)
+        except (TypeError, ValueError):
+            raise ValueError(f'exit={exit!r}: choose a block 0 to {last} or "all"') from None
 
     def _index(self, k: int) -> int:
         return require_whole(k, name="k", least=0, most=len(self.blocks) - 1)

@@ -207,3 +207,18 @@ def test_testing_goes_through_all_images_in_their_order():
     assert [len(y) for _, y in batches] == [4, 4, 2]
     assert torch.equal(torch.cat([x for x, _ in batches]), split.images.float())
     assert torch.equal(torch.cat([y for _, y in batches]), split.labels)
+
+
+def test_validation_images_are_held_out_of_the_training_images() -> None:
+    whole, held = load("digits"), load("digits", validation=200)
+    assert held.validation is not None
+    assert (len(held.train), len(held.validation)) == (len(whole.train) - 200, 200)
+    rows = [split.images.flatten(1).unique(dim=0) for split in (whole.train, held.train, held.validation)]
+    assert len(rows[0]) == len(torch.cat(rows[1:]).unique(dim=0))
+    assert torch.equal(held.test.images, whole.test.images)
+    again = load("digits", validation=200).validation
+    assert again is not None
+    assert torch.equal(again.images, held.validation.images)
+    assert held.facts["validation_images"] == 200
+    with pytest.raises(UserError, match="--validation 1441"):
+        load("digits", validation=len(whole.train) - 1)

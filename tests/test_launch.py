@@ -14,6 +14,7 @@ import pytest
 from blocklocal.lab.cli import main
 from blocklocal.lab.lock import alone
 from blocklocal.lab.recipes import DIGITS
+from blocklocal.lab.runs import Run
 from blocklocal.lab.train import train
 
 EPOCHS = 4
@@ -56,7 +57,15 @@ def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, 
 @pytest.mark.parametrize(("dtype", "processes"), [("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp32", 2)])
 def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic(tmp_path, dtype, processes):
     settings = {"model": "mlp", "dtype": dtype, "clip": 0.5, "accumulate": 3, "epochs": 2, "train_size": 512}
-    settings |= {"test_size": 100, "batch_size": 16, "save_every": 8, "threads": 1, "warmup": 1.0, "seed": 1}
+    settings |= {
+        "test_size": 100,
+        "batch_size": 16,
+        "save_every": 8,
+        "threads": 1,
+        "warmup": 1.0,
+        "seed": 1,
+        "validation": 100,
+    }
     train(replace(DIGITS, **settings, out=str(tmp_path / "whole")))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     out = tmp_path / "launched"
@@ -65,6 +74,11 @@ def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic
     done = subprocess.run(command, capture_output=True, text=True, timeout=faults.PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr
     assert faults.same(out, tmp_path / "whole")
+    names = ("validation_accuracy", "validation_accuracy_all", "exit_weights")
+    ours, theirs = (
+        [[record[name] for name in names] for record in Run(path).records()] for path in (out, tmp_path / "whole")
+    )
+    assert ours == theirs
 
 
 def test_torchrun_runs_the_same_command(tmp_path, whole):

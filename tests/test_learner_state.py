@@ -46,7 +46,7 @@ def test_state_goes_to_another_learner(make) -> None:
     state = learner.state_dict()
     mine = {name.split(".", 2)[2] for name in state if name.startswith("blocks.")}
     assert mine == set(keys)
-    assert all(name.startswith(("blocks.", "borders.")) for name in state)
+    assert all(name.startswith(("blocks.", "borders.", "pool.")) for name in state)
     assert list(model.state_dict()) == keys
     assert "borders.0.feedback.second" in state  # the feedback's statistics go on where they were
     other, _, _, _ = make()

@@ -31,6 +31,8 @@ class Settings:
     """train on a sample of so many images, always the same; 0: on all"""
     test_size: Annotated[int, Range(least=0)] = 0
     """test on such a sample; 0: on all"""
+    validation: Annotated[int, Range(least=0)] = 0
+    """hold so many training images out: on them exits are weighed, and settings compared"""
     blocks: Annotated[int, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: tuple[str, ...] = ()

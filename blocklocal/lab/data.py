@@ -27,8 +27,11 @@ class Split:
         return len(self.labels)
 
     def sample(self, size: int) -> Split:
-        kept = sample(len(self), size=size)
-        return Split(self.images[kept], self.labels[kept])
+        return self.of(sample(len(self), size=size))
+
+    def of(self, rows: Tensor) -> Split:
+        """The images of these rows, by their numbers or a mask."""
+        return Split(self.images[rows], self.labels[rows])
 
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
@@ -36,12 +39,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split. classes: names, the index being the label."""
+    """A training and a test split. classes: names, the index being the label. validation: images that were held out of
+    the training split; none where nothing was."""
 
     name: str
     classes: tuple[str, ...]
     train: Split
     test: Split
+    validation: Split | None = None
 
     @property
     def channels(self) -> int:
@@ -55,15 +60,31 @@ class Dataset:
     @property
     def facts(self) -> dict[str, Any]:
         """What config.json of a run says of its data, as plain values."""
+        held_out = {"validation_images": len(self.validation)} if self.validation else {}
         return {
             "training_images": len(self.train),
+            **held_out,
             "test_images": len(self.test),
             "shape": [self.channels, *self.size],
             "classes": list(self.classes),
         }
 
     def to(self, device: torch.device) -> Dataset:
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        validation = self.validation and self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
+
+    def hold_out(self, images: int) -> Dataset:
+        """With so many of the training images as the validation split, always the same ones, and not trained on.
+
+        UserError: fewer than two would be left to train on.
+        """
+        if not images:
+            return self
+        if images > len(self.train) - 2:
+            raise UserError(f"--validation {images} leaves nothing of {len(self.train)} images to train on: lower it")
+        held_out = torch.zeros(len(self.train), dtype=torch.bool)
+        held_out[sample(len(self.train), size=images)] = True
+        return replace(self, train=self.train.of(~held_out), validation=self.train.of(held_out))
 
 
 @dataclass(frozen=True)
@@ -86,10 +107,11 @@ def sample(images: int, *, size: int) -> Tensor:
     return torch.randperm(images, generator=torch.Generator().manual_seed(0))[:size].sort().values
 
 
-def load(name: str, *, train_size: int = 0, test_size: int = 0) -> Dataset:
+def load(name: str, *, train_size: int = 0, test_size: int = 0, validation: int = 0) -> Dataset:
     """The data set of that name: `digits`, a hub name of `sources.HUB`, `hf:OWNER/NAME`, or a folder.
 
-    train_size, test_size: keep a sample of so many images, see `sample`.
+    train_size, test_size: keep a sample of so many images, see `sample`. validation: hold out so many training images,
+    see `Dataset.hold_out`.
     UserError: no such data set or folder, files that cannot be read, images or labels that do not fit together.
     """
     from blocklocal.lab import sources  # here, since reading files and hub needs packages that `Dataset` does not
@@ -108,7 +130,7 @@ def load(name: str, *, train_size: int = 0, test_size: int = 0) -> Dataset:
     else:
         known = ", ".join(["digits", *sources.HUB])
         raise UserError(f"unknown data {name!r}: neither one of {known}, nor hf:OWNER/NAME, nor an existing folder")
-    return _checked(replace(dataset, name=name))
+    return _checked(replace(dataset, name=name).hold_out(validation))
 
 
 def _checked(dataset: Dataset) -> Dataset:

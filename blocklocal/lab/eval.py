@@ -56,6 +56,7 @@ def main(args: Sequence[str]) -> None:
     if minibatch is None:
         raise UserError(f"{str(run.path)!r} has no checkpoint: it was stopped before the first")
     load_weights(learner, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
+    experiment.validate()
     epoch, exits = round(minibatch / experiment.steps, 2), experiment.test()
     accuracy = choose(exits, options.exit)
     Terminal().print(_table(exits, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blocklocal import BlockLocal
+from blocklocal.graph import mode
 from blocklocal.lab.batches import Normalisation, ordered_batches
 from blocklocal.lab.data import Split
 from blocklocal.lab.errors import UserError
@@ -20,7 +22,7 @@ class Exits:
     """What K exits say of N images.
 
     correct: (K, N), whether the exit's class is the label. confidence: (K, N), its probability. combined: (N,),
-    whether the class of highest probability over all exits is the label.
+    whether the class of highest probability by all exits, weighed as they are, is the label.
     """
 
     correct: Tensor
@@ -60,16 +62,40 @@ def grade(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return classes == y, best.exp()
 
 
-@torch.no_grad()
 def evaluate(learner: BlockLocal, split: Split, *, normalisation: Normalisation, size: int = SIZE) -> Exits:
     """All exits on a split, in evaluation mode."""
-    training = learner.training
-    learner.eval()
     correct, confidence, combined = [], [], []
-    for x, y in ordered_batches(split, normalisation=normalisation, size=size):
-        scores = torch.stack([logits.float().log_softmax(-1) for logits in learner.exits(x)])
+    for scores, y in _scores(learner, split, normalisation=normalisation, size=size):
         for kept, found in zip((correct, confidence), grade(scores, y), strict=True):
             kept.append(found)
-        combined.append(scores.mean(0).argmax(-1) == y)
-    learner.train(training)
+        combined.append(learner.pool(scores).argmax(-1) == y)
     return Exits(torch.cat(correct, 1).cpu(), torch.cat(confidence, 1).cpu(), torch.cat(combined).cpu())
+
+
+def validate(learner: BlockLocal, split: Split, *, normalisation: Normalisation) -> Exits:
+    """All exits on a split that was held out, after weighing them there."""
+    scores, labels = zip(*_scores(learner, split, normalisation=normalisation, size=SIZE), strict=True)
+    return weigh(learner, torch.cat(scores, 1), torch.cat(labels))
+
+
+def weigh(learner: BlockLocal, scores: Tensor, y: Tensor) -> Exits:
+    """Fit the weights of the exits to log-probabilities (K, N, n) of N images that were held out; all exits on these.
+
+    UserError: scores that are not finite.
+    """
+    try:
+        learner.pool.fit(scores, y, criterion=learner.criterion)
+    except ValueError as error:
+        raise UserError(f"validation images: {error}") from error
+    correct, confidence = grade(scores, y)
+    return Exits(correct.cpu(), confidence.cpu(), (learner.pool(scores).argmax(-1) == y).cpu())
+
+
+@torch.no_grad()
+def _scores(
+    learner: BlockLocal, split: Split, *, normalisation: Normalisation, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Log-probabilities (K, B, n) of all exits, and labels, in evaluation mode."""
+    with mode(learner, training=False):
+        for x, y in ordered_batches(split, normalisation=normalisation, size=size):
+            yield torch.stack([logits.float().log_softmax(-1) for logits in learner.exits(x)]), y

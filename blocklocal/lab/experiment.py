@@ -19,7 +19,7 @@ from blocklocal.lab.config import Settings
 from blocklocal.lab.data import Dataset, load
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
-from blocklocal.lab.evaluate import Exits, evaluate
+from blocklocal.lab.evaluate import Exits, evaluate, validate
 from blocklocal.lab.names import WORD, short
 from blocklocal.lab.trial import FEW, try_learning, try_model
 
@@ -78,6 +78,13 @@ class Experiment:
         with self.autocast():
             return evaluate(self.learner, self.dataset.test, normalisation=self.normalisation)
 
+    def validate(self) -> Exits | None:
+        """Weigh the exits by the validation images, and then all exits on these; None where none were held out."""
+        if self.dataset.validation is None:
+            return None
+        with self.autocast():
+            return validate(self.learner, self.dataset.validation, normalisation=self.normalisation)
+
     def angles(self, epoch: int) -> dict[str, float]:
         """Degrees between the rule's gradient and the true one, by layer, on the first minibatch of an epoch; none
         where the rule follows the true one."""
@@ -125,7 +132,12 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     device = device or find_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    dataset = load(settings.data, train_size=settings.train_size, test_size=settings.test_size).to(device)
+    dataset = load(
+        settings.data,
+        train_size=settings.train_size,
+        test_size=settings.test_size,
+        validation=settings.validation,
+    ).to(device)
     images = len(dataset.train)
     if images < settings.batch_size * settings.accumulate:
         times = f" times --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""

@@ -16,7 +16,7 @@ from blocklocal.lab.batches import ordered_batches
 from blocklocal.lab.data import Split
 from blocklocal.lab.descent import descent, set_rate
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.evaluate import SIZE, Exits, grade
+from blocklocal.lab.evaluate import SIZE, Exits, grade, weigh
 from blocklocal.lab.experiment import DTYPES, Experiment
 from blocklocal.lab.part import State
 from blocklocal.lab.processes import Processes
@@ -92,22 +92,24 @@ class PipelineTrainer:
         for stage in self.pipeline.stages:
             load_block_state(self.learner, stage.k, stage.optimizer, states[stage.k])
 
+    def validate(self) -> Exits | None:
+        split = self.experiment.dataset.validation
+        if split is None:
+            return None
+        scores = torch.zeros(len(self.learner.blocks), len(split), len(self.experiment.dataset.classes))
+        for rows, found in self._scores(split):
+            scores[self.blocks, rows] = found
+        return weigh(self.learner, self.processes.sum(scores), split.labels)
+
     def test(self) -> Exits:
         test, classes = self.experiment.dataset.test, len(self.experiment.dataset.classes)
         correct = torch.zeros(len(self.learner.blocks), len(test), dtype=torch.int32)
         confidence, scores = torch.zeros(correct.shape), torch.zeros(len(test), classes)
-        share = self._share(torch.arange(len(test)))
-        predictions, first = self.pipeline.predict(self._test_batches(share)), int(share[0])
-        while True:
-            with self.experiment.autocast(self.device):
-                logits = next(predictions, None)
-            if logits is None:
-                break
-            found = logits.float().log_softmax(-1).cpu()
-            rows = slice(first, first := first + found.shape[1])
+        weights = torch.tensor([self.learner.pool.weights[k] for k in self.blocks])[:, None, None]
+        for rows, found in self._scores(test):
             right, confidence[self.blocks, rows] = grade(found, test.labels[rows])
             correct[self.blocks, rows] = right.int()
-            scores[rows] = found.sum(0)
+            scores[rows] = (weights * found).sum(0)
         correct, confidence, scores = map(self.processes.sum, (correct, confidence, scores))
         return Exits(correct.bool(), confidence, scores.argmax(-1) == test.labels)
 
@@ -134,12 +136,22 @@ class PipelineTrainer:
             return ((self._share(x), self._share(y)) for x, y in batches)
         return ((None, self._share(y)) for y in self.experiment.training_labels(epoch, begin=begin))
 
-    def _test_batches(self, rows: Tensor) -> Iterator[Batch]:
-        test = self.experiment.dataset.test
+    def _scores(self, split: Split) -> Iterator[tuple[slice, Tensor]]:
+        """Log-probabilities (blocks, rows, n) of this process's exits, for this replica's rows of the split."""
+        share = self._share(torch.arange(len(split)))
+        predictions, first = self.pipeline.predict(self._ordered_batches(split.of(share))), int(share[0])
+        while True:
+            with self.experiment.autocast(self.device):
+                logits = next(predictions, None)
+            if logits is None:
+                break
+            found = logits.float().log_softmax(-1).cpu()
+            yield slice(first, first := first + found.shape[1]), found
+
+    def _ordered_batches(self, split: Split) -> Iterator[Batch]:
         if 0 in self.blocks:
-            own = Split(test.images[rows], test.labels[rows])
-            return ordered_batches(own, normalisation=self.experiment.normalisation, size=SIZE)
-        return ((None, y) for y in test.labels[rows].split(SIZE))
+            return ordered_batches(split, normalisation=self.experiment.normalisation, size=SIZE)
+        return ((None, y) for y in split.labels.split(SIZE))
 
     def _placement(self, mesh: DeviceMesh) -> Placement:
         train = self.experiment.dataset.train

@@ -18,7 +18,7 @@ Amount = Annotated[float, Meta(ge=0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 # Settings that came after version 0.1.0. A run that does not know one was trained as its default says.
-LATER = {"clip", "accumulate"}
+LATER = {"clip", "accumulate", "validation"}
 
 
 class Config(TypedDict):
@@ -43,7 +43,8 @@ class Border(TypedDict):
 
 
 class Epoch(TypedDict):
-    """A line of metrics.jsonl. train_loss, test_accuracy: of each block. angles: of each layer, some of them nan."""
+    """A line of metrics.jsonl. train_loss, test_accuracy: of each block. angles: of each layer, some of them nan.
+    validation_accuracy: where images were held out, and exit_weights, by which all exits are combined."""
 
     epoch: Count
     train_loss: list[Finite]
@@ -53,6 +54,9 @@ class Epoch(TypedDict):
     peak_memory_mib: Amount
     borders: list[Border]
     angles: NotRequired[dict[str, float]]
+    validation_accuracy: NotRequired[list[Share]]
+    validation_accuracy_all: NotRequired[Share]
+    exit_weights: NotRequired[list[Finite]]
 
 
 def read_config(file: Path) -> dict[str, Any]:

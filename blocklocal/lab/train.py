@@ -171,7 +171,7 @@ def _epoch(epoch: int, course: Course, processes: Processes, *, shown: Display) 
 
     losses = torch.zeros(blocks, dtype=torch.float64)
     losses[list(trainer.blocks)] = course.epoch(epoch, watch=watch).cpu()
-    exits = trainer.test()
+    held_out, exits = trainer.validate(), trainer.test()
     record = {
         "epoch": epoch,
         "train_loss": (processes.sum(losses) / experiment.settings.replicas).tolist(),
@@ -181,6 +181,12 @@ def _epoch(epoch: int, course: Course, processes: Processes, *, shown: Display) 
         "peak_memory_mib": round(processes.largest(peak_memory(processes.device)), 1),
         "borders": trainer.diagnose(epoch),
     }
+    if held_out is not None:
+        record |= {
+            "validation_accuracy": held_out.accuracies,
+            "validation_accuracy_all": held_out.combined_accuracy,
+            "exit_weights": list(experiment.learner.pool.weights),
+        }
     if angles := experiment.angles(epoch):
         record["angles"] = angles
     shown.epoch(record)

@@ -47,6 +47,10 @@ class Trainer(Protocol):
         """UserError: states of another model."""
         ...
 
+    def validate(self) -> Exits | None:
+        """See `Experiment.validate`."""
+        ...
+
     def test(self) -> Exits:
         """All exits on the test images."""
         ...
@@ -97,6 +101,9 @@ class SingleTrainer:
         if self.experiment.learning.alignment:
             load_alignment_state(self.experiment.learning.alignment, states[0])
         load_random_state(states[0])
+
+    def validate(self) -> Exits | None:
+        return self.experiment.validate()
 
     def test(self) -> Exits:
         return self.experiment.test()

@@ -1,0 +1,109 @@
+"""What predicts once training is over: exits, all of them combined, and both as a module of their own.
+
+Exits are combined by log-linear pooling (Genest and Zidek, 1986),
+
+    log p(y | x) = sum_k w_k log p_k(y | x) + const,
+
+the product of their distributions, each to the power of its weight. Dense predictions are added with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from blocklocal.border import Border
+from blocklocal.feedback import at_least_single
+from blocklocal.messages import Criterion, Message
+
+RIDGE = 1e-3
+"""Pull of the weights towards 1/K: it decides where all exits are right about all samples."""
+
+
+class ExitPool(nn.Module):
+    """One prediction from those of K exits: logits for labels. The weights are 1/K until they are fitted.
+
+    They are plain numbers, which no change of device or dtype touches, and part of the state dict.
+
+    >>> ExitPool(2, labels=False)([torch.tensor([1.0]), torch.tensor([3.0])])
+    tensor([2.])
+    """
+
+    def __init__(self, exits: int, *, labels: bool) -> None:
+        super().__init__()
+        self.labels = labels
+        self.weights = (1 / exits,) * exits
+
+    def forward(self, predictions: Sequence[Tensor] | Tensor) -> Tensor:
+        """From predictions (B, n), or per token (B, T, n), of all exits one like them, at least in single precision."""
+        return torch.stack([w * p for w, p in zip(self.weights, map(self._evidence, predictions), strict=True)]).sum(0)
+
+    def fit(self, predictions: Sequence[Tensor] | Tensor, y: Tensor, *, criterion: Criterion) -> None:
+        """The weights, none of them negative, of least criterion on held-out samples: K numbers, by L-BFGS.
+
+        predictions: of each exit for all samples, (N, n) or (N, T, n). For cross-entropy and the mean squared error the
+        problem is convex. ValueError: the criterion gives no finite number.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            evidence = torch.stack([self._evidence(p.clone()).double() for p in predictions])
+            equal = torch.full((len(evidence), *[1] * (evidence.dim() - 1)), 1 / len(evidence)).to(evidence)
+            roots = equal.sqrt().requires_grad_()
+            optimizer = torch.optim.LBFGS([roots], max_iter=100, line_search_fn="strong_wolfe")
+
+            def loss() -> Tensor:
+                optimizer.zero_grad()
+                weights = roots.square()
+                value = criterion((weights * evidence).sum(0), y) + RIDGE * (weights - equal).square().sum()
+                value.backward()
+                return value
+
+            optimizer.step(loss)  # pyright: ignore[reportArgumentType] (a tensor will do)
+        weights = roots.detach().square()
+        if not weights.isfinite().all():
+            raise ValueError("the exits cannot be weighed: their predictions or the criterion are not finite")
+        self.weights = tuple(weights.flatten().tolist())
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.weights, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.weights = tuple(state.tolist())
+
+    def _evidence(self, prediction: Tensor) -> Tensor:
+        prediction = prediction.to(at_least_single(prediction.dtype))
+        return prediction.log_softmax(-1) if self.labels else prediction
+
+
+class Exit(nn.Module):
+    """The prediction at a border, h -> (B, n): what of a border is still needed after training."""
+
+    def __init__(self, border: Border) -> None:
+        super().__init__()
+        self.site, self.statistic, self.head = border.site, border.statistic, border.head
+        self.feedback = border.feedback if getattr(self.head, "reads_feedback", False) else None
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.head(Message(h, site=self.site, statistic=self.statistic, feedback=self.feedback))
+
+
+class Predictor(nn.Module):
+    """A trained chain as one module, x -> prediction: blocks one after the other, and the exits that count.
+
+    exits: of the blocks in their order, None where a block's output is not read. pool: what makes one prediction of
+    those of all exits; without it the last block, or its exit, predicts.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], exits: Iterable[Exit | None], *, pool: ExitPool | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.exits = nn.ModuleList(nn.Identity() if exit is None else exit for exit in exits)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        predictions, h = [], x
+        for block, exit in zip(self.blocks, self.exits, strict=True):
+            h = block(h)
+            predictions.append(exit(h))
+        return predictions[-1] if self.pool is None else self.pool(predictions)
