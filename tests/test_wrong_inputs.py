@@ -34,6 +34,7 @@ OPTIONS = {
         for name, command in {
             "blocks": "blocks mlp",
             "compare": "compare",
+            "study": "study grid.py",
             "table1": "table1",
             "timeline": "timeline run",
             "demo": "demo",
@@ -121,6 +122,16 @@ BY_HAND = [
     case("bench --processes=2", "--processes"),
     case("bench --pipeline --steps=3", "--steps"),
     case("compare --rule=bp", "--rule"),
+    case("study", "GRID"),
+    case("study grid.py", "--validation"),
+    case("study nothing.py --validation=100", "nothing.py"),
+    case("study a_file --validation=100", "a_file", "no grid"),
+    case("study empty --validation=100", "empty", "not a regular file"),
+    case("study grid.py --validation=100 --out=a_file", "--out"),
+    case("train --validation=5000", "--validation"),
+    case("train --rule=bp --head=linear", "--head"),
+    case("train --head=none", "none", "linear"),
+    case("train --rule=pred --variational=1", "--variational"),
     case("compare --resume", "--resume"),
     case("eval run --resume", "--resume"),
     case("launch --nodes=2", "--nodes"),
@@ -422,6 +433,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("empty", "damaged", "foreign", "run", "broken", "images/train/a", "images/test/a", "traced/trace"):
         (tmp_path / name).mkdir(parents=True)
     Path("a_file").write_text("text")
+    Path("grid.py").write_text('[{"rule": "bp"}]')
     Path("damaged/config.json").write_text("{")
     Path("foreign/config.json").write_text('{"name": "another program"}')
     write_run(Path("run"), accuracies=[], epochs=3, model="mlp", data="digits")

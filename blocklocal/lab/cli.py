@@ -27,6 +27,7 @@ COMMANDS = {
     "eval": ("blocklocal.lab.eval", "test a trained network: last exit, an earlier one, all combined"),
     "blocks": ("blocklocal.lab.blocks", "show where a model is cut, and what each block costs"),
     "compare": ("blocklocal.lab.compare", "several rules with several seeds, laid side by side"),
+    "study": ("blocklocal.lab.study", "accuracy against cost, over a grid of settings"),
     "table1": ("blocklocal.lab.table", "the paper's Table 1, or a smaller stand-in for it"),
     "report": ("blocklocal.lab.report", "tables, plots and a page of runs"),
     "bench": ("blocklocal.lab.bench", "time and memory of a training step, rule by rule"),

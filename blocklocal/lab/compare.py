@@ -10,6 +10,7 @@ from typing import Annotated
 
 from tyro.conf import Suppress
 
+from blocklocal.lab import rules
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.config import Settings, folder_name, last_name
 from blocklocal.lab.errors import UserError
@@ -48,8 +49,14 @@ class Options(Settings):
     def series(self) -> list[Settings]:
         """All rules with the first seed, then with the next: a series that is stopped compares what it has."""
         shared = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+        whole = replace(shared, head=None, variational=None)
         return [
-            replace(shared, rule=rule, seed=seed, out=str(self.home / folder_name(rule, f"seed{seed}")))
+            replace(
+                whole if rule in rules.WHOLE else shared,
+                rule=rule,
+                seed=seed,
+                out=str(self.home / folder_name(rule, f"seed{seed}")),
+            )
             for seed in range(self.seed, self.seed + self.seeds)
             for rule in listed(self.rules, flag="--rules")
         ]

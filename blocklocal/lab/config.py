@@ -27,6 +27,10 @@ class Settings:
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
     """in blocks: bll, bll-pooled, bll-paper, pred, predsim; whole: bp (backprop), fa, usf, brsf, frsf, dfa, drtp"""
+    head: str | None = None
+    """what predicts at borders, instead of the rule's own: linear, mlp, conv, residual, pooled, evidence"""
+    variational: Annotated[float | None, Range(least=0)] = None
+    """weight of the variational term, instead of the rule's own; 0: without it"""
     train_size: Annotated[int, Range(least=0)] = 0
     """train on a sample of so many images, always the same; 0: on all"""
     test_size: Annotated[int, Range(least=0)] = 0

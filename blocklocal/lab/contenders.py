@@ -15,7 +15,7 @@ from torch.optim import SGD
 from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, Predictive, recompute, split
 from blocklocal.lab import rules
 from blocklocal.lab.errors import UserError
-from blocklocal.losses import LocalLoss, Term, WeightedSum
+from blocklocal.losses import LocalLoss
 from blocklocal.split import candidates
 
 EXAMPLE = 8  # images by which the blocks are balanced
@@ -175,15 +175,11 @@ def _learner(work: Workload, model: nn.Module, *, loss: LocalLoss, blocks: int) 
         classes=work.classes,
         example=work.x[:EXAMPLE],
         balance=work.balance,
-        loss=WeightedSum(tuple((weight, _with_head(term, work.head)) for weight, term in loss.terms)),
+        loss=rules.adapted(loss, head=work.head, variational=None),
     )
     if work.x.is_contiguous(memory_format=torch.channels_last):
         learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return learner
-
-
-def _with_head(term: Term, head: str | None) -> Term:
-    return replace(term, head=head) if head is not None and isinstance(term, Predictive) else term
 
 
 def _checkpointed(model: nn.Module) -> nn.Sequential:

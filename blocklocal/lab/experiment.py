@@ -167,6 +167,8 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         at=settings.at or models.CUTS.get((settings.model, settings.blocks)),
         criterion=partial(cross_entropy, label_smoothing=settings.label_smoothing),
         seed=settings.seed,
+        head=settings.head,
+        variational=settings.variational,
     )
     with blame(f"model {settings.model!r} does not fit rule {settings.rule!r}"):
         learning = rules.apply(settings.rule, model, task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from blocklocal.alignment import (
 )
 from blocklocal.feedback import Feedback
 from blocklocal.lab.errors import UserError
-from blocklocal.losses import LocalLoss
+from blocklocal.losses import LocalLoss, WeightedSum
 from blocklocal.messages import Criterion
 
 
@@ -26,7 +26,8 @@ from blocklocal.messages import Criterion
 class Task:
     """What a model is to learn, and where it may be cut: at submodules, or else into so many blocks.
 
-    example: a batch of images as the model gets them. seed: of what a rule draws beside the model's weights.
+    example: a batch of images as the model gets them. seed: of what a rule draws beside the model's weights. head,
+    variational: see `adapted`.
     """
 
     classes: int
@@ -35,6 +36,8 @@ class Task:
     at: Sequence[str] | None
     criterion: Criterion | None = None
     seed: int = 0
+    head: str | None = None
+    variational: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
             classes=task.classes,
             example=task.example,
             balance="memory",  # which, unlike time, is the same at every measurement
-            loss=loss,
+            loss=adapted(loss, head=task.head, variational=task.variational),
             feedback=feedback,
             criterion=task.criterion,
         )
@@ -72,8 +75,23 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
     return build
 
 
+def adapted(loss: LocalLoss, *, head: str | None, variational: float | None) -> LocalLoss:
+    """The loss with another head in all its predictions, and another weight of its variational term; 0: without it.
+
+    ValueError: it has no such term.
+    """
+    terms = [(w, replace(term, head=head) if head and isinstance(term, Predictive) else term) for w, term in loss.terms]
+    if variational is not None:
+        if not any(isinstance(term, Variational) for _, term in terms):
+            raise ValueError("it has no variational term whose weight could be another: leave --variational out")
+        terms = [(variational if isinstance(term, Variational) else w, term) for w, term in terms]
+    return WeightedSum(tuple((w, term) for w, term in terms if w or not isinstance(term, Variational)))
+
+
 def backpropagation(model: nn.Module, task: Task) -> Learning:
     """One block, no border."""
+    if task.head or task.variational is not None:
+        raise ValueError("it trains the model whole: --head and --variational are for rules in blocks")
     return Learning(BlockLocal(model, blocks=1, classes=task.classes, criterion=task.criterion))
 
 
@@ -105,6 +123,7 @@ RULES: dict[str, Rule] = {
     "bp": backpropagation,
     **ALIGNED,
 }
+WHOLE = {"bp", *ALIGNED}  # without borders
 
 
 def find(name: str) -> Rule:

@@ -18,7 +18,7 @@ Amount = Annotated[float, Meta(ge=0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 # Settings that came after version 0.1.0. A run that does not know one was trained as its default says.
-LATER = {"clip", "accumulate", "validation"}
+LATER = {"clip", "accumulate", "validation", "head", "variational"}
 
 
 class Config(TypedDict):
@@ -77,7 +77,7 @@ def read_settings(file: Path) -> Settings:
             raise ValueError(f"settings: {min(unknown)!r} is unknown")
         if missing := known - LATER - stored.keys():
             raise ValueError(f"settings: {min(missing)!r} is missing")
-        settings = _convert(stored, Settings)
+        settings = convert_to(stored, Settings)
         settings.check()
     except ValueError as error:
         raise _misfit(file, error) from error
@@ -121,11 +121,12 @@ def _parse(line: bytes, kind: type) -> dict[str, Any]:
         json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    _convert(found, kind)
+    convert_to(found, kind)
     return found
 
 
-def _convert(found: Any, kind: type) -> Any:
+def convert_to(found: Any, kind: type) -> Any:
+    """Plain values as an object of this kind. ValueError: they do not fit; which, and why."""
     try:
         return convert(found, kind)
     except ValidationError as error:
