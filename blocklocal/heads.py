@@ -1,14 +1,16 @@
 """Prediction at a border: modules that map a Message to logits (B, n), or (B, T, n) per token.
 
-`linear` and `mlp` read the channel statistics, `conv` and `residual` the feature map itself through two strided stages
-that end in its mean, `pooled` the same at half its resolution; a deeper head approximates p(y | z_k) better, at more
-cost. `evidence` has no parameters: the messages themselves classify, since log q(y | x) is the logarithm of the
+`linear` and `mlp` read the channel statistics; `conv` and `residual` the feature map itself, through two strided stages
+that end in its mean; `pooled` the map at half its resolution, `patches` its quarters one by one, and `depthwise` through
+three stages of convolutions that look at one channel each. A deeper head approximates p(y | z_k) better, at more cost.
+`evidence` has no parameters: the messages themselves classify, since log q(y | x) is the logarithm of the
 integral of alpha_k(z) beta_k(z; y).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +87,32 @@ class PooledResidualHead(ResidualHead):
         return self.linear(self.features(pooled).mean((2, 3)))
 
 
+class PatchHead(ResidualHead):
+    """The residual head on each quarter of the map, and the mean of its four predictions (HPFF; Su et al., 2024)."""
+
+    name = "patches"
+
+    def forward(self, message: Message) -> Tensor:
+        halves = [[slice(size - size // 2), slice(size // 2, None)] for size in message.map.shape[2:]]
+        quarters = torch.cat([message.map[:, :, rows, columns] for rows, columns in product(*halves)])
+        return self.linear(self.features(quarters).mean((2, 3))).unflatten(0, (4, -1)).mean(0)
+
+
+class DepthwiseHead(nn.Module):
+    """Three strided depth-wise separable convolutions, each with twice the channels of the one before, mean and linear
+    (as in SEDONA; Pyeon et al., 2021)."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        _require_map(site, head="depthwise")
+        widths = [site.channels * 2**k for k in range(4)]
+        self.features = nn.Sequential(*(_separable(inputs, outputs) for inputs, outputs in pairwise(widths)))
+        self.linear = nn.Linear(widths[-1], site.targets.size)
+
+    def forward(self, message: Message) -> Tensor:
+        return self.linear(self.features(message.map).mean((2, 3)))
+
+
 class ResidualUnit(nn.Module):
     """relu(conv(conv(h)) + projection of h), the basic unit of residual networks."""
 
@@ -145,6 +173,8 @@ HEADS: dict[str, Head] = {
     "conv": ConvHead,
     "residual": ResidualHead,
     "pooled": PooledResidualHead,
+    "patches": PatchHead,
+    "depthwise": DepthwiseHead,
     "evidence": EvidenceHead,
 }
 
@@ -152,6 +182,18 @@ HEADS: dict[str, Head] = {
 def _conv(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def _separable(inputs: int, outputs: int) -> nn.Sequential:
+    """A strided 3x3 convolution of each channel by itself, then one of 1x1 pixels over all channels."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, stride=2, padding=1, groups=inputs, bias=False),
+        nn.BatchNorm2d(inputs),
+        nn.ReLU(),
+        nn.Conv2d(inputs, outputs, 1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
 
 
 def _require_map(site: Site, *, head: str) -> None:

@@ -15,7 +15,7 @@ import blocklocal as bll
 from blocklocal import families
 from blocklocal.families import Family
 from blocklocal.feedback import Feedback
-from blocklocal.heads import HEADS, EvidenceHead, LinearHead, ResidualUnit
+from blocklocal.heads import HEADS, EvidenceHead, LinearHead, ResidualHead, ResidualUnit
 from blocklocal.memory import MemoryTracker
 from blocklocal.messages import Message, Site
 
@@ -28,11 +28,11 @@ def message(h: Tensor, at: Site, feedback: Feedback | None = None) -> Message:
     return Message(h, site=at, statistic=bll.spatial_mean, feedback=built)
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual", "pooled"])
+@pytest.mark.parametrize("head", [name for name in HEADS if name != "evidence"])
 @pytest.mark.parametrize("shape", [(CHANNELS, 8, 8), (CHANNELS, 1, 1), (CHANNELS,), (7, CHANNELS)], ids=str)
 def test_heads_give_logits_and_every_parameter_learns(head: str, shape: tuple[int, ...]) -> None:
     at = site(*shape)
-    if head in ("conv", "residual", "pooled") and len(shape) < 3:
+    if head not in ("linear", "mlp") and len(shape) < 3:
         with pytest.raises(ValueError, match=f'head="{head}" needs feature maps .* has shape .*"mlp" or "linear"'):
             HEADS[head](at)
         return
@@ -98,12 +98,40 @@ def test_residual_units_make_one_map_in_the_backward_pass() -> None:
     assert most(lambda h: plain(unit, h)) > 3 * a_map
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "conv", "residual", "pooled", "evidence"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_heads_in_other_precisions(head: str, dtype: torch.dtype) -> None:
     at = site(CHANNELS, 4, 4)
     given = message(torch.randn(BATCH, CHANNELS, 4, 4, dtype=dtype), at, bll.ClosedFormFeedback())
     assert HEADS[head](at).to(dtype)(given).shape == (BATCH, CLASSES)
+
+
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 1)], ids=str)
+def test_patches_are_predicted_one_by_one(size: tuple[int, int]) -> None:
+    at = site(CHANNELS, *size)
+    head, h = HEADS["patches"](at).eval(), torch.randn(BATCH, CHANNELS, *size)
+    whole = ResidualHead(at).eval()
+    whole.load_state_dict(head.state_dict())
+    (height, width), (rows, columns) = size, (math.ceil(size[0] / 2), math.ceil(size[1] / 2))
+    corners = [(0, 0), (0, width - columns), (height - rows, 0), (height - rows, width - columns)]
+    patches = [h[:, :, top : top + rows, left : left + columns] for top, left in corners]
+    expected = torch.stack([whole(message(patch, at)) for patch in patches]).mean(0)
+    assert_close(head(message(h, at)), expected)
+
+
+def test_depthwise_layers_are_two_convolutions() -> None:
+    at, generator = site(CHANNELS, 8, 8), torch.Generator().manual_seed(0)
+    head, h = HEADS["depthwise"](at).eval(), torch.randn(BATCH, CHANNELS, 8, 8, generator=generator)
+    for layer in head.get_submodule("features").children():
+        assert isinstance(layer, torch.nn.Sequential)
+        own, across = (layer[i].weight for i in (0, 3))
+        channels = [F.conv2d(h[:, [c]], own[[c]], stride=2, padding=1) for c in range(h.shape[1])]
+        h = torch.relu(
+            layer[4](torch.einsum("bchw,dc->bdhw", torch.relu(layer[1](torch.cat(channels, 1))), across[..., 0, 0]))
+        )
+    expected = head.get_submodule("linear")(h.mean((2, 3)))
+    h = torch.randn(BATCH, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert_close(head(message(h, at)), expected)
 
 
 @pytest.mark.parametrize("s2", [0.5, 1.0])

@@ -28,7 +28,8 @@ class Settings:
     rule: str = "bll"
     """in blocks: bll, bll-pooled, bll-paper, pred, predsim; whole: bp (backprop), fa, usf, brsf, frsf, dfa, drtp"""
     head: str | None = None
-    """what predicts at borders, instead of the rule's own: linear, mlp, conv, residual, pooled, evidence"""
+    """what predicts at borders, instead of the rule's own: linear, mlp, conv, residual, pooled, patches,
+    depthwise, evidence"""
     variational: Annotated[float | None, Range(least=0)] = None
     """weight of the variational term, instead of the rule's own; 0: without it"""
     train_size: Annotated[int, Range(least=0)] = 0
