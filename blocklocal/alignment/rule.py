@@ -15,6 +15,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from blocklocal.arguments import (
+    describe,
+    loss_of,
     passes,
     require,
     require_factor,
@@ -22,7 +24,6 @@ from blocklocal.arguments import (
     require_gradients,
     require_module,
     require_number,
-    require_scalar,
     require_tensor,
     require_whole,
 )
@@ -156,6 +157,8 @@ class Alignment(ABC):
     def _check(self, x: Tensor, y: Tensor, criterion: Criterion) -> None:
         for name, value in (("x", x), ("y", y)):
             require_tensor(value, name=name)
+            if not value.dim():
+                raise ValueError(f"{name} is {describe(value)}: a batch is needed, such as {name}.unsqueeze(0)")
             if not value.numel():
                 raise ValueError(f"{name} has shape {tuple(value.shape)}: an empty batch has no loss, leave it out")
         if len(x) != len(y):
@@ -165,9 +168,9 @@ class Alignment(ABC):
     def _loss(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, criterion: Criterion) -> Tensor:
         with passes(x, name="x", through="the model"):
             prediction = model(x)
-        with passes(y, name="y", through="criterion="):
-            loss = criterion(prediction, y)
-        require_scalar(loss, name="criterion")
+        loss = loss_of(criterion, prediction, y)
+        if not loss.requires_grad:
+            raise ValueError("the loss depends on no parameter that is trained: is criterion= differentiable?")
         return loss
 
     def _gradients(
