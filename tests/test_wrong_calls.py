@@ -240,7 +240,9 @@ cases(
 )
 case(lambda c: c.learner.predict(X, exit=1, confidence=0.9), names="confidence")
 case(lambda c: c.dense.predict(X, confidence=0.9), names="confidence")
-cases([None, 3, [nn.Linear]], lambda c, v: c.learner.compile(backend=v), names="backend")
+cases([None, 3, [nn.Linear], "fast", "", "Inductor"], lambda c, v: c.learner.compile(backend=v), names="backend")
+cases(["yes", 3, 0.5], lambda c, v: c.learner.compile(backend="eager", dynamic=v), names="dynamic")
+case(lambda c: make([*layers()[:2], scripted(layers()[2])]).compile(backend="eager"), names="block 2 is a ScriptModule")
 cases(["world", 0, True, 3.5], lambda c, v: c.learner.share_feedback(v), names="group")
 
 # Cutting and recomputing.
@@ -258,6 +260,15 @@ cases(
 )
 cases(["1", 3, [3]], lambda c, v: bll.split(nn.Sequential(*layers()), at=v), names="at")
 cases(NO_MODULE, lambda c, v: bll.recompute(v), names="module")
+cases(
+    [{"blocks": 2}, {"at": ["0"]}, {"at": ["0.0"]}, {}], lambda c, v: make(scripted(net()), **v), names="ScriptModule"
+)
+case(
+    lambda c: make(nn.Sequential(*layers()[:1], scripted(net()[1]), layers()[2]), at=["1.0"]),
+    names="'1' is a ScriptModule",
+)
+case(lambda c: make(nn.Sequential(*layers()[:1], scripted(net()[1])), blocks=3), names="blocks=3")
+case(lambda c: bll.recompute(scripted(nn.Linear(6, 4))), names="module is a ScriptModule")
 
 # Losses, families, feedback.
 cases([*NOT_FINITE, *NOT_A_NUMBER, X], lambda c, v: bll.Variational() * v, names="weight")
@@ -313,6 +324,12 @@ for act in ("backward", "angles"):
     cases([None, Y.tolist(), Y[:4], Y.numpy(), Y + 1, Y > 0], lambda c, v, act=act: getattr(c.fa, act)(X, v), names="y")
     cases([None, "ce", nn.MSELoss], lambda c, v, act=act: getattr(c.fa, act)(X, Y, criterion=v), names="criterion")
     cases([lambda p, y: p], lambda c, v, act=act: getattr(c.fa, act)(X, Y, criterion=v), names="criterion")
+    cases([X[0, 0]], lambda c, v, act=act: getattr(c.fa, act)(v, Y), names="x")
+    cases([Y[0]], lambda c, v, act=act: getattr(c.fa, act)(X, v), names="y")
+case(
+    lambda c: alignment.FeedbackAlignment(nn.Sequential(scripted(nn.Linear(6, 4)), nn.Linear(4, 4))),
+    names="ScriptModule",
+)
 cases([*NOT_FINITE, "1", None, torch.ones(2)], lambda c, v: c.fa.backward(X, Y, scale=v), names="scale")
 cases([math.nan, "1", None], lambda c, v: c.drtp.given(Y, scale=v).__enter__(), names="scale")
 cases([None, Y.tolist(), Y.numpy()], lambda c, v: c.drtp.given(v).__enter__(), names="y")
