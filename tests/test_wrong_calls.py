@@ -336,7 +336,28 @@ cases([None, Y.tolist(), Y.numpy()], lambda c, v: c.drtp.given(v).__enter__(), n
 cases([Y + 1, X[:, :3], X[:, :1], F.one_hot(Y)], lambda c, v: c.drtp.backward(X, v), names="y")
 cases([None, [], "state", {}, {"rule": "FeedbackAlignment"}], lambda c, v: c.fa.load_state_dict(v), names="state")
 case(lambda c: c.fa.load_state_dict({"rule": "FeedbackAlignment", "feedback": [X]}), names="state")
-case(lambda c: c.brsf.load_state_dict(c.brsf.state_dict() | {"next_seed": "3"}), names="next_seed")
+for name in ("fa", "brsf", "drtp"):
+    cases(
+        [
+            lambda w: w * math.nan,
+            lambda w: w / 0,
+            Tensor.double,
+            Tensor.half,
+            Tensor.bfloat16,
+            Tensor.long,
+            lambda w: w + 0j,
+            Tensor.to_sparse,
+            lambda w: w.to("meta"),
+        ],
+        lambda c, v, name=name: altered(getattr(c, name), v),
+        names="state",
+    )
+cases(
+    ["3", None, -1, 1.5, math.nan, 2**63],
+    lambda c, v: c.brsf.load_state_dict(c.brsf.state_dict() | {"next_seed": v}),
+    names="next_seed",
+)
+case(lambda c: c.fa.load_state_dict(c.fa.state_dict() | {"feedback": {**c.fa.feedback, 3: X}}), names="state")
 
 MAPS = torch.randn(2, 3, 4, 4)
 

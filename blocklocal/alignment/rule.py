@@ -19,6 +19,7 @@ from blocklocal.arguments import (
     loss_of,
     passes,
     require,
+    require_dense,
     require_factor,
     require_function,
     require_gradients,
@@ -133,15 +134,26 @@ class Alignment(ABC):
         if state.get("rule") != self.rule:
             other = state.get("rule", "a rule without a name")
             raise ValueError(f"the state is of {other}, and this is {self.rule}: pass what the same rule gave")
-        feedback = state.get("feedback")
+        feedback, own = state.get("feedback"), self.feedback
         if not isinstance(feedback, dict) or not all(isinstance(tensor, Tensor) for tensor in feedback.values()):
             raise ValueError("state: its feedback is no dict of tensors: pass what state_dict() gave")
         shapes = {name: tensor.shape for name, tensor in feedback.items()}
-        expected = {name: tensor.shape for name, tensor in self.feedback.items()}
+        expected = {name: tensor.shape for name, tensor in own.items()}
         if shapes != expected:
-            names = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-            raise ValueError(f"the state is of another model: the feedback of {', '.join(names)} differs")
-        for name, tensor in self.feedback.items():
+            names = sorted(str(name) for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+            raise ValueError(
+                f"the state is of another model: the feedback of {', '.join(names)} differs, pass that of this one"
+            )
+        for name, tensor in feedback.items():
+            require_dense(tensor, name=f"state['feedback'][{name!r}]")
+            if tensor.dtype != own[name].dtype:
+                raise ValueError(
+                    f"state: the feedback of {name} is {tensor.dtype}, and this has {own[name].dtype}: pass what "
+                    "state_dict() gave for a model of this dtype"
+                )
+            if not tensor.isfinite().all():
+                raise ValueError(f"state: the feedback of {name} is not finite: pass what state_dict() gave")
+        for name, tensor in own.items():
             tensor.copy_(feedback[name])
 
     def _enter(self, name: str, forward: Forward, input: Tensor) -> Tensor:
