@@ -302,6 +302,19 @@ cases([*NOT_WHOLE, 0, -1], lambda c, v: bll.GradientFeedback(width=v), names="wi
 cases([*NOT_WHOLE, 0, -1], lambda c, v: Targets(v, labels=True), names="size")
 for statistic in (bll.spatial_mean, bll.spatial_max, bll.spatial_std):
     cases([None, ARRAY, [[1.0]], X, X[0]], lambda c, v, statistic=statistic: statistic(v), names="positions")
+FAMILIES = [bll.Gaussian(), bll.GaussianMeanVariance(), bll.Bernoulli(), bll.Categorical(2), bll.Poisson()]
+A, OTHERS = torch.zeros(3, 4), [torch.zeros(4), torch.zeros(1, 4), torch.zeros(3, 1, 4), torch.zeros(3, 2)]
+for family in FAMILIES:
+    eta = family.natural(A)
+    for other in OTHERS:
+        for pair in ((eta, family.natural(other)), (family.natural(other), eta)):
+            case(lambda c, family=family, pair=pair: family.kl_divergence(*pair), names="eta_p")
+    cases([None, 3.0, ARRAY, A], lambda c, v, family=family, eta=eta: family.kl_divergence(eta, v), names="eta_q")
+    for other in OTHERS:
+        case(
+            lambda c, family=family, other=other: family.variational_loss(A, other, fixed_posterior=False),
+            names="alpha",
+        )
 
 # Feedback alignment.
 RULES: dict[str, Callable[..., alignment.Alignment]] = {
