@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
+from types import UnionType
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 def describe(value: object) -> str:
     """A value in a few words."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+        if value.is_nested:
+            return f"a nested tensor, {value.dtype} on {value.device}"
+        sparse = "" if value.layout is torch.strided else "sparse "
+        return f"a {sparse}tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}"
     if value is None or isinstance(value, bool | int | float | str):
         return reprlib.repr(value)
     if isinstance(value, type):
@@ -33,15 +37,46 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def require(value: object, kind: type | tuple[type, ...], *, name: str, needed: str) -> None:
+def require(value: object, kind: type | UnionType | tuple[type, ...], *, name: str, needed: str) -> None:
     """TypeError: `value` is no instance of `kind`."""
     if not isinstance(value, kind):
+        raise TypeError(f"{name} is {describe(value)}: {needed}")
+
+
+def require_list(value: object, *, name: str, needed: str) -> None:
+    """TypeError: no sequence, or text."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"{name} is {describe(value)}: {needed}")
 
 
 def require_tensor(value: object, *, name: str) -> None:
     """TypeError: not a tensor."""
     require(value, Tensor, name=name, needed="pass a torch.Tensor, such as torch.as_tensor() makes of numbers")
+
+
+def require_dense(value: object, *, name: str) -> None:
+    """TypeError: not a tensor. ValueError: one without values, or without one at every place."""
+    require_tensor(value, name=name)
+    assert isinstance(value, Tensor)
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device, where tensors have no values: pass {name} on a real one")
+    if value.is_nested or value.layout is not torch.strided:
+        remedy = "pad it" if value.is_nested else f"pass {name}.to_dense()"
+        raise ValueError(f"{name} is {describe(value)}, and a dense one is needed: {remedy}")
+
+
+def require_device(value: object, *, name: str) -> torch.device:
+    """The device. TypeError: neither a name nor a device. ValueError: one that is not there, or computes nothing."""
+    require(value, str | torch.device, name=name, needed='pass a torch.device or its name, such as "cuda:0"')
+    assert isinstance(value, str | torch.device)
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{name}={str(value)!r} cannot be used ({first_line(error)}): pass another") from error
+    if device.type == "meta":
+        raise ValueError(f"{name}='meta', where nothing is computed: pass a real one")
+    return device
 
 
 def require_module(value: object, *, name: str) -> None:
@@ -117,11 +152,28 @@ def require_factor(value: object, *, name: str) -> None:
 
 
 def require_scalar(loss: object, *, name: str) -> None:
-    """What a function given as `name` returned. TypeError: no tensor. ValueError: more than one number."""
+    """What a function given as `name` returned. TypeError: no tensor. ValueError: more than one number, or no real."""
     require(loss, Tensor, name=f"{name}: what it gives", needed="a scalar tensor is needed")
     assert isinstance(loss, Tensor)
     if loss.dim():
         raise ValueError(f"{name} gives {describe(loss)}: a scalar is needed, the mean over samples")
+    if not loss.is_floating_point():
+        raise ValueError(f"{name} gives {describe(loss)}: a real number is needed, which has a gradient")
+
+
+def loss_of(criterion: Callable[[Tensor, Tensor], Any], prediction: Tensor, y: Tensor) -> Tensor:
+    """criterion(prediction, y). TypeError: no tensor. ValueError: no real scalar, or a criterion that fails."""
+    try:
+        loss = criterion(prediction, y)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"criterion fails at a prediction, {describe(prediction)}, and y, {describe(y)} "
+            f"({type(error).__name__}: {first_line(error)}): pass a function (prediction, y) -> scalar that takes them"
+        ) from error
+    require_scalar(loss, name="criterion")
+    return loss
 
 
 def require_gradients(what: str) -> None:

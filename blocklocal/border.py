@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blocklocal.arguments import describe, passes, require_scalar
+from blocklocal.arguments import describe, passes, require_module, require_scalar
 from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback
 from blocklocal.graph import mode
 from blocklocal.losses import LocalLoss, PredictiveTerm, VariationalTerm
@@ -26,6 +26,8 @@ class Border(nn.Module):
         self.terms = nn.ModuleList(term.build(site) for _, term in loss.terms)
         reads_feedback = any(getattr(module, "reads_feedback", False) for module in self.terms.modules())
         self.feedback = feedback.build(site.targets, channels=site.channels) if reads_feedback else None
+        if reads_feedback:
+            require_module(self.feedback, name="feedback: what it builds")
         learns = self.feedback is not None and any(True for _ in self.feedback.parameters())
         if learns and not any(isinstance(term, VariationalTerm) for term in self.terms):
             raise ValueError(
@@ -51,16 +53,23 @@ class Border(nn.Module):
 
     @torch.no_grad()
     def check(self, h: Tensor) -> None:
-        """ValueError: on an example of h, the statistic or a head does not give what it should."""
+        """ValueError: on an example of h, the statistic, the feedback or a head does not give what it should."""
         message, n = self.message(h), self.site.targets.size
         rows = h.shape[:-1] if self.site.tokens else h.shape[:1]
         with passes(h, name="h", through="statistic="):
-            _require_shape(message.statistics, (*rows, self.site.channels), name="statistic")
+            _require_reals(message.statistics, (*rows, self.site.channels), h.device, name="statistic")
         with mode(self, training=False):
+            if self.feedback is not None:
+                labels = self.site.targets.labels
+                y = torch.zeros(
+                    rows if labels else (*rows, n), dtype=torch.int64 if labels else h.dtype, device=h.device
+                )
+                with passes(y, name="y", through="feedback="):
+                    _require_reals(self.feedback(y), (*rows, self.site.channels), h.device, name="feedback")
             for term in self.terms:
                 if isinstance(term, PredictiveTerm):
                     with passes(h, name="h", through="head="):
-                        _require_shape(term.head(message), (*rows, n), name="head")
+                        _require_reals(term.head(message), (*rows, n), h.device, name="head")
 
     def message(self, h: Tensor) -> Message:
         return Message(h, site=self.site, statistic=self.statistic, feedback=self.feedback)
@@ -113,6 +122,8 @@ class Border(nn.Module):
         return [*names, "agreement", "variance_ratio"]
 
 
-def _require_shape(found: object, shape: tuple[int, ...], *, name: str) -> None:
-    if not isinstance(found, Tensor) or found.shape != shape:
-        raise ValueError(f"{name} gives {describe(found)}: a tensor of shape {shape} is needed")
+def _require_reals(found: object, shape: tuple[int, ...], device: torch.device, *, name: str) -> None:
+    if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
+        raise ValueError(f"{name} gives {describe(found)}: a tensor of shape {shape} is needed, of real numbers")
+    if found.device != device or found.layout is not torch.strided:
+        raise ValueError(f"{name} gives {describe(found)}: a dense tensor on {device} is needed")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blocklocal.arguments import require_number, require_whole
+from blocklocal.arguments import require_number, require_tensor, require_whole
 
 CHUNK = 2**20  # numbers, 4 MiB in single precision
 
@@ -54,6 +54,7 @@ class Family(ABC):
 
     def kl_divergence(self, eta_p: Tensor, eta_q: Tensor) -> Tensor:
         """KL(p || q) in nats, shape (..., D): the Bregman divergence of the log-normalizer."""
+        _require_alike(eta_p, eta_q, names=("eta_p", "eta_q"))
         inner = ((eta_q - eta_p) * self.mean(eta_p)).sum(-1)
         return self.log_normalizer(eta_q) - self.log_normalizer(eta_p) - inner
 
@@ -67,6 +68,7 @@ class Family(ABC):
 
         rho is the product of alpha and beta (Eq. 2); beta is a constant, and with `fixed_posterior` so is rho.
         """
+        _require_alike(alpha, beta, names=("alpha", "beta"))
         eta_alpha = self.natural(alpha)
         eta_rho = self.product(eta_alpha, self.natural(beta.detach()))
         if fixed_posterior:
@@ -139,6 +141,7 @@ class Gaussian(GaussianNatural):
 
     def variational_loss(self, alpha: Tensor, beta: Tensor, *, fixed_posterior: bool) -> Tensor:
         """(beta - alpha)^2 / 8 s2 and constants: the same in a tenth of the operations."""
+        _require_alike(alpha, beta, names=("alpha", "beta"))
         divergence = (beta.detach() - alpha).square() * (0.125 / self.variance)
         if fixed_posterior:
             divergence = 2 * divergence - divergence.detach()
@@ -221,6 +224,17 @@ class Poisson(Family):
         entropy = 0.5 * torch.log(2 * math.pi * math.e * large) - series
         stirling = entropy - large + large * large.log()
         return -torch.where(rate < 32.0, summed, stirling)
+
+
+def _require_alike(p: Tensor, q: Tensor, *, names: tuple[str, str]) -> None:
+    """TypeError: no tensors. ValueError: tensors of two shapes, which would be broadcast."""
+    for name, value in zip(names, (p, q), strict=True):
+        require_tensor(value, name=name)
+    if p.shape != q.shape:
+        ours, theirs = names
+        raise ValueError(
+            f"{ours} has shape {tuple(p.shape)} and {theirs} {tuple(q.shape)}: two of one shape are needed"
+        )
 
 
 def _latents(parameters: Tensor, size: int, family: Family) -> int:

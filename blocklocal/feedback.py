@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blocklocal.arguments import require_number, require_tensor, require_whole
+from blocklocal.arguments import require_dense, require_number, require_whole
 from blocklocal.internals import Convertible
 from blocklocal.replicas import Group, Replicas
 
@@ -42,9 +42,13 @@ class Targets:
 
     def check(self, y: Tensor) -> None:
         """ValueError: y cannot be such targets. Values are looked at on the CPU only, where it is free."""
-        require_tensor(y, name="y")
-        if y.is_meta:
-            raise ValueError("y is on the meta device, where tensors have no values: pass targets on a real one")
+        self.check_kind(y)
+        if self.labels and y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < self.size:
+            raise ValueError(f"y: labels run from {int(y.min())} to {int(y.max())}: allowed is 0 to {self.size - 1}")
+
+    def check_kind(self, y: Tensor) -> None:
+        """ValueError: y cannot be such targets, whatever its values."""
+        require_dense(y, name="y")
         if not y.numel():
             raise ValueError(f"y has shape {tuple(y.shape)}: an empty batch has no loss, leave it out")
         if not self.labels:
@@ -57,8 +61,6 @@ class Targets:
             raise ValueError(
                 f"y has dtype {y.dtype}: labels are integers, pass y.long(); for dense targets pass outputs= instead"
             )
-        if y.device.type == "cpu" and y.numel() and not 0 <= int(y.min()) <= int(y.max()) < self.size:
-            raise ValueError(f"y: labels run from {int(y.min())} to {int(y.max())}: allowed is 0 to {self.size - 1}")
 
     def match(self, y: Tensor, h: Tensor, *, what: str) -> None:
         """ValueError: y has not one target for each vector of h (..., C), or is on another device."""

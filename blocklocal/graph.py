@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from blocklocal.arguments import first_line
@@ -68,11 +69,13 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
     freeze, enters a context or sets attributes, which tracing would lose, or where the two modes differ in the
     functions called, since a traced block could then follow one of them only.
     """
+    if found := obstacle(model):
+        raise ValueError(f"{type(model).__name__} {found}: cut outside it")
     where = " or ".join([type(model).__name__, *map(repr, sorted(containers))])
     modules = {name: model.get_submodule(name) for name in ("", *sorted(containers))}
     for name, module in modules.items():
         if found := obstacle(module):
-            raise ValueError(f"{repr(name) if name else type(model).__name__} {found}: cut outside it")
+            raise ValueError(f"{name!r} {found}: cut outside it")
     traces = {}
     for training in (False, True):
         with mode(model, training=training), ambient(enabled=training):
@@ -114,6 +117,8 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
 
 def obstacle(module: nn.Module) -> str | None:
     """What a module does beside its class's forward pass, which is all that a trace through it follows."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is a ScriptModule, which has no Python code to trace"
     if is_recomputed(module):
         return "is recomputed as a whole (bll.recompute)"
     if "forward" in vars(module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,37 +18,37 @@ from blocklocal.losses import LocalLoss
 
 @dataclass(frozen=True)
 class Example:
-    """What a learner was shown: the shapes of a batch of inputs and of its prediction, and the dtype of the inputs."""
+    """A learner's example= as it reached block k: the shape of a batch there, and its dtype."""
 
+    k: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    prediction: tuple[int, ...]
 
-    def check(self, x: Tensor, y: Tensor, targets: Targets) -> None:
-        """ValueError: a batch that cannot be like this example."""
-        if x.dim() != len(self.shape):
+    def check(self, h: Tensor) -> None:
+        """ValueError: a batch of other dimensions."""
+        if h.dim() != len(self.shape):
+            there = f" at block {self.k}" if self.k else ""
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, and example= had {self.shape}: a batch of {len(self.shape)} dimensions "
-                "is needed"
+                f"{self.name} has shape {tuple(h.shape)}, and example= had {self.shape}{there}: a batch of "
+                f"{len(self.shape)} dimensions is needed"
             )
-        dimensions = len(self.prediction) - targets.labels
-        if y.dim() != dimensions:
-            raise ValueError(
-                f"y has shape {tuple(y.shape)}, and the model predicts {self.prediction} for example=: targets of "
-                f"{dimensions} dimension{'s' if dimensions > 1 else ''} are needed"
-            )
-        if self.prediction[0] == self.shape[0] and len(x) != len(y):
-            raise ValueError(f"x has {len(x)} samples and y has {len(y)} targets: one target per sample is needed")
 
-    def explain(self, x: Tensor, error: Exception, *, block: nn.Module) -> None:
-        """ValueError: x is unlike the example, or unlike the block's parameters, which then is why the block failed."""
-        own = next(block.parameters(), x)
-        kinds = {self.dtype, own.dtype} if x.is_floating_point() else {self.dtype}
-        alike = x.shape[1:] == self.shape[1:] and {x.dtype} == kinds and x.device == own.device
-        if alike and not isinstance(error, IndexError):  # as of a token that an embedding does not have
+    def explain(self, h: Tensor, error: Exception, *, block: nn.Module) -> None:
+        """ValueError: h is unlike the example, or unlike the block's parameters, which then is why the block failed."""
+        own = next(block.parameters(), h)
+        real = h.is_floating_point() and self.dtype.is_floating_point
+        cast = real and torch.is_autocast_enabled(h.device.type)
+        of_one_dtype = cast or h.dtype == (own.dtype if real else self.dtype)
+        token = isinstance(error, IndexError) and not real  # which an embedding does not have
+        if of_one_dtype and h.shape[1:] == self.shape[1:] and h.device == own.device and not token:
             return
-        with passes(x, name="x", through=f"block 0, whose example= had shape {self.shape} and {self.dtype}"):
+        through = f"block {self.k}, whose example= had shape {self.shape} and {self.dtype}"
+        with passes(h, name=self.name, through=through):
             raise error
+
+    @property
+    def name(self) -> str:
+        return "h" if self.k else "x"
 
 
 def check_settings(*, loss: Any, feedback: Any, statistic: Any, criterion: Any, example: Any) -> None:
@@ -63,9 +64,11 @@ def check_settings(*, loss: Any, feedback: Any, statistic: Any, criterion: Any, 
             raise ValueError(f"example has shape {tuple(example.shape)}: pass a batch with samples in it")
 
 
-def check_batch(x: Tensor, y: Tensor, *, targets: Targets, example: Example | None) -> None:
-    """TypeError, ValueError: a batch that nothing can be learnt from."""
+def check_batch(x: Tensor, y: Tensor, *, targets: Targets, examples: Sequence[Example]) -> None:
+    """TypeError, ValueError: a batch that nothing can be learnt from. examples: of all blocks, and the prediction."""
     require_tensor(x, name="x")
+    if x.is_nested:
+        raise ValueError(f"x is {describe(x)}, and one of a single shape is needed: pad it")
     targets.check(y)
     if not x.numel():
         raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch has no loss, leave it out")
@@ -74,8 +77,18 @@ def check_batch(x: Tensor, y: Tensor, *, targets: Targets, example: Example | No
             raise ValueError(
                 f"{name} was made in torch.inference_mode() and cannot be learnt from: pass {name}.clone()"
             )
-    if example is not None:
-        example.check(x, y, targets)
+    if not examples:
+        return
+    example, prediction = examples[0].shape, examples[-1].shape
+    examples[0].check(x)
+    dimensions = len(prediction) - targets.labels
+    if y.dim() != dimensions:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, and the model predicts {prediction} for example=: targets of "
+            f"{dimensions} dimension{'s' if dimensions > 1 else ''} are needed"
+        )
+    if prediction[0] == example[0] and len(x) != len(y):
+        raise ValueError(f"x has {len(x)} samples and y has {len(y)} targets: one target per sample is needed")
 
 
 def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> None:
@@ -100,6 +113,8 @@ def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> Non
 
 def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
     """ValueError: an optimizer that does not step its block, or steps another's, whose gradient is gone or to come."""
+    for k, optimizer in enumerate(optimizers):
+        check_closure(optimizer, name=f"optimizers[{k}]")
     owners = {id(parameter): k for k, own in enumerate(parameters) for parameter in own}
     remedy = "pass one optimizer per block, in the order of the blocks, made from learner.block_parameters(k)"
     for k, optimizer in enumerate(optimizers):
@@ -109,6 +124,20 @@ def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Par
         for other in stepped:
             if other not in (k, None):
                 raise ValueError(f"optimizers[{k}] has a parameter of block {other}: {remedy}")
+
+
+def check_closure(optimizer: Any, *, name: str) -> None:
+    """ValueError: an optimizer that steps with a closure only, as LBFGS does."""
+    step = getattr(type(optimizer), "step", None)  # as the class has it: a schedule puts its own on the instance
+    if not inspect.isfunction(step):
+        return
+    try:
+        inspect.signature(step).bind(optimizer)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} is {describe(optimizer)}, which computes the loss again and again ({error}): pass an optimizer "
+            "that steps without a closure, such as torch.optim.SGD"
+        ) from error
 
 
 def stepped_by(optimizer: Any) -> list[int]:

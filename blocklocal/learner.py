@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blocklocal.arguments import (
+    loss_of,
     module_of,
     require,
+    require_dense,
     require_function,
     require_gradients,
     require_number,
-    require_scalar,
     require_tensor,
     require_whole,
 )
@@ -128,9 +129,9 @@ class BlockLocal(Convertible):
         if self.borders and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
             raise ValueError("criterion has parameters, which every border would train: pass one without")
         self._steppers: tuple[int, ...] = ()  # the optimizers that were looked at last
-        self._example: Example | None = None
+        self._examples: list[Example] = []  # of every block, and the prediction; none where there is no border
         if self.borders and example is not None:
-            self._example = Example(tuple(example.shape), dtype=example.dtype, prediction=tuple(seen.outputs[-1].shape))
+            self._examples = [Example(k, tuple(h.shape), h.dtype) for k, h in enumerate([example, *seen.outputs])]
 
     @property
     def model(self) -> nn.Module:
@@ -144,23 +145,28 @@ class BlockLocal(Convertible):
         """
         k = self._index(k)
         require_tensor(h, name="h")
-        require_tensor(y, name="y")
+        self.targets.check_kind(y)
         h = self._forward(k, h)
         if k < len(self.borders):
-            return self.borders[k](h, y), h.detach()
+            try:
+                return self.borders[k](h, y), h.detach()
+            except (RuntimeError, IndexError):
+                self.targets.check(y)  # whose values only now are worth a look
+                raise
         check_prediction(h, size=self.targets.size)
         if self.borders:
             self.targets.match(y, h, what="the prediction")
-        loss = self.criterion(h, y)
-        require_scalar(loss, name="criterion")
-        return loss, h.detach()
+        return loss_of(self.criterion, h, y), h.detach()
 
     def exit(self, k: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Forward pass of block k: (prediction of exit k, output), from its input h."""
         k = self._index(k)
         require_tensor(h, name="h")
         h = self._forward(k, h)
-        return (h if k == len(self.borders) else self._border(k).predict(h)), h
+        if k < len(self.borders):
+            return self._border(k).predict(h), h
+        check_prediction(h, size=self.targets.size)
+        return h, h
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The local losses, with all graphs alive: the backward pass of their sum gives each block its own gradient.
@@ -330,6 +336,13 @@ class BlockLocal(Convertible):
         """Compile each block with torch.compile, in place."""
         if not isinstance(backend, str):
             require_function(backend, name="backend", needed="pass the name of a backend or a function")
+        elif backend not in torch.compiler.list_backends(exclude_tags=()):
+            known = ", ".join(map(repr, torch.compiler.list_backends()))
+            raise ValueError(f"backend={backend!r}: choose {known}, or pass a function")
+        require(dynamic, bool | None, name="dynamic", needed="pass True, False or None")
+        for k, block in enumerate(self.blocks):
+            if isinstance(block, torch.jit.ScriptModule):
+                raise ValueError(f"block {k} is a ScriptModule, which is compiled: pass the module it was made of")
         for block in self.blocks:
             if type(block).__module__.startswith("torch.nn."):  # torch.compile passes over code of torch.nn itself
                 block.forward = partial(_call, block.forward)
@@ -379,7 +392,7 @@ class BlockLocal(Convertible):
         return require_whole(k, name="k", least=0, most=len(self.blocks) - 1)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
-        check_batch(x, y, targets=self.targets, example=self._example)
+        check_batch(x, y, targets=self.targets, examples=self._examples)
 
     def _check_replicas(self) -> None:
         """ValueError: several processes, and nobody has said what they share."""
@@ -398,6 +411,8 @@ class BlockLocal(Convertible):
             self._outline.check()
         if h.is_meta:
             raise ValueError("x is on the meta device, where tensors have no values: pass inputs on a real one")
+        if self._examples:
+            self._examples[k].check(h)
         if any(parameter.is_meta for parameter in islice(self.blocks[k].parameters(), 1)):
             raise ValueError(
                 f"block {k} is on the meta device, where nothing is computed: give it memory with to_empty(device=...) "
@@ -405,19 +420,23 @@ class BlockLocal(Convertible):
             )
         torch.clear_autocast_cache()  # of weights as they were before an optimizer step, or cast without a graph
         if k > 0:
+            require_dense(h, name="h")
             h = dense(h)  # as it travels from one process to another: strides decide the last bits of what follows
         try:
             return self.blocks[k](h.clone() if self._writes_input[k] else h)
         except (RuntimeError, IndexError, TypeError) as error:
-            if k == 0 and self._example is not None:
-                self._example.explain(h, error, block=self.blocks[0])
+            if self._examples:
+                self._examples[k].explain(h, error, block=self.blocks[k])
             raise
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:
-        h, waiting, decided = x, torch.arange(len(x), device=x.device), None
+        h, waiting, decided = x, x, None
         for k in range(len(self.blocks)):
             logits, h = self.exit(k, h)
-            decided = logits.clone() if decided is None else decided.index_copy(0, waiting, logits.to(decided.dtype))
+            if decided is None:
+                decided, waiting = logits.clone(), torch.arange(len(logits), device=logits.device)
+            else:
+                decided = decided.index_copy(0, waiting, logits.to(decided.dtype))
             surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
             least = surest.flatten(1).amin(1)  # over a sample's tokens
             stays = least < confidence

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blocklocal.arguments import describe, require, require_number, require_scalar
+from blocklocal.arguments import describe, loss_of, require, require_number
 from blocklocal.families import Family, Gaussian
 from blocklocal.heads import HEADS, Head, LinearHead, MLPHead, ResidualHead
 from blocklocal.messages import Message, Site, spatial_std
@@ -148,9 +148,7 @@ class PredictiveTerm(nn.Module):
         self.head, self.criterion = head, site.criterion
 
     def forward(self, message: Message, y: Tensor) -> Tensor:
-        loss = self.criterion(self.head(message), y)
-        require_scalar(loss, name="criterion")
-        return loss
+        return loss_of(self.criterion, self.head(message), y)
 
 
 @dataclass(frozen=True)

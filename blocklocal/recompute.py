@@ -36,6 +36,8 @@ def recompute(module: nn.Module) -> None:
     >>> recompute(model[1])
     """
     require_module(module, name="module")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError("module is a ScriptModule, which cannot be run again: pass the module that it was made of")
     if not is_recomputed(module):
         module.forward = partial(_run, module, module.forward)
 

@@ -83,7 +83,9 @@ def check_example(model: nn.Module, example: Tensor) -> None:
 
 
 def check_prediction(prediction: object, *, size: int) -> None:
-    """ValueError: a prediction for another number of classes or outputs."""
+    """ValueError: a prediction for another number of classes or outputs, or for no batch."""
+    if isinstance(prediction, Tensor) and prediction.shape == (size,):
+        raise ValueError(f"the model gives {_describe(prediction)} for x: a batch is needed, such as x.unsqueeze(0)")
     if not isinstance(prediction, Tensor) or prediction.dim() < 2 or prediction.shape[-1] != size:
         raise ValueError(
             f"the model gives {_describe(prediction)}: its last dimension must be {size}, the number of classes or "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-Uncovered = nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase | nn.Bilinear | Transposed
+Uncovered = nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase | nn.Bilinear | Transposed | torch.jit.ScriptModule
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:

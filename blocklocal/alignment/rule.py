@@ -15,14 +15,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from blocklocal.arguments import (
+    describe,
+    loss_of,
     passes,
     require,
+    require_dense,
     require_factor,
     require_function,
     require_gradients,
     require_module,
     require_number,
-    require_scalar,
     require_tensor,
     require_whole,
 )
@@ -132,15 +134,26 @@ class Alignment(ABC):
         if state.get("rule") != self.rule:
             other = state.get("rule", "a rule without a name")
             raise ValueError(f"the state is of {other}, and this is {self.rule}: pass what the same rule gave")
-        feedback = state.get("feedback")
+        feedback, own = state.get("feedback"), self.feedback
         if not isinstance(feedback, dict) or not all(isinstance(tensor, Tensor) for tensor in feedback.values()):
             raise ValueError("state: its feedback is no dict of tensors: pass what state_dict() gave")
         shapes = {name: tensor.shape for name, tensor in feedback.items()}
-        expected = {name: tensor.shape for name, tensor in self.feedback.items()}
+        expected = {name: tensor.shape for name, tensor in own.items()}
         if shapes != expected:
-            names = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
-            raise ValueError(f"the state is of another model: the feedback of {', '.join(names)} differs")
-        for name, tensor in self.feedback.items():
+            names = sorted(str(name) for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+            raise ValueError(
+                f"the state is of another model: the feedback of {', '.join(names)} differs, pass that of this one"
+            )
+        for name, tensor in feedback.items():
+            require_dense(tensor, name=f"state['feedback'][{name!r}]")
+            if tensor.dtype != own[name].dtype:
+                raise ValueError(
+                    f"state: the feedback of {name} is {tensor.dtype}, and this has {own[name].dtype}: pass what "
+                    "state_dict() gave for a model of this dtype"
+                )
+            if not tensor.isfinite().all():
+                raise ValueError(f"state: the feedback of {name} is not finite: pass what state_dict() gave")
+        for name, tensor in own.items():
             tensor.copy_(feedback[name])
 
     def _enter(self, name: str, forward: Forward, input: Tensor) -> Tensor:
@@ -156,6 +169,8 @@ class Alignment(ABC):
     def _check(self, x: Tensor, y: Tensor, criterion: Criterion) -> None:
         for name, value in (("x", x), ("y", y)):
             require_tensor(value, name=name)
+            if not value.dim():
+                raise ValueError(f"{name} is {describe(value)}: a batch is needed, such as {name}.unsqueeze(0)")
             if not value.numel():
                 raise ValueError(f"{name} has shape {tuple(value.shape)}: an empty batch has no loss, leave it out")
         if len(x) != len(y):
@@ -165,9 +180,9 @@ class Alignment(ABC):
     def _loss(self, model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, criterion: Criterion) -> Tensor:
         with passes(x, name="x", through="the model"):
             prediction = model(x)
-        with passes(y, name="y", through="criterion="):
-            loss = criterion(prediction, y)
-        require_scalar(loss, name="criterion")
+        loss = loss_of(criterion, prediction, y)
+        if not loss.requires_grad:
+            raise ValueError("the loss depends on no parameter that is trained: is criterion= differentiable?")
         return loss
 
     def _gradients(

@@ -86,7 +86,7 @@ class SignSymmetry(FeedbackAlignment):
         if state.get("rule") == self.rule:  # any other is refused below
             if "next_seed" not in state:
                 raise ValueError("the state has no next_seed: pass what state_dict() gave")
-            require_whole(state["next_seed"], name="state['next_seed']", least=0)
+            require_whole(state["next_seed"], name="state['next_seed']", least=0, most=2**63 - 1)
         super().load_state_dict(state)
         self.next_seed = int(state["next_seed"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,20 +12,31 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from blocklocal.arguments import require, require_function, require_gradients, require_number, require_whole
+from blocklocal.arguments import (
+    describe,
+    require,
+    require_dense,
+    require_device,
+    require_function,
+    require_gradients,
+    require_number,
+    require_whole,
+)
 from blocklocal.border import Border
 from blocklocal.feedback import share_feedback
-from blocklocal.inputs import stepped_by
+from blocklocal.inputs import check_closure, stepped_by
 from blocklocal.learner import BlockLocal
 from blocklocal.pipeline.executor import Executor, Minibatch
 from blocklocal.pipeline.materialize import materialize
-from blocklocal.pipeline.replicas import DataParallel, replicate, share_buffers
+from blocklocal.pipeline.replicas import DataParallel, dimensions, replicate, share_buffers
 from blocklocal.pipeline.schedule import Action, Placement, schedule
 from blocklocal.pipeline.stage import LocalStep, MessageType, Stage
 from blocklocal.pipeline.trace import Trace
 from blocklocal.pipeline.wire import DTYPES, TensorSpec, digest
 
 Batch = tuple[Tensor | None, Tensor]
+PAIRS = "pass minibatches, pairs (x, y) of tensors"
+LONGEST = 10**9  # seconds: more than a timer holds
 
 
 class Pipeline:
@@ -69,18 +81,19 @@ class Pipeline:
         seed: int = 0,
         trace: bool = False,
     ) -> None:
-        if not dist.is_initialized():
-            raise ValueError("a pipeline needs processes: call torch.distributed.init_process_group() first")
+        group, replicas = dimensions(mesh)
         require(learner, BlockLocal, name="learner", needed="pass a bll.BlockLocal")
         require_function(optimizer, name="optimizer", needed="pass a function from parameters to an optimizer")
         window = require_whole(window, name="window", least=1)
         ahead = require_whole(ahead, name="ahead", least=1)
         accumulate = require_whole(accumulate, name="accumulate", least=1)
-        require_number(timeout, name="timeout", above=0)
+        require_number(timeout, name="timeout", above=0, most=LONGEST)
+        seed = require_whole(seed, name="seed", least=0, most=2**63 - 1)
+        require(trace, bool, name="trace", needed="pass True or False")
+        require_function(data_parallel, name="data_parallel", needed="pass a function such as replicate or shard")
         if message is not None and message not in DTYPES:
             raise ValueError(f"message={message!r}: choose {', '.join(map(str, DTYPES))}")
-        self.learner, self.device, self.window = learner, torch.device(device), window
-        group, replicas = _dimensions(mesh)
+        self.learner, self.device, self.window = learner, require_device(device, name="device"), window
         self._replicas = replicas
         self.rank = dist.get_rank(group)
         self.placement = _place(placement, blocks=len(learner.blocks), ranks=dist.get_world_size(group))
@@ -95,7 +108,7 @@ class Pipeline:
             share_feedback(step, False if replicas is None else replicas.get_group())
         self.stages = [
             Stage(
-                step if replicas is None else data_parallel(step, replicas),
+                step if replicas is None else _replicated(step, data_parallel, replicas),
                 k,
                 optimizer=_optimizer(optimizer, step),
                 message_type=message_type,
@@ -148,6 +161,7 @@ class Pipeline:
     @torch.no_grad()
     def diagnose(self, x: Tensor | None, y: Tensor) -> dict[int, dict[str, float]]:
         """What a batch shows of the border behind each block of this rank: see `Border.diagnose`."""
+        self.learner.targets.check(y)
         reports: dict[int, dict[str, float]] = {}
 
         def look(step: nn.Module, _: object, output: tuple[Tensor, Tensor]) -> None:
@@ -166,19 +180,19 @@ class Pipeline:
 
     def _run(self, batches: Iterable[Batch], *, training: bool) -> Iterator[list[Tensor]]:
         """Window by window what the stages' `finish` gave. Between two windows others may run in the other mode."""
+        require(batches, Iterable, name="batches", needed=PAIRS)
         remaining = iter(batches)
         self._set_mode(training=training)
-        while window := list(islice(remaining, self.window)):
+        while given := list(islice(remaining, self.window)):
+            window = [self._read(batch, training=training) for batch in given]
             if self.stages[0].training != training:
                 self._set_mode(training=training)
             if training:
                 require_gradients("Pipeline.train")
-                for _, y in window:
-                    self.learner.targets.check(y)
             minibatches = [
                 Minibatch(
                     self.minibatches + m,
-                    x=self._input(x),
+                    x=None if x is None else x.to(self.device, non_blocking=True),
                     y=y.to(self.device, non_blocking=True),
                     digest=digest(y),
                 )
@@ -202,31 +216,34 @@ class Pipeline:
     def _actions(self, minibatches: int) -> list[Action]:
         return schedule(self.placement, minibatches=minibatches, ahead=self._ahead)[self.rank]
 
-    def _input(self, x: Tensor | None) -> Tensor | None:
+    def _read(self, batch: Any, *, training: bool) -> Batch:
+        """What this rank reads of a minibatch. TypeError, ValueError: none, or nothing that it could learn from."""
+        if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != 2:
+            raise TypeError(f"a minibatch is {describe(batch)}: {PAIRS}")
+        x, y = batch
+        if training:
+            self.learner.targets.check(y)
+        else:
+            require_dense(y, name="y")
+        if not y.dim():
+            raise ValueError("y has shape (): one target per sample is needed")
         if self.blocks[0] > 0:
-            return None
+            return None, y
         if x is None:
-            raise ValueError("a minibatch without x: the rank of block 0 reads the inputs")
-        return x.to(self.device, non_blocking=True)
-
-
-def _dimensions(mesh: DeviceMesh | None) -> tuple[dist.ProcessGroup | None, DeviceMesh | None]:
-    """The group of one pipeline, and the mesh of the replicas of a block where there are any."""
-    if mesh is None:
-        return None, None
-    names = mesh.mesh_dim_names or ()
-    if "block" not in names or not set(names) <= {"block", "data"}:
-        raise ValueError(f'mesh with dimensions {names}: a pipeline needs "block", and may have "data"')
-    replicas = mesh["data"] if "data" in names and mesh["data"].size() > 1 else None
-    return mesh.get_group("block"), replicas
+            raise ValueError("a minibatch without x: the rank of block 0 reads the inputs, pass them")
+        require_dense(x, name="x")
+        return x, y
 
 
 def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: int) -> Placement:
     if placement is None:
         return Placement.even(blocks, ranks=ranks)
-    placed = placement if isinstance(placement, Placement) else Placement(tuple(placement))
+    placed = placement if isinstance(placement, Placement) else Placement(placement)
     if len(placed.ranks) != blocks or placed.size != ranks:
-        raise ValueError(f"placement {list(placed.ranks)} is not one of {blocks} blocks on {ranks} ranks")
+        raise ValueError(
+            f"placement {list(placed.ranks)} is not one of {blocks} blocks on {ranks} ranks: pass the rank of each "
+            "block, and leave out no rank"
+        )
     return placed
 
 
@@ -235,12 +252,19 @@ def _message_type(learner: BlockLocal, message: torch.dtype | None) -> MessageTy
     return MessageType(message or own, rounds=message is not None)
 
 
+def _replicated(step: LocalStep, data_parallel: DataParallel, replicas: DeviceMesh) -> nn.Module:
+    made = data_parallel(step, replicas)
+    require(made, nn.Module, name="data_parallel: what it gives", needed="the module to call is needed")
+    return made
+
+
 def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: LocalStep) -> Optimizer | None:
     parameters = [parameter for parameter in step.parameters() if parameter.requires_grad]
     if not parameters:
         return None
     made = optimizer(parameters)
     require(made, Optimizer, name="optimizer: what it gives", needed="a torch.optim.Optimizer is needed")
+    check_closure(made, name="optimizer: what it gives")
     if not set(stepped_by(made)) & set(map(id, parameters)):
         raise ValueError(f"optimizer= gives one without a parameter of block {step.k}: pass on those that it is given")
     return made

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from blocklocal.arguments import require, require_dense, require_device, require_list, require_number
 from blocklocal.balance import partition
 from blocklocal.learner import BlockLocal
+from blocklocal.pipeline.replicas import dimensions
 from blocklocal.pipeline.schedule import Placement
 
 LEAST = 0.1  # seconds for which a block is measured
@@ -32,11 +34,13 @@ def balanced(
     Every process calls it and measures all blocks, on a copy of the learner and on its own device, while the others do:
     a slow device gets less to do. mesh: as for `Pipeline`; where a rank has replicas, the slowest counts.
     """
-    ranks, own = (dist.get_world_size(), dist.get_rank())
-    if mesh is not None:
-        ranks, own = mesh["block"].size(), mesh.get_local_rank("block")
-    seconds = torch.zeros(ranks, len(learner.blocks), dtype=torch.float64)
-    seconds[own] = torch.tensor(block_seconds(learner, x, y, device=torch.device(device)))
+    group, _ = dimensions(mesh)
+    require(learner, BlockLocal, name="learner", needed="pass a bll.BlockLocal")
+    require_dense(x, name="x")
+    learner.targets.check(y)
+    device = require_device(device, name="device")
+    seconds = torch.zeros(dist.get_world_size(group), len(learner.blocks), dtype=torch.float64)
+    seconds[dist.get_rank(group)] = torch.tensor(block_seconds(learner, x, y, device=device))
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     return spread(seconds.tolist())
 
@@ -49,7 +53,16 @@ def spread(seconds: Sequence[Sequence[float]]) -> Placement:
     >>> spread([[1.0, 1.0, 2.0], [0.5, 0.5, 1.0]]).ranks
     (0, 1, 1)
     """
-    ranks, blocks = len(seconds), len(seconds[0])
+    needed = "pass a list for each rank, with the seconds of every block"
+    require_list(seconds, name="seconds", needed=needed)
+    for rank, row in enumerate(seconds):
+        require_list(row, name=f"seconds[{rank}]", needed=needed)
+        for k, value in enumerate(row):
+            require_number(value, name=f"seconds[{rank}][{k}]", least=0)
+    ranks, blocks = len(seconds), {len(row) for row in seconds}
+    if len(blocks) != 1:
+        raise ValueError(f"seconds has rows of {sorted(blocks)} blocks: {needed}")
+    (blocks,) = blocks
     if ranks > blocks:
         raise ValueError(f"{ranks} ranks for {blocks} blocks: every rank needs a block")
     starts = partition([_total(row) for row in seconds], segments=blocks)

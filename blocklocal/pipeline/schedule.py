@@ -10,9 +10,12 @@ is no action that sends or receives a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
+
+from blocklocal.arguments import require, require_list, require_whole
 
 Kind = Literal["F", "B", "SEND_F", "RECV_F"]
 
@@ -36,9 +39,12 @@ class Placement:
     [0, 1]
     """
 
-    ranks: tuple[int, ...]
+    ranks: Sequence[int]
 
     def __post_init__(self) -> None:
+        require_list(self.ranks, name="placement", needed="pass the rank of each block, such as (0, 0, 1)")
+        ranks = tuple(require_whole(rank, name=f"placement[{k}]", least=0) for k, rank in enumerate(self.ranks))
+        object.__setattr__(self, "ranks", ranks)
         steps = [b - a for a, b in pairwise(self.ranks)]
         if not self.ranks or self.ranks[0] != 0 or any(step not in (0, 1) for step in steps):
             raise ValueError(
@@ -48,7 +54,8 @@ class Placement:
     @staticmethod
     def even(blocks: int, *, ranks: int) -> Placement:
         """Nearly as many blocks on each rank, the first ranks having more."""
-        if not 1 <= ranks <= blocks:
+        blocks, ranks = require_whole(blocks, name="blocks", least=1), require_whole(ranks, name="ranks", least=1)
+        if ranks > blocks:
             raise ValueError(f"{ranks} ranks for {blocks} blocks: every rank needs a block")
         return Placement(tuple(rank for rank in range(ranks) for _ in range(rank, blocks, ranks)))
 
@@ -58,19 +65,28 @@ class Placement:
         return self.ranks[-1] + 1
 
     def blocks(self, rank: int) -> list[int]:
+        rank = require_whole(rank, name="rank", least=0, most=self.size - 1)
         return [k for k, owner in enumerate(self.ranks) if owner == rank]
 
     def receives(self, k: int) -> bool:
         """Whether the input of block k comes from another rank."""
+        k = self._index(k)
         return k > 0 and self.ranks[k - 1] != self.ranks[k]
 
     def sends(self, k: int) -> bool:
         """Whether the output of block k goes to another rank."""
+        k = self._index(k)
         return k + 1 < len(self.ranks) and self.ranks[k + 1] != self.ranks[k]
+
+    def _index(self, k: int) -> int:
+        return require_whole(k, name="k", least=0, most=len(self.ranks) - 1)
 
 
 def schedule(placement: Placement, *, minibatches: int, ahead: int) -> dict[int, list[Action]]:
     """The actions of every rank in one window of minibatches."""
+    require(placement, Placement, name="placement", needed="pass a Placement, such as Placement((0, 0, 1))")
+    minibatches = require_whole(minibatches, name="minibatches", least=1)
+    ahead = require_whole(ahead, name="ahead", least=1)
     return {rank: _actions(placement, rank, minibatches=minibatches, ahead=ahead) for rank in range(placement.size)}
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from blocklocal.arguments import describe, require, require_device, require_whole
+
 Doing = Literal["forward", "backward", "send", "wait"]
 
 FAR = 1e12  # seconds, beyond every clock
@@ -45,7 +47,9 @@ class Trace:
     """
 
     def __init__(self, *, rank: int, replica: int, device: torch.device) -> None:
-        self.rank, self.replica, self.device = rank, replica, device
+        self.rank = require_whole(rank, name="rank", least=0)
+        self.replica = require_whole(replica, name="replica", least=0)
+        self.device = require_device(device, name="device")
         self.records: list[Record] = []
         self._last = 0.0
 
@@ -71,13 +75,18 @@ class Trace:
             part.unlink(missing_ok=True)
 
 
-def load(paths: Iterable[Path]) -> list[Record]:
+def load(paths: Iterable[Path | str]) -> list[Record]:
     """The records of several ranks, a file of each, in the order of their start.
 
     ValueError: a file that holds something else, or not all of a line; a rank in two files.
     """
-    records, files = [], {}
-    for path in paths:
+    records, files, needed = [], {}, "pass a list of files"
+    if isinstance(paths, str | bytes):
+        raise TypeError(f"paths is {describe(paths)}: {needed}")
+    require(paths, Iterable, name="paths", needed=needed)
+    for given in paths:
+        require(given, Path | str, name="paths: one of them", needed=needed)
+        path = Path(given)
         *lines, rest = path.read_bytes().split(b"\n")
         if rest:
             raise ValueError(f"{str(path)!r} ends inside line {len(lines) + 1}")
