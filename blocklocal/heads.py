@@ -1,9 +1,9 @@
 """Prediction at a border: modules that map a Message to logits (B, n), or (B, T, n) per token.
 
 `linear` and `mlp` read the channel statistics; `conv` and `residual` the feature map itself, through two strided stages
-that end in its mean; `pooled` the map at half its resolution, `patches` its quarters one by one, and `depthwise` through
-three stages of convolutions that look at one channel each. A deeper head approximates p(y | z_k) better, at more cost.
-`evidence` has no parameters: the messages themselves classify, since log q(y | x) is the logarithm of the
+that end in its mean; `pooled` the map at half its resolution, `patches` its quarters one by one; `depthwise` the map
+through three stages of convolutions that look at one channel each. A deeper head approximates p(y | z_k) better, at
+more cost. `evidence` has no parameters: the messages themselves classify, since log q(y | x) is the logarithm of the
 integral of alpha_k(z) beta_k(z; y).
 """
 

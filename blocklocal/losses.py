@@ -116,7 +116,8 @@ class Predictive(Term):
     """The criterion of the model on a prediction made at the border (paper, section 3).
 
     head: one of "linear", "mlp", "conv", "residual", "pooled", "patches", "depthwise", "evidence", or a function
-    Site -> nn.Module that maps a Message to logits. By default "residual" at feature maps and "mlp" at vectors and tokens.
+    Site -> nn.Module that maps a Message to logits. By default "residual" at feature maps and "mlp" at vectors and
+    tokens.
     """
 
     head: str | Head | None = None

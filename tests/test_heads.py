@@ -119,19 +119,19 @@ def test_patches_are_predicted_one_by_one(size: tuple[int, int]) -> None:
     assert_close(head(message(h, at)), expected)
 
 
-def test_depthwise_layers_are_two_convolutions() -> None:
-    at, generator = site(CHANNELS, 8, 8), torch.Generator().manual_seed(0)
-    head, h = HEADS["depthwise"](at).eval(), torch.randn(BATCH, CHANNELS, 8, 8, generator=generator)
+def test_depthwise_layers_look_at_one_channel_and_then_at_one_pixel() -> None:
+    head, h = HEADS["depthwise"](site(CHANNELS, 8, 8)).eval(), torch.randn(BATCH, CHANNELS, 8, 8)
     for layer in head.get_submodule("features").children():
         assert isinstance(layer, torch.nn.Sequential)
-        own, across = (layer[i].weight for i in (0, 3))
-        channels = [F.conv2d(h[:, [c]], own[[c]], stride=2, padding=1) for c in range(h.shape[1])]
-        h = torch.relu(
-            layer[4](torch.einsum("bchw,dc->bdhw", torch.relu(layer[1](torch.cat(channels, 1))), across[..., 0, 0]))
-        )
-    expected = head.get_submodule("linear")(h.mean((2, 3)))
-    h = torch.randn(BATCH, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert_close(head(message(h, at)), expected)
+        own, norm, _, across, last, _ = layer
+        assert isinstance(own, torch.nn.Conv2d)
+        assert isinstance(across, torch.nn.Conv2d)
+        weights = zip(h.split(1, 1), own.weight.split(1), strict=True)
+        maps = torch.cat([F.conv2d(channel, weight, stride=2, padding=1) for channel, weight in weights], 1)
+        mixed = torch.einsum("bchw,dc->bdhw", torch.relu(norm(maps)), across.weight[..., 0, 0])
+        expected = torch.relu(last(mixed))
+        assert_close(layer(h), expected)
+        h = expected
 
 
 @pytest.mark.parametrize("s2", [0.5, 1.0])
