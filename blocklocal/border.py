@@ -35,14 +35,13 @@ class Border(nn.Module):
                 "add it to the local loss, or use bll.ClosedFormFeedback()"
             )
 
-    def forward(self, h: Tensor, y: Tensor) -> Tensor:
-        """The local loss, a scalar, of outputs h and targets y."""
-        parts = self.parts(h, y)
+    def forward(self, message: Message, y: Tensor) -> Tensor:
+        """The local loss, a scalar, of a message and targets y."""
+        parts = self.parts(message, y)
         return torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True)]).sum()
 
-    def parts(self, h: Tensor, y: Tensor) -> list[Tensor]:
+    def parts(self, message: Message, y: Tensor) -> list[Tensor]:
         """The terms of the local loss, unweighted."""
-        message = self.message(h)
         self.site.targets.match(y, message.alpha, what="alpha at this border")
         if self.training and torch.is_grad_enabled() and isinstance(self.feedback, LinearFeedback):
             self.feedback.update(y, message.alpha.detach())
@@ -71,12 +70,9 @@ class Border(nn.Module):
                     with passes(h, name="h", through="head="):
                         _require_reals(term.head(message), (*rows, n), h.device, name="head")
 
-    def message(self, h: Tensor) -> Message:
-        return Message(h, site=self.site, statistic=self.statistic, feedback=self.feedback)
-
-    def predict(self, h: Tensor) -> Tensor:
-        """Logits (B, n) of the border's prediction head."""
-        return self.head(self.message(h))
+    def message(self, h: Tensor, belief: Tensor | None = None) -> Message:
+        """From the block's output, and the belief of the exits before it where that has come along."""
+        return Message(h, site=self.site, statistic=self.statistic, feedback=self.feedback, belief=belief)
 
     @property
     def head(self) -> nn.Module:
@@ -87,7 +83,7 @@ class Border(nn.Module):
         raise ValueError("this border predicts nothing: add bll.Predictive() to its local loss")
 
     @torch.no_grad()
-    def diagnose(self, h: Tensor, y: Tensor) -> dict[str, float]:
+    def diagnose(self, message: Message, y: Tensor) -> dict[str, float]:
         """What one batch shows of the border.
 
         Every loss term by its name, with its index where the name recurs; `agreement`: the mean cosine between alpha
@@ -95,7 +91,7 @@ class Border(nn.Module):
         that within them, from a least-squares fit of alpha to the targets of this batch, both centred. It goes to zero
         where the block's output collapses. Agreement and ratio are those of the samples that are finite.
         """
-        parts, alpha = self.parts(h, y), self.message(h).alpha.flatten(0, -2)
+        parts, alpha = self.parts(message, y), message.alpha.flatten(0, -2)
         targets = y.flatten() if self.site.targets.labels else y.flatten(0, -2)
         finite = alpha.isfinite().all(1) & targets.view(len(alpha), -1).isfinite().all(1)
         alpha, targets = alpha[finite], targets[finite]

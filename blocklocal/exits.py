@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blocklocal.border import Border
 from blocklocal.feedback import at_least_single
-from blocklocal.messages import Criterion, Message
+from blocklocal.messages import Criterion, Message, add_belief
 
 RIDGE = 1e-3
 """Pull of the weights towards 1/K: it decides where all exits are right about all samples."""
@@ -92,18 +92,23 @@ class Predictor(nn.Module):
     """A trained chain as one module, x -> prediction: blocks one after the other, and the exits that count.
 
     exits: of the blocks in their order, None where a block's output is not read. pool: what makes one prediction of
-    those of all exits; without it the last block, or its exit, predicts.
+    those of all exits; without it the last block, or its exit, predicts. add_beliefs: see `BlockLocal`; then every exit
+    counts.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], exits: Iterable[Exit | None], *, pool: ExitPool | None) -> None:
+    def __init__(
+        self, blocks: Iterable[nn.Module], exits: Iterable[Exit | None], *, pool: ExitPool | None, add_beliefs: bool
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.exits = nn.ModuleList(nn.Identity() if exit is None else exit for exit in exits)
-        self.pool = pool
+        self.pool, self.adds_beliefs = pool, add_beliefs
 
     def forward(self, x: Tensor) -> Tensor:
-        predictions, h = [], x
+        predictions: list[Tensor] = []
+        h, belief = x, None
         for block, exit in zip(self.blocks, self.exits, strict=True):
             h = block(h)
-            predictions.append(exit(h))
+            predictions.append(add_belief(belief, exit(h)))
+            belief = predictions[-1] if self.adds_beliefs else None
         return predictions[-1] if self.pool is None else self.pool(predictions)

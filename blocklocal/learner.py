@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blocklocal.arguments import (
+    describe,
     loss_of,
     module_of,
     require,
@@ -34,11 +35,14 @@ from blocklocal.inputs import Example, check_batch, check_frozen, check_owners, 
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
-from blocklocal.messages import Criterion, Statistic, dense, spatial_mean
+from blocklocal.messages import Criterion, Message, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
 from blocklocal.replicas import Group, processes
 from blocklocal.split import split
 from blocklocal.survey import check_prediction, site_of, survey
+
+Features = Tensor | tuple[Tensor, Tensor]
+"""What a block reads: features, and where beliefs add, the belief of the exits before it."""
 
 
 class CollapseWarning(UserWarning):
@@ -64,7 +68,10 @@ class BlockLocal(Convertible):
     many numbers, (B, outputs). loss: the local loss at each border. feedback, statistic: how beta and alpha are made.
     criterion: the loss of the last block and of predictions at borders, (prediction, y) -> scalar; cross-entropy for
     labels. layout: what the features are, "tokens" (channels last), "signal" or "map" (channels second), at all borders
-    or at each; by default found from the weights that write and read them.
+    or at each; by default found from the weights that write and read them. add_beliefs: every exit predicts the sum of
+    its own logits and those of the exits before it (Eq. 2 for categorical messages), which travel beside the features
+    and are constants for it. What was trained is then the model with its heads, see `predictor`, and not the model
+    alone.
 
     The model passed in shares its parameters with the blocks: it is the trained model, its state dict is as it was.
 
@@ -88,6 +95,7 @@ class BlockLocal(Convertible):
         statistic: Statistic = spatial_mean,
         criterion: Criterion | None = None,
         layout: Layout | Sequence[Layout] | None = None,
+        add_beliefs: bool = False,
     ) -> None:
         super().__init__()
         model = module_of(model)
@@ -111,7 +119,7 @@ class BlockLocal(Convertible):
             (chosen,) = given_layouts(layout, borders=1)
             y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
             trial = build(h, prediction, chosen or found)
-            return lambda h: trial(h, y)
+            return lambda h: trial(trial.message(h), y)
 
         self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
         self._outline = Outline(model, self.blocks)
@@ -125,6 +133,10 @@ class BlockLocal(Convertible):
         for k, h in enumerate(seen.outputs[:-1]):
             if not h.is_meta:
                 self._border(k).check(h[:2])
+            if add_beliefs:
+                _ = self._border(k).head  # there must be one
+        require(add_beliefs, bool, name="add_beliefs", needed="pass True or False")
+        self.adds_beliefs = add_beliefs
         self.pool = ExitPool(len(self.blocks), labels=self.targets.labels)
         if self.borders and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
             raise ValueError("criterion has parameters, which every border would train: pass one without")
@@ -138,35 +150,40 @@ class BlockLocal(Convertible):
         """The model that was passed in."""
         return self._model[0]
 
-    def local(self, k: int, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def local(self, k: int, h: Features, y: Tensor) -> tuple[Tensor, Any]:
         """Forward pass of block k: (local loss with its graph, output detached), from a detached input h.
 
-        The output is what the next block reads; that of the last block is the prediction.
+        The output is what the next block reads; that of the last block is the prediction. With add_beliefs it is a
+        pair, the block's output and the belief, and so is h but for block 0.
         """
         k = self._index(k)
-        require_tensor(h, name="h")
+        h, belief = self._received(k, h)
         self.targets.check_kind(y)
         h = self._forward(k, h)
         if k < len(self.borders):
+            message = self._border(k).message(h, belief)
             try:
-                return self.borders[k](h, y), h.detach()
+                return self.borders[k](message, y), self._handed_on(k, message, detached=True)
             except (RuntimeError, IndexError):
                 self.targets.check(y)  # whose values only now are worth a look
                 raise
         check_prediction(h, size=self.targets.size)
         if self.borders:
             self.targets.match(y, h, what="the prediction")
-        return loss_of(self.criterion, h, y), h.detach()
+        prediction = add_belief(belief, h)
+        return loss_of(self.criterion, prediction, y), prediction.detach()
 
-    def exit(self, k: int, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward pass of block k: (prediction of exit k, output), from its input h."""
+    def exit(self, k: int, h: Features) -> tuple[Tensor, Any]:
+        """Forward pass of block k: (prediction of exit k, output), from its input h; both as for `local`."""
         k = self._index(k)
-        require_tensor(h, name="h")
+        h, belief = self._received(k, h)
         h = self._forward(k, h)
         if k < len(self.borders):
-            return self._border(k).predict(h), h
+            message = self._border(k).message(h, belief)
+            return message.predict(self._border(k).head), self._handed_on(k, message)
         check_prediction(h, size=self.targets.size)
-        return h, h
+        prediction = add_belief(belief, h)
+        return prediction, prediction
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The local losses, with all graphs alive: the backward pass of their sum gives each block its own gradient.
@@ -281,7 +298,7 @@ class BlockLocal(Convertible):
             return self.pool(self.exits(x))
         k, h = self._exit(exit), x
         for j in range(k):
-            h = self._forward(j, h)
+            h = self.exit(j, h)[1] if self.adds_beliefs else self._forward(j, h)
         return self.exit(k, h)[0]
 
     @torch.no_grad()
@@ -313,22 +330,26 @@ class BlockLocal(Convertible):
         exit=None: the blocks alone. exit=k: blocks 0 to k and the head of exit k. exit="all": blocks, heads, weights.
         """
         if isinstance(exit, str) and exit == "all":
-            return Predictor(
-                self.blocks, [*(Exit(self._border(k)) for k in range(len(self.borders))), None], pool=self.pool
-            )
-        k = self._exit(exit)
-        heads = [None] * k + [Exit(self._border(k)) if k < len(self.borders) else None]
-        return Predictor(self.blocks[: k + 1], heads, pool=None)
+            k, pool = len(self.borders), self.pool
+        else:
+            k, pool = self._exit(exit), None
+        counts = [j == k or pool is not None or self.adds_beliefs for j in range(k + 1)]
+        borders = [self._border(j) if j < len(self.borders) else None for j in range(k + 1)]
+        exits = [Exit(border) if border and counts else None for border, counts in zip(borders, counts, strict=True)]
+        return Predictor(self.blocks[: k + 1], exits, pool=pool, add_beliefs=self.adds_beliefs)
 
     @torch.no_grad()
     def diagnose(self, x: Tensor, y: Tensor) -> list[dict[str, float]]:
         """What a batch shows of each border, in evaluation mode: see `Border.diagnose`. Warns of a collapsed block."""
         self._check(x, y)
-        reports, h = [], x
+        reports: list[dict[str, float]] = []
+        given: Features = x
         with mode(self, training=False):
             for k in range(len(self.borders)):
-                h = self._forward(k, h)
-                reports.append(self._border(k).diagnose(h, y))
+                h, belief = self._received(k, given)
+                message = self._border(k).message(self._forward(k, h), belief)
+                reports.append(self._border(k).diagnose(message, y))
+                given = self._handed_on(k, message)
         warn_of_collapse(reports)
         return reports
 
@@ -375,6 +396,29 @@ class BlockLocal(Convertible):
         """The blocks that are not the model's own modules."""
         given = set(self.model.modules())
         return [block for block in self.blocks if block not in given]
+
+    def _received(self, k: int, h: Features) -> tuple[Tensor, Tensor | None]:
+        """The features that block k is given, and the belief where there is one."""
+        if k == 0 or not self.adds_beliefs:
+            require_tensor(h, name="h")
+            assert isinstance(h, Tensor)
+            return h, None
+        if not isinstance(h, tuple) or len(h) != 2:
+            raise TypeError(
+                f"h is {describe(h)}: with add_beliefs block {k} reads a pair, features and belief, as block {k - 1} "
+                "hands them on"
+            )
+        for part in h:
+            require_tensor(part, name="h")
+        return h
+
+    def _handed_on(self, k: int, message: Message, *, detached: bool = False) -> Features:
+        """What block k gives to the next one."""
+        h = message.h.detach() if detached else message.h
+        if not self.adds_beliefs:
+            return h
+        belief = message.predict(self._border(k).head)
+        return h, belief.detach() if detached else belief
 
     def _border(self, k: int) -> Border:
         border = self.borders[k]
@@ -440,7 +484,8 @@ class BlockLocal(Convertible):
             surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
             least = surest.flatten(1).amin(1)  # over a sample's tokens
             stays = least < confidence
-            h, waiting = h[stays], waiting[stays]
+            h = (h[0][stays], h[1][stays]) if isinstance(h, tuple) else h[stays]
+            waiting = waiting[stays]
             if not len(waiting):
                 break
         assert decided is not None

@@ -149,7 +149,7 @@ class PredictiveTerm(nn.Module):
         self.head, self.criterion = head, site.criterion
 
     def forward(self, message: Message, y: Tensor) -> Tensor:
-        return loss_of(self.criterion, self.head(message), y)
+        return loss_of(self.criterion, message.predict(self.head), y)
 
 
 @dataclass(frozen=True)

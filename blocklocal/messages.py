@@ -61,6 +61,14 @@ def _require_positions(positions: Tensor) -> None:
         raise ValueError(f"positions is {describe(positions)}: three dimensions (B, C, P) are needed")
 
 
+def add_belief(belief: Tensor | None, evidence: Tensor) -> Tensor:
+    """Natural parameters of categorical messages add (Eq. 2), at least in single precision; without a belief, evidence
+    alone."""
+    if belief is None:
+        return evidence
+    return belief + evidence.to(at_least_single(evidence.dtype))
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a border stands: the shape and layout of one sample of h, and what to predict there.
@@ -84,6 +92,12 @@ class Site:
         return self.shape[0 if self.channels_first else -1]
 
     @property
+    def prediction(self) -> tuple[int, ...]:
+        """The shape of the prediction for one sample."""
+        positions = self.shape[1:] if self.channels_first else self.shape[:-1]
+        return (*(positions if self.tokens else ()), self.targets.size)
+
+    @property
     def is_map(self) -> bool:
         """Whether a message has a `map`."""
         return len(self.shape) == 3 and not self.tokens
@@ -94,11 +108,27 @@ class Message:
 
     h: the block's output. statistics: its channel statistics, (B, C) or per token (B, T, C), which heads read. alpha:
     the same, at least in single precision. Both carry the gradient. feedback: the border's feedback network, from which
-    a loss gets beta.
+    a loss gets beta. belief: what the exits before this one predict together, (B, n) or (B, T, n), where it has come
+    along with h; a constant.
     """
 
-    def __init__(self, h: Tensor, *, site: Site, statistic: Statistic, feedback: nn.Module | None) -> None:
-        self.h, self.site, self.statistic, self.feedback = h, site, statistic, feedback
+    def __init__(
+        self,
+        h: Tensor,
+        *,
+        site: Site,
+        statistic: Statistic,
+        feedback: nn.Module | None,
+        belief: Tensor | None = None,
+    ) -> None:
+        self.h, self.site, self.statistic, self.feedback, self.belief = h, site, statistic, feedback, belief
+        self._predictions: dict[nn.Module, Tensor] = {}
+
+    def predict(self, head: nn.Module) -> Tensor:
+        """The prediction of a head, added to the belief that has come along. Computed once."""
+        if head not in self._predictions:
+            self._predictions[head] = add_belief(self.belief, head(self))
+        return self._predictions[head]
 
     @cached_property
     def statistics(self) -> Tensor:

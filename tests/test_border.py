@@ -36,21 +36,21 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_loss_is_the_weighted_sum_of_its_parts() -> None:
     h, y = batch()
     both = border(site(CHANNELS), 0.3 * bll.Variational() + 2 * bll.Predictive("linear")).eval()
-    variational, predictive = both.parts(h, y)
-    assert_close(both(h, y), 0.3 * variational + 2 * predictive)
-    assert_close(predictive, F.cross_entropy(both.predict(h), y))
+    variational, predictive = both.parts(both.message(h), y)
+    assert_close(both(both.message(h), y), 0.3 * variational + 2 * predictive)
+    assert_close(predictive, F.cross_entropy(both.message(h).predict(both.head), y))
     alone = border(site(CHANNELS), bll.Variational()).eval()
-    assert_close(variational, alone(h, y))  # neither has seen a batch: beta is 0
+    assert_close(variational, alone(alone.message(h), y))  # neither has seen a batch: beta is 0
 
 
 def test_feedback_is_fitted_before_its_message_in_training_only() -> None:
     (h, y), one = batch(), border(site(CHANNELS))
     assert isinstance(one.feedback, LinearFeedback)
     one.eval()
-    one(h, y)
+    one(one.message(h), y)
     assert not one.feedback.weight.any()
     one.train()
-    variational = one.parts(h, y)[0]
+    variational = one.parts(one.message(h), y)[0]
     means = torch.stack([h[y == c].mean(0) for c in range(CLASSES)])
     assert_close(one.feedback.weight, means, atol=1e-3, rtol=1e-3)
     constant = CHANNELS * (np.log(2) / 2 - 1 / 4 + np.log(2 * np.pi * np.e) / 2)
@@ -72,14 +72,14 @@ def test_feedback_that_no_loss_trains_is_refused() -> None:
 
 def test_evidence_learns_from_the_class_means() -> None:
     (h, y), one = batch(), border(site(CHANNELS), bll.Predictive("evidence"))
-    one(h, y)
+    one(one.message(h), y)
     means = torch.stack([h[y == c].mean(0) for c in range(CLASSES)])
-    assert torch.equal(one.predict(h).argmax(1), torch.cdist(h, means).argmin(1))
+    assert torch.equal(one.message(h).predict(one.head).argmax(1), torch.cdist(h, means).argmin(1))
 
 
 def test_prediction_needs_a_head() -> None:
     with pytest.raises(ValueError, match=r"predicts nothing: add bll.Predictive\(\)"):
-        border(site(CHANNELS), bll.Variational()).predict(batch()[0])
+        _ = border(site(CHANNELS), bll.Variational()).head
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_prediction_needs_a_head() -> None:
 def test_targets_of_the_wrong_shape_are_refused(h: tuple, y: tuple, tokens: bool, message: str) -> None:
     one = border(site(*h[1:], tokens=tokens), bll.BLL)
     with pytest.raises(ValueError, match=message):
-        one(torch.randn(h), torch.zeros(y, dtype=torch.long))
+        one(one.message(torch.randn(h)), torch.zeros(y, dtype=torch.long))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -106,16 +106,16 @@ def test_report_of_labels() -> None:
     h, y = batch()
     h = h + 2.0 * F.one_hot(y, CHANNELS)
     one = border(site(CHANNELS), bll.Variational() + bll.Predictive("linear"))
-    one(h, y)
+    one(one.message(h), y)
     one.eval()
-    report = one.diagnose(h, y)
+    report = one.diagnose(one.message(h), y)
     rows, labels = h.numpy(), y.numpy()
     means = np.stack([rows[labels == c].mean(0) for c in range(CLASSES)])[labels]
     between, within = ((means - rows.mean(0)) ** 2).sum(1).mean(), ((rows - means) ** 2).sum(1).mean()
     np.testing.assert_allclose(report["variance_ratio"], between / within, rtol=1e-4)
     assert one.feedback is not None
     np.testing.assert_allclose(report["agreement"], cosine(rows, one.feedback(y).numpy()), rtol=1e-4)
-    variational, predictive = one.parts(h, y)
+    variational, predictive = one.parts(one.message(h), y)
     assert report["variational"] == variational.item()
     assert report["predictive"] == predictive.item()
     assert set(report) == {"variational", "predictive", "agreement", "variance_ratio"}
@@ -125,7 +125,8 @@ def test_report_of_dense_targets() -> None:
     h, _ = batch()
     y = torch.randn(BATCH, CLASSES) + 1
     h = h + y @ torch.randn(CLASSES, CHANNELS) + 5  # a mean that no multiple of the targets explains
-    report = border(site(CHANNELS, labels=False), bll.Predictive("linear")).eval().diagnose(h, y)
+    one = border(site(CHANNELS, labels=False), bll.Predictive("linear")).eval()
+    report = one.diagnose(one.message(h), y)
     rows, targets = h.numpy(), np.hstack([y.numpy(), np.ones((BATCH, 1))])
     fit = targets @ np.linalg.lstsq(targets, rows, rcond=None)[0]
     between, within = ((fit - fit.mean(0)) ** 2).sum(1).mean(), ((rows - fit) ** 2).sum(1).mean()
@@ -138,21 +139,24 @@ def test_report_of_tokens_and_maps() -> None:
     flat = border(site(CHANNELS)).eval()
     flat.load_state_dict(tokens.state_dict())
     h, y = torch.randn(4, 7, CHANNELS), torch.randint(CLASSES, (4, 7))
-    assert tokens.diagnose(h, y) == pytest.approx(flat.diagnose(h.flatten(0, 1), y.flatten()), rel=1e-4)
+    assert tokens.diagnose(tokens.message(h), y) == pytest.approx(
+        flat.diagnose(flat.message(h.flatten(0, 1)), y.flatten()), rel=1e-4
+    )
     maps, vectors = (border(site(*shape), bll.Variational()).eval() for shape in [(CHANNELS, 3, 3), (CHANNELS,)])
     h, y = torch.randn(8, CHANNELS, 3, 3), torch.randint(CLASSES, (8,))
-    assert maps.diagnose(h, y) == pytest.approx(vectors.diagnose(h.mean((2, 3)), y))
+    assert maps.diagnose(maps.message(h), y) == pytest.approx(vectors.diagnose(vectors.message(h.mean((2, 3))), y))
 
 
 def test_equal_terms_are_all_reported() -> None:
     h, y = batch()
     one = border(site(CHANNELS), bll.Predictive("linear") + bll.Predictive("mlp") + bll.Variational()).eval()
     names = "predictive0", "predictive1", "variational"
-    report, parts = one.diagnose(h, y), one.parts(h, y)
+    report, parts = one.diagnose(one.message(h), y), one.parts(one.message(h), y)
     assert [report[name] for name in names] == [part.item() for part in parts]
 
 
 @pytest.mark.parametrize("collapsed", [torch.zeros(BATCH, CHANNELS), torch.full((BATCH, CHANNELS), 3.7)])
 def test_collapse_shows_as_no_variance_between_classes(collapsed: Tensor) -> None:
     _, y = batch()
-    assert border(site(CHANNELS)).eval().diagnose(collapsed, y)["variance_ratio"] < 1e-3
+    one = border(site(CHANNELS)).eval()
+    assert one.diagnose(one.message(collapsed), y)["variance_ratio"] < 1e-3

@@ -56,6 +56,7 @@ def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, 
 
 @pytest.mark.parametrize(("dtype", "processes"), [("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp32", 2)])
 def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic(tmp_path, dtype, processes):
+    """And validation, and where there are three of them, beliefs that add."""
     settings = {"model": "mlp", "dtype": dtype, "clip": 0.5, "accumulate": 3, "epochs": 2, "train_size": 512}
     settings |= {
         "test_size": 100,

@@ -49,6 +49,7 @@ class Case:
     accumulate: int
     clip: float
     bf16: bool
+    beliefs: bool = False
 
     @property
     def placement(self) -> Placement:
@@ -73,6 +74,7 @@ def cases(draw: st.DrawFn) -> Case:
         accumulate=draw(st.integers(1, 3)),
         clip=draw(st.sampled_from([0.0, 0.1])),
         bf16=draw(st.booleans()),
+        beliefs=draw(st.booleans()),
     )
 
 
@@ -128,7 +130,8 @@ def learner(case: Case) -> bll.BlockLocal:
         blocks.append(block)
     blocks[-1].append(nn.Flatten()).append(nn.Linear(h[0].numel(), CLASSES))
     loss = 0.1 * bll.Variational() + bll.Predictive("linear")
-    return bll.BlockLocal(blocks, classes=CLASSES, example=torch.randn(2, 4, 4, 4), loss=loss, layout="map")
+    example = torch.randn(2, 4, 4, 4)
+    return bll.BlockLocal(blocks, classes=CLASSES, example=example, loss=loss, layout="map", add_beliefs=case.beliefs)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float, *_: object) -> None:
@@ -172,7 +175,7 @@ def in_one_process(case: Case) -> dict[str, Tensor]:
     for m, (x, _) in enumerate(batches(case)):
         with arithmetic(case):
             found |= {f"exit{k}.{m}": logits for k, logits in enumerate(mine.exits(x))}
-    return found | dict(mine.state_dict())
+    return found | {name: tensor for name, tensor in mine.state_dict().items() if not name.startswith("pool.")}
 
 
 def in_processes(rank: int, mesh: DeviceMesh, case: Case) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def test_diagnosis_is_that_of_each_border_on_its_blocks_output() -> None:
     h, expected = x, []
     for k in range(2):
         h = learner.blocks[k](h)
-        expected.append(learner._border(k).diagnose(h, y))
+        expected.append(learner._border(k).diagnose(learner._border(k).message(h), y))
     assert reports == expected
     assert set(reports[0]) == {"variational", "predictive", "agreement", "variance_ratio"}
 

@@ -91,7 +91,7 @@ def test_operations_of_a_border_are_few_and_as_many_for_any_number_of_classes() 
         learner, _, _, _ = setting(bll.BLL_PAPER, classes=classes)
         h, y = torch.randn(8, 8, 8, 8, requires_grad=True), torch.arange(8) % 2
         with Operations() as operations:
-            learner.borders[0](h, y).backward()
+            learner.borders[0](learner._border(0).message(h), y).backward()
         counts.append(len(operations.names))
     assert counts[0] == counts[1] < 64
 

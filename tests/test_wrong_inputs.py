@@ -130,6 +130,7 @@ BY_HAND = [
     case("study grid.py --validation=100 --out=a_file", "--out"),
     case("train --validation=5000", "--validation"),
     case("train --rule=bp --head=linear", "--head"),
+    case("train --rule=bp --add-beliefs", "--add-beliefs"),
     case("train --head=none", "none", "linear"),
     case("train --rule=pred --variational=1", "--variational"),
     case("compare --resume", "--resume"),

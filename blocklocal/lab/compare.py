@@ -49,7 +49,7 @@ class Options(Settings):
     def series(self) -> list[Settings]:
         """All rules with the first seed, then with the next: a series that is stopped compares what it has."""
         shared = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
-        whole = replace(shared, head=None, variational=None)
+        whole = replace(shared, head=None, variational=None, add_beliefs=False)
         return [
             replace(
                 whole if rule in rules.WHOLE else shared,

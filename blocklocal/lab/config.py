@@ -32,6 +32,8 @@ class Settings:
     depthwise, evidence"""
     variational: Annotated[float | None, Range(least=0)] = None
     """weight of the variational term, instead of the rule's own; 0: without it"""
+    add_beliefs: bool = False
+    """every exit adds its logits to those of the exits before it; what was trained is the model with its heads"""
     train_size: Annotated[int, Range(least=0)] = 0
     """train on a sample of so many images, always the same; 0: on all"""
     test_size: Annotated[int, Range(least=0)] = 0

@@ -169,6 +169,7 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         seed=settings.seed,
         head=settings.head,
         variational=settings.variational,
+        add_beliefs=settings.add_beliefs,
     )
     with blame(f"model {settings.model!r} does not fit rule {settings.rule!r}"):
         learning = rules.apply(settings.rule, model, task)

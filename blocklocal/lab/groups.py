@@ -12,7 +12,7 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.history import History
 
 # Where a rule may differ from backpropagation at the same recipe.
-RULE = ("rule", "blocks", "at", "head", "variational", "seed")
+RULE = ("rule", "blocks", "at", "head", "variational", "add_beliefs", "seed")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Task:
     """What a model is to learn, and where it may be cut: at submodules, or else into so many blocks.
 
     example: a batch of images as the model gets them. seed: of what a rule draws beside the model's weights. head,
-    variational: see `adapted`.
+    variational: see `adapted`. add_beliefs: see `BlockLocal`.
     """
 
     classes: int
@@ -38,6 +38,7 @@ class Task:
     seed: int = 0
     head: str | None = None
     variational: float | None = None
+    add_beliefs: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
             loss=adapted(loss, head=task.head, variational=task.variational),
             feedback=feedback,
             criterion=task.criterion,
+            add_beliefs=task.add_beliefs,
         )
         return Learning(learner)
 
@@ -90,8 +92,8 @@ def adapted(loss: LocalLoss, *, head: str | None, variational: float | None) -> 
 
 def backpropagation(model: nn.Module, task: Task) -> Learning:
     """One block, no border."""
-    if task.head or task.variational is not None:
-        raise ValueError("it trains the model whole: --head and --variational are for rules in blocks")
+    if task.head or task.variational is not None or task.add_beliefs:
+        raise ValueError("it trains the model whole: --head, --variational and --add-beliefs are for rules in blocks")
     return Learning(BlockLocal(model, blocks=1, classes=task.classes, criterion=task.criterion))
 
 

@@ -18,7 +18,7 @@ Amount = Annotated[float, Meta(ge=0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 # Settings that came after version 0.1.0. A run that does not know one was trained as its default says.
-LATER = {"clip", "accumulate", "validation", "head", "variational"}
+LATER = {"clip", "accumulate", "validation", "head", "variational", "add_beliefs"}
 
 
 class Config(TypedDict):

@@ -23,9 +23,10 @@ from blocklocal.arguments import (
     require_whole,
 )
 from blocklocal.border import Border
-from blocklocal.feedback import share_feedback
+from blocklocal.feedback import at_least_single, share_feedback
 from blocklocal.inputs import check_closure, stepped_by
-from blocklocal.learner import BlockLocal
+from blocklocal.learner import BlockLocal, Features
+from blocklocal.messages import Site
 from blocklocal.pipeline.executor import Executor, Minibatch
 from blocklocal.pipeline.materialize import materialize
 from blocklocal.pipeline.replicas import DataParallel, dimensions, replicate, share_buffers
@@ -112,7 +113,7 @@ class Pipeline:
                 k,
                 optimizer=_optimizer(optimizer, step),
                 message_type=message_type,
-                outlet=None if k == len(learner.borders) else _shape(learner, k),
+                outlet=None if k == len(learner.borders) else _site(learner, k).shape,
                 accumulate=accumulate,
                 seed=seed + replica,
                 trace=self.trace,
@@ -121,7 +122,9 @@ class Pipeline:
         ]
 
         def specs(k: int) -> list[TensorSpec]:
-            return [TensorSpec(_shape(learner, k), message_type.dtype)]
+            features = TensorSpec(_site(learner, k).shape, message_type.dtype)
+            belief = TensorSpec(_site(learner, k).prediction, at_least_single(message_type.dtype))
+            return [features, belief] if learner.adds_beliefs else [features]
 
         self._executor = Executor(
             self.stages,
@@ -164,10 +167,12 @@ class Pipeline:
         self.learner.targets.check(y)
         reports: dict[int, dict[str, float]] = {}
 
-        def look(step: nn.Module, _: object, output: tuple[Tensor, Tensor]) -> None:
+        def look(step: nn.Module, given: tuple[Features, None], output: tuple[Tensor, Features]) -> None:
             assert isinstance(step, LocalStep)
             if isinstance(step.border, Border):
-                reports[step.k] = step.border.diagnose(output[1], y.to(self.device))
+                h = output[1][0] if isinstance(output[1], tuple) else output[1]
+                belief = given[0][1] if isinstance(given[0], tuple) else None
+                reports[step.k] = step.border.diagnose(step.border.message(h, belief), y.to(self.device))
 
         hooks = [step.register_forward_hook(look) for step in self.steps]
         try:
@@ -270,8 +275,8 @@ def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: Local
     return made
 
 
-def _shape(learner: BlockLocal, k: int) -> tuple[int, ...]:
-    """Of one sample at border k."""
+def _site(learner: BlockLocal, k: int) -> Site:
+    """Where border k stands."""
     border = learner.borders[k]
     assert isinstance(border, Border)
-    return border.site.shape
+    return border.site

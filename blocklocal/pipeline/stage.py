@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from blocklocal.inputs import check_frozen
-from blocklocal.learner import BlockLocal
+from blocklocal.learner import BlockLocal, Features
 from blocklocal.messages import dense
 from blocklocal.pipeline.draws import seeded
 from blocklocal.pipeline.trace import Doing, Trace
 
 Message = tuple[Tensor, ...]
-"""The tensors that cross a border together, the block's output first."""
+"""The tensors that cross a border together: the block's output, and where beliefs add, the belief."""
 
 
 class LocalStep(nn.Module):
@@ -30,7 +30,7 @@ class LocalStep(nn.Module):
         self.border = learner.borders[k] if k < len(learner.borders) else None
         self._learner, self.k = (learner,), k  # in a tuple: the other blocks are no part of this one
 
-    def forward(self, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Features, y: Tensor | None) -> tuple[Tensor, Features]:
         (learner,) = self._learner
         if y is not None:
             return learner.local(self.k, h, y)
@@ -95,10 +95,11 @@ class Stage(nn.Module):
         """
         self.minibatch = minibatch
         self._lap("wait")
-        (h,) = message
+        h, *belief = message
         with seeded(self.seed, minibatch, self.k, device=h.device):
-            result, h = self.step(h, y if self.training else None)
-        self.result, h = _apart(result, message), _apart(h, message)
+            result, output = self.step(message if belief else h, y if self.training else None)
+        self.result = _apart(result, message)
+        h, *belief = (_apart(part, message) for part in (output if isinstance(output, tuple) else (output,)))
         if self.outlet is not None:
             if h.shape != (len(y), *self.outlet):
                 raise ValueError(
@@ -107,7 +108,7 @@ class Stage(nn.Module):
                 )
             h = self.message_type.round(h)
         self._lap("forward")
-        return (h,)
+        return (h, *belief)
 
     def finish(self) -> Tensor:
         """The local loss, after learning from it; in evaluation mode the prediction of exit k."""
