@@ -57,6 +57,7 @@ def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, 
 @pytest.mark.parametrize(("dtype", "processes"), [("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp32", 2)])
 def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic(tmp_path, dtype, processes):
     """And validation, and where there are three of them, beliefs that add."""
+    beliefs = processes == 3
     settings = {"model": "mlp", "dtype": dtype, "clip": 0.5, "accumulate": 3, "epochs": 2, "train_size": 512}
     settings |= {
         "test_size": 100,
@@ -67,8 +68,9 @@ def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic
         "seed": 1,
         "validation": 100,
     }
-    train(replace(DIGITS, **settings, out=str(tmp_path / "whole")))
+    train(replace(DIGITS, **settings, add_beliefs=beliefs, out=str(tmp_path / "whole")))
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    options += ["--add-beliefs"] * beliefs
     out = tmp_path / "launched"
     command = [*faults.BLL, "launch", f"--processes={processes}", "digits", *options, f"--out={out}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
