@@ -371,6 +371,11 @@ cases(
     names="next_seed",
 )
 case(lambda c: c.fa.load_state_dict(c.fa.state_dict() | {"feedback": {**c.fa.feedback, 3: X}}), names="state")
+cases(
+    ["next_seed", "gain", "feedback.0.0", 3],
+    lambda c, v: c.fa.load_state_dict(c.fa.state_dict() | {v: 3}),
+    names="state: next_seed|state: gain|state: feedback.0.0|state: 3",
+)
 
 MAPS = torch.randn(2, 3, 4, 4)
 

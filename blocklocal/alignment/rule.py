@@ -134,6 +134,8 @@ class Alignment(ABC):
         if state.get("rule") != self.rule:
             other = state.get("rule", "a rule without a name")
             raise ValueError(f"the state is of {other}, and this is {self.rule}: pass what the same rule gave")
+        if unknown := sorted(map(str, state.keys() - self.state_dict().keys())):
+            raise ValueError(f"state: {', '.join(unknown)} is unknown to {self.rule}: pass what state_dict() gave")
         feedback, own = state.get("feedback"), self.feedback
         if not isinstance(feedback, dict) or not all(isinstance(tensor, Tensor) for tensor in feedback.values()):
             raise ValueError("state: its feedback is no dict of tensors: pass what state_dict() gave")
