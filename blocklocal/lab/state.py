@@ -62,8 +62,9 @@ def load_alignment_state(alignment: Alignment, state: State) -> None:
     """Give the rule what `alignment_state` took of it. UserError: the state of another rule or model, or none."""
     own = {name.removeprefix(ALIGNMENT): value for name, value in state.items() if name.startswith(ALIGNMENT)}
     feedback = {name.removeprefix(FEEDBACK): tensor for name, tensor in _tensors(own).items()}
+    others = {name: value for name, value in own.items() if not name.startswith(FEEDBACK)}
     try:
-        alignment.load_state_dict({**own, "feedback": feedback})
+        alignment.load_state_dict({**others, "feedback": feedback})
     except (ValueError, KeyError) as error:
         raise misfit(str(error)) from error
 
