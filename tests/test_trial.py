@@ -243,6 +243,43 @@ def test_other_commands_try_the_model_too(sick, capsys, command, name):
     assert "'sick:net'" in complaint(capsys, command)
 
 
+LATE = """
+calls = 0
+
+def late(z, x):
+    global calls
+    calls += torch.is_grad_enabled()
+    if calls > {calls}:
+        {fault}
+    return z
+"""
+
+
+@pytest.mark.parametrize(
+    ("calls", "fault", "words"),
+    [
+        (3, "raise RuntimeError('too late')", ["of bp: RuntimeError: too late (sick.py, line "]),
+        (3, "raise ValueError('too late')", ["of bp: ValueError: too late (sick.py, line "]),
+        (3, "raise SystemExit", ["of bp: SystemExit (sick.py, line "]),
+        (3, "open('no such file')", ["of bp: FileNotFoundError: "]),
+        (40, "z[:, 99]", ["of bp", "IndexError: "]),
+        (3, "z = z.exp(); z.add_(z)", ["of bp: RuntimeError: ", "inplace"]),
+    ],
+)
+def test_a_benchmark_tells_what_a_model_fails_of_after_its_trial(sick, capsys, calls, fault, words):
+    sick(HEAD + LATE.format(calls=calls, fault=fault) + changed("late(z, x)"))
+    options = ["--rules=bp", "--size=8", "--batch-size=8", "--steps=40"]
+    said = complaint(capsys, ["bench", "--model=sick:net", *options])
+    assert "model 'sick:net' fails in a step " in said
+    assert all(word in said for word in words), said
+
+
+def test_a_benchmark_tells_of_memory_as_before(sick, capsys):
+    sick(HEAD + LATE.format(calls=3, fault="raise MemoryError") + changed("late(z, x)"))
+    assert main(["bench", "--model=sick:net", "--rules=bp", "--size=8", "--batch-size=8"]) == 1
+    assert capsys.readouterr().err == "bll: this takes more memory than there is: MemoryError\n"
+
+
 class Restless(nn.Module):
     """Changes everything that a forward pass can change."""
 
