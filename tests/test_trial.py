@@ -67,6 +67,8 @@ def module(forward: str, init: str = "") -> str:
     )
 
 
+FORWARD = "def forward(self, x): return self.linear(x.flatten(1))"
+
 # What is in the file, and words of the line; the model is called sick:net where nothing else is said.
 SICK = {
     "syntax": ("def net(:\n", ["SyntaxError", "sick.py, line"]),
@@ -101,6 +103,14 @@ SICK = {
     "is a generator": (HEAD + function("yield nn.Linear(64, 10)"), ["of type generator"]),
     "no parameters": (HEAD + function("return nn.Flatten()"), ["no parameters to train"]),
     "frozen": (HEAD + function("return Wrapped(channels, size, classes).requires_grad_(False)"), ["no parameters to"]),
+    "expanded weights": (
+        HEAD + module(FORWARD, "self.linear.weight = nn.Parameter(torch.zeros(1).expand(classes, 64))"),
+        ["parameter 'linear.weight' shares memory with itself", "clone()"],
+    ),
+    "overlapping weights": (
+        HEAD + module(FORWARD, "self.linear.bias = nn.Parameter(torch.zeros(10).as_strided((10,), (0,)))"),
+        ["parameter 'linear.bias' shares memory with itself"],
+    ),
     "lazy": (HEAD + function("return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))"), ["without a shape"]),
     "meta": (HEAD + function("return Wrapped(channels, size, classes).to('meta')"), ["cannot be put on cpu"]),
     "double": (HEAD + function("return Wrapped(channels, size, classes).double()"), ["same dtype"]),

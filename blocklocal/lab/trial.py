@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from blocklocal.inputs import check_parameters
 from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.rules import Learning
 
@@ -25,12 +26,17 @@ FEW = 8  # images that a trial takes
 def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: AbstractContextManager) -> None:
     """A pass in training and one in evaluation mode over images x, in `context`.
 
-    UserError: no parameters to train, a pass that fails, or that does not give `classes` finite logits per image.
+    UserError: no parameters to train, or one that shares memory with itself; a pass that fails, or that does not give
+    `classes` finite logits per image.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise UserError(f"model {name!r} has parameters without a shape: give its lazy modules their sizes")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model {name!r} has no parameters to train")
+    try:
+        check_parameters(model)
+    except ValueError as error:
+        raise UserError(f"model {name!r}: {error}") from error
     with _preserved(model, device=x.device), blame(f"model {name!r} fails on images of shape {(*x.shape,)}"):
         for training in (True, False):
             model.train(training)
