@@ -69,6 +69,12 @@ def module(forward: str, init: str = "") -> str:
 
 FORWARD = "def forward(self, x): return self.linear(x.flatten(1))"
 
+
+def extra(get: str) -> str:
+    """A model with a state beside its parameters, and no way to take it back."""
+    return module(f"{FORWARD}\n    def get_extra_state(self): {get}")
+
+
 # What is in the file, and words of the line; the model is called sick:net where nothing else is said.
 SICK = {
     "syntax": ("def net(:\n", ["SyntaxError", "sick.py, line"]),
@@ -110,6 +116,13 @@ SICK = {
     "overlapping weights": (
         HEAD + module(FORWARD, "self.linear.bias = nn.Parameter(torch.zeros(10).as_strided((10,), (0,)))"),
         ["parameter 'linear.bias' shares memory with itself"],
+    ),
+    "a dictionary as state": (HEAD + extra("return {'calls': 3}"), ["_extra_state of the model is a dict", "tensors"]),
+    "no state to give": (HEAD + extra("return self.nothing"), ["fails with its extra state", "AttributeError"]),
+    "a state not taken back": (HEAD + extra("return torch.ones(3)"), ["_extra_state would not", "set_extra_state()"]),
+    "a state that it fails with": (
+        HEAD + extra("return torch.ones(3)\n    def set_extra_state(self, state): raise KeyError('calls')"),
+        ["fails with its extra state", "KeyError"],
     ),
     "lazy": (HEAD + function("return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))"), ["without a shape"]),
     "meta": (HEAD + function("return Wrapped(channels, size, classes).to('meta')"), ["cannot be put on cpu"]),
@@ -288,6 +301,14 @@ def test_a_benchmark_tells_of_memory_as_before(sick, capsys):
     sick(HEAD + LATE.format(calls=3, fault="raise MemoryError") + changed("late(z, x)"))
     assert main(["bench", "--model=sick:net", "--rules=bp", "--size=8", "--batch-size=8"]) == 1
     assert capsys.readouterr().err == "bll: this takes more memory than there is: MemoryError\n"
+
+
+def test_a_state_that_goes_there_and_back_is_taken(sick):
+    take = "def set_extra_state(self, state): self.taken = state"
+    sick(HEAD + extra(f"return torch.ones(3)\n    {take}"))
+    settings = Settings(model="sick:net", rule="bp", train_size=64, test_size=20, batch_size=8)
+    model = prepare(settings).learner.model
+    assert not hasattr(model, "taken"), "the trial leaves no trace"
 
 
 class Restless(nn.Module):

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from blocklocal import BlockLocal
 from blocklocal.inputs import check_parameters
 from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.rules import Learning
+from blocklocal.lab.state import block_state
 
 FEW = 8  # images that a trial takes
+EXTRA = "_extra_state"  # by which torch names what get_extra_state() of a module gives
 
 
 def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: AbstractContextManager) -> None:
@@ -69,6 +72,23 @@ def try_learning(learning: Learning, x: Tensor, y: Tensor, *, name: str, context
             learner.exits(x)
     if alignment and state:
         alignment.load_state_dict(state)
+
+
+def try_checkpoint(learner: BlockLocal, *, name: str) -> None:
+    """What modules keep beside parameters and buffers is taken for a checkpoint, and given back to them.
+
+    UserError: it is no tensor, or a module does not give it or take it.
+    """
+    device = next(learner.parameters()).device
+    with _preserved(learner, learner.model, device=device), blame(f"model {name!r} fails with its extra state"):
+        for k in range(len(learner.blocks)):
+            try:
+                state = block_state(learner, k, None)
+            except UserError as error:
+                raise UserError(f"model {name!r}: {error}") from error
+            extra = {key: kept for key, kept in state.items() if key.endswith(EXTRA)}
+            for key in learner.load_state_dict(extra, strict=False).unexpected_keys:
+                raise UserError(f"model {name!r}: {key} would not be taken back: its module needs set_extra_state()")
 
 
 def _fault(logits: object, *, shape: tuple[int, int], device: torch.device) -> str:
