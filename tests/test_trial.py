@@ -107,6 +107,8 @@ SICK = {
     "of type list": (HEAD + function("return [nn.Flatten(), nn.Linear(64, classes)]"), ["of type list"]),
     "gives weights": (HEAD + function("return nn.Linear(4, 4).state_dict()"), ["of type OrderedDict"]),
     "is a generator": (HEAD + function("yield nn.Linear(64, 10)"), ["of type generator"]),
+    "is async": (HEAD + f"async {function('return Wrapped(channels, size, classes)')}", ["async", "by def alone"]),
+    "is async in forward": (HEAD + module(f"async {FORWARD}"), ["async forward()", "by def alone"]),
     "no parameters": (HEAD + function("return nn.Flatten()"), ["no parameters to train"]),
     "frozen": (HEAD + function("return Wrapped(channels, size, classes).requires_grad_(False)"), ["no parameters to"]),
     "expanded weights": (
@@ -301,6 +303,16 @@ def test_a_benchmark_tells_of_memory_as_before(sick, capsys):
     sick(HEAD + LATE.format(calls=3, fault="raise MemoryError") + changed("late(z, x)"))
     assert main(["bench", "--model=sick:net", "--rules=bp", "--size=8", "--batch-size=8"]) == 1
     assert capsys.readouterr().err == "bll: this takes more memory than there is: MemoryError\n"
+
+
+@pytest.mark.parametrize("place", ["function", "module"])
+def test_a_model_that_changes_the_directory_moves_no_file(sick, tmp_path, place):
+    change = f"import os; os.chdir({str(tmp_path / 'code')!r})"
+    body = "return Wrapped(channels, size, classes)"
+    sick(HEAD + (function(f"{change}; {body}") if place == "function" else f"{change}\n{function(body)}"))
+    assert main(["train", "--model=sick:net", "--rule=bp", "--out=run", *TINY]) == 0
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "code").iterdir()] == ["sick.py"]
 
 
 def test_a_state_that_goes_there_and_back_is_taken(sick):

@@ -7,6 +7,7 @@ one that is not.
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -94,6 +95,9 @@ def try_checkpoint(learner: BlockLocal, *, name: str) -> None:
 def _fault(logits: object, *, shape: tuple[int, int], device: torch.device) -> str:
     """What is wrong with a model's output, if anything."""
     images, classes = shape
+    if inspect.iscoroutine(logits):
+        logits.close()
+        return "has an async forward(), which gives no tensor: define it by def alone"
     if not isinstance(logits, Tensor):
         return f"gives an object of type {type(logits).__name__}, not a tensor of logits"
     if logits.dim() == 2 and len(logits) == images and logits.shape[1] != classes:
