@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 
 from blocklocal.arguments import describe, passes, require, require_factor, require_function, require_tensor
 from blocklocal.feedback import Targets
@@ -62,6 +63,13 @@ def check_settings(*, loss: Any, feedback: Any, statistic: Any, criterion: Any, 
         require_tensor(example, name="example")
         if not example.numel():
             raise ValueError(f"example has shape {tuple(example.shape)}: pass a batch with samples in it")
+
+
+def check_parameters(model: nn.Module) -> None:
+    """ValueError: a parameter whose elements share memory, as expand() makes it: no optimizer can step it."""
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and parameter.layout is torch.strided and _overlaps(parameter):
+            raise ValueError(f"parameter {name!r} shares memory with itself, as after expand(): clone() it before")
 
 
 def check_batch(x: Tensor, y: Tensor, *, targets: Targets, examples: Sequence[Example]) -> None:
@@ -152,3 +160,13 @@ def check_frozen(parameters: Iterable[nn.Parameter], *, k: int) -> None:
             f"the loss of block {k} depends on none of its parameters: is criterion= differentiable, and does the "
             "block keep the graph?"
         )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements have one place in memory: a step along a dimension does not lead past those within it."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

@@ -31,7 +31,15 @@ from blocklocal.border import Border
 from blocklocal.exits import Exit, ExitPool, Predictor
 from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback, Targets, at_least_single, share_feedback
 from blocklocal.graph import mode
-from blocklocal.inputs import Example, check_batch, check_frozen, check_owners, check_settings, check_steps
+from blocklocal.inputs import (
+    Example,
+    check_batch,
+    check_frozen,
+    check_owners,
+    check_parameters,
+    check_settings,
+    check_steps,
+)
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss
@@ -106,6 +114,7 @@ class BlockLocal(Convertible):
             criterion = cross_entropy
         check_settings(loss=loss, feedback=feedback, statistic=statistic, criterion=criterion, example=example)
         self.criterion: Criterion = criterion
+        check_parameters(model)
         self._model = (model,)  # in a tuple, since its modules are registered as blocks
 
         if blocks is not None and layout is not None and not isinstance(layout, str):

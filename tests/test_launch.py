@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -182,6 +183,57 @@ def test_what_no_restart_can_mend_ends_the_run(tmp_path, monkeypatch):
     assert "; restart" not in said
     assert "the loss of block 2 is nan at step" in last
     assert "keeps the checkpoint of epoch 1" in last or "keeps the checkpoint of epoch 2, step" in last
+
+
+LATE = """
+import sys
+import torch
+from torch import nn
+
+class Late(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls > {calls}:
+            {fault}
+        return x
+
+def late(*, channels, size, classes):
+    n = channels * size[0] * size[1]
+    return nn.Sequential(nn.Flatten(), nn.Linear(n, 16), nn.ReLU(), nn.Linear(16, 16), Late(), nn.Linear(16, classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise RuntimeError('too late')", r": rank 1, block 1, minibatch \d+: too late \(own_late.py, line "),
+        ("1 / 0", r"rank 1, block 1, minibatch \d+: ZeroDivisionError: division by zero \(own_late.py, line "),
+        ("sys.exit()", r"SystemExit \(own_late.py, line "),
+    ],
+)
+def test_a_model_that_fails_late_ends_the_run_in_one_line(tmp_path, monkeypatch, fault, words):
+    (tmp_path / "own_late.py").write_text(LATE.format(calls=70, fault=fault))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = faults.Launched(tmp_path / "run", "--model=own_late:late", "--at", "3", "--epochs=3", processes=2)
+    code, said = run.end()
+    lines = [line for line in said.splitlines() if line.startswith("bll: ")]
+    assert (code, len(lines)) == (2, 1), said
+    assert "Traceback" not in said
+    assert "model 'own_late:late' fails in training: " in lines[0]
+    assert re.search(words, lines[0])
+    assert "keeps the checkpoint of epoch 1" in lines[0]
+
+
+def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "own_late.py").write_text(LATE.format(calls=3, fault="raise RuntimeError('too late')"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = faults.Launched(tmp_path / "run", "--model=own_late:late", "--at", "1", "3", processes=2)
+    code, said = run.end()
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "model 'own_late:late' fails in training: RuntimeError: too late (own_late.py, line " in said
+    assert not run.out.exists()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,29 @@ def test_mistakes_are_told(model, options, message: str) -> None:
         bll.BlockLocal(model, **options)
 
 
+def linear(weight: torch.Tensor) -> list[nn.Module]:
+    first, last = chain()
+    first.weight = nn.Parameter(weight)
+    return [first, last]
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(1).expand(8, 6), torch.randn(8, 1).expand(8, 6), torch.randn(13).as_strided((8, 6), (1, 1))],
+)
+def test_a_parameter_that_shares_memory_with_itself_is_told(weight: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"parameter '0.weight' shares memory with itself.*clone\(\)"):
+        bll.BlockLocal(linear(weight), classes=CLASSES, example=X)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.randn(8, 6), torch.randn(6, 8).T, torch.randn(16, 12)[::2, ::2]],
+)
+def test_parameters_of_any_other_strides_are_taken(weight: torch.Tensor) -> None:
+    bll.BlockLocal(linear(weight), classes=CLASSES, example=X)
+
+
 def test_labels_out_of_range_are_told_before_anything_moves() -> None:
     for blocks in (1, None):
         learner = bll.BlockLocal(nn.Sequential(*chain()), blocks=blocks, classes=CLASSES, example=X)

@@ -9,7 +9,9 @@ import pytest
 from run_folders import write_run
 
 BLL = [sys.executable, "-m", "blocklocal"]
-TRAIN = [*BLL, "train", "--model=mlp", "--epochs=1", "--train-size=128", "--test-size=50", "--out=run"]
+SETTINGS = ["--model=mlp", "--epochs=1", "--train-size=128", "--test-size=50", "--out=run"]
+TRAIN = [*BLL, "train", *SETTINGS]
+LAUNCH = [*BLL, "launch", "--processes=2", "--blocks=2", *SETTINGS]
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs Linux")
 
@@ -21,6 +23,18 @@ def test_training_needs_nobody_who_listens(tmp_path: Path, ending: str) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@needs_full
+def test_processes_need_nobody_who_listens(tmp_path: Path) -> None:
+    command = f"{' '.join(LAUNCH)} 2>/dev/full"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    for log in (tmp_path / "run" / "logs").iterdir():
+        assert "Traceback" not in log.read_text()
 
 
 @needs_full

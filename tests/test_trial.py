@@ -67,6 +67,14 @@ def module(forward: str, init: str = "") -> str:
     )
 
 
+FORWARD = "def forward(self, x): return self.linear(x.flatten(1))"
+
+
+def extra(get: str) -> str:
+    """A model with a state beside its parameters, and no way to take it back."""
+    return module(f"{FORWARD}\n    def get_extra_state(self): {get}")
+
+
 # What is in the file, and words of the line; the model is called sick:net where nothing else is said.
 SICK = {
     "syntax": ("def net(:\n", ["SyntaxError", "sick.py, line"]),
@@ -99,8 +107,25 @@ SICK = {
     "of type list": (HEAD + function("return [nn.Flatten(), nn.Linear(64, classes)]"), ["of type list"]),
     "gives weights": (HEAD + function("return nn.Linear(4, 4).state_dict()"), ["of type OrderedDict"]),
     "is a generator": (HEAD + function("yield nn.Linear(64, 10)"), ["of type generator"]),
+    "is async": (HEAD + f"async {function('return Wrapped(channels, size, classes)')}", ["async", "by def alone"]),
+    "is async in forward": (HEAD + module(f"async {FORWARD}"), ["async forward()", "by def alone"]),
     "no parameters": (HEAD + function("return nn.Flatten()"), ["no parameters to train"]),
     "frozen": (HEAD + function("return Wrapped(channels, size, classes).requires_grad_(False)"), ["no parameters to"]),
+    "expanded weights": (
+        HEAD + module(FORWARD, "self.linear.weight = nn.Parameter(torch.zeros(1).expand(classes, 64))"),
+        ["parameter 'linear.weight' shares memory with itself", "clone()"],
+    ),
+    "overlapping weights": (
+        HEAD + module(FORWARD, "self.linear.bias = nn.Parameter(torch.zeros(10).as_strided((10,), (0,)))"),
+        ["parameter 'linear.bias' shares memory with itself"],
+    ),
+    "a dictionary as state": (HEAD + extra("return {'calls': 3}"), ["_extra_state of the model is a dict", "tensors"]),
+    "no state to give": (HEAD + extra("return self.nothing"), ["fails with its extra state", "AttributeError"]),
+    "a state not taken back": (HEAD + extra("return torch.ones(3)"), ["_extra_state would not", "set_extra_state()"]),
+    "a state that it fails with": (
+        HEAD + extra("return torch.ones(3)\n    def set_extra_state(self, state): raise KeyError('calls')"),
+        ["fails with its extra state", "KeyError"],
+    ),
     "lazy": (HEAD + function("return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))"), ["without a shape"]),
     "meta": (HEAD + function("return Wrapped(channels, size, classes).to('meta')"), ["cannot be put on cpu"]),
     "double": (HEAD + function("return Wrapped(channels, size, classes).double()"), ["same dtype"]),
@@ -241,6 +266,61 @@ def test_models_of_packages_are_tried_too(sick, monkeypatch, tmp_path, capsys, p
 def test_other_commands_try_the_model_too(sick, capsys, command, name):
     sick(SICK[name][0])
     assert "'sick:net'" in complaint(capsys, command)
+
+
+LATE = """
+calls = 0
+
+def late(z, x):
+    global calls
+    calls += torch.is_grad_enabled()
+    if calls > {calls}:
+        {fault}
+    return z
+"""
+
+
+@pytest.mark.parametrize(
+    ("calls", "fault", "words"),
+    [
+        (3, "raise RuntimeError('too late')", ["of bp: RuntimeError: too late (sick.py, line "]),
+        (3, "raise ValueError('too late')", ["of bp: ValueError: too late (sick.py, line "]),
+        (3, "raise SystemExit", ["of bp: SystemExit (sick.py, line "]),
+        (3, "open('no such file')", ["of bp: FileNotFoundError: "]),
+        (40, "z[:, 99]", ["of bp", "IndexError: "]),
+        (3, "z = z.exp(); z.add_(z)", ["of bp: RuntimeError: ", "inplace"]),
+    ],
+)
+def test_a_benchmark_tells_what_a_model_fails_of_after_its_trial(sick, capsys, calls, fault, words):
+    sick(HEAD + LATE.format(calls=calls, fault=fault) + changed("late(z, x)"))
+    options = ["--rules=bp", "--size=8", "--batch-size=8", "--steps=40"]
+    said = complaint(capsys, ["bench", "--model=sick:net", *options])
+    assert "model 'sick:net' fails in a step " in said
+    assert all(word in said for word in words), said
+
+
+def test_a_benchmark_tells_of_memory_as_before(sick, capsys):
+    sick(HEAD + LATE.format(calls=3, fault="raise MemoryError") + changed("late(z, x)"))
+    assert main(["bench", "--model=sick:net", "--rules=bp", "--size=8", "--batch-size=8"]) == 1
+    assert capsys.readouterr().err == "bll: this takes more memory than there is: MemoryError\n"
+
+
+@pytest.mark.parametrize("place", ["function", "module"])
+def test_a_model_that_changes_the_directory_moves_no_file(sick, tmp_path, place):
+    change = f"import os; os.chdir({str(tmp_path / 'code')!r})"
+    body = "return Wrapped(channels, size, classes)"
+    sick(HEAD + (function(f"{change}; {body}") if place == "function" else f"{change}\n{function(body)}"))
+    assert main(["train", "--model=sick:net", "--rule=bp", "--out=run", *TINY]) == 0
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "code").iterdir()] == ["sick.py"]
+
+
+def test_a_state_that_goes_there_and_back_is_taken(sick):
+    take = "def set_extra_state(self, state): self.taken = state"
+    sick(HEAD + extra(f"return torch.ones(3)\n    {take}"))
+    settings = Settings(model="sick:net", rule="bp", train_size=64, test_size=20, batch_size=8)
+    model = prepare(settings).learner.model
+    assert not hasattr(model, "taken"), "the trial leaves no trace"
 
 
 class Restless(nn.Module):

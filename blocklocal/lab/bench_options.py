@@ -112,6 +112,7 @@ class Options:
             balance=self.balance,
             head=self.head,
             accumulate=self.accumulate,
+            name=self.model,
         )
         try_model(model, x[:FEW], name=self.model, classes=self.classes, context=work.autocast())
         return work

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from blocklocal.internals import UnsupportedTorch
 from blocklocal.lab import member
 from blocklocal.lab.environment import keep_freed_memory
-from blocklocal.lab.errors import UserError
+from blocklocal.lab.errors import UserError, lacks_memory
 from blocklocal.lab.journal import LAUNCHED, report
 from blocklocal.lab.names import sentence
 
@@ -69,7 +67,7 @@ def main(args: Sequence[str]) -> int:
     except OSError as error:
         return _fail(str(error), code=1)
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        if not lacks_memory(error):
             raise
         return _fail(f"this takes more memory than there is: {str(error) or type(error).__name__}", code=1)
     return 0
@@ -86,12 +84,6 @@ def _fail(message: str, *, code: int) -> int:
     if not told:
         _say(message)
     return code
-
-
-def _lacks_memory(error: Exception) -> bool:
-    """torch has a class of its own for a GPU's memory, and none for the rest."""
-    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 # Where other people's code is, whose warnings say nothing to who calls a command.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch.optim import SGD
 
 from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, Predictive, recompute, split
 from blocklocal.lab import rules
-from blocklocal.lab.errors import UserError
+from blocklocal.lab.errors import UserError, blame, lacks_memory
 from blocklocal.losses import LocalLoss
 from blocklocal.split import candidates
 
@@ -26,6 +27,7 @@ class Workload:
     """What every contender does: train this model on this batch.
 
     head: of all predictions at borders, None for that of the rule. accumulate: parts of the batch for `bp-accumulate`.
+    name: of the model, in messages.
     """
 
     model: nn.Module
@@ -36,9 +38,14 @@ class Workload:
     balance: Literal["time", "memory"]
     head: str | None
     accumulate: int
+    name: str = ""
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.x.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def blamed(self, what: str) -> AbstractContextManager[None]:
+        """What goes wrong in a model of the user's is said of it, but for a lack of memory."""
+        return blame(f"model {self.name!r} {what}", unless=lacks_memory) if ":" in self.name else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,20 @@ class Contender:
 
 
 def contender(rule: str, work: Workload, *, blocks: int) -> Contender:
-    """One of `RULES` on a copy of the model. UserError: a model that the rule does not fit."""
-    work = replace(work, model=copy.deepcopy(work.model))
-    torch.manual_seed(0)  # borders begin with the same weights under every rule
-    try:
-        return RULES[rule](rule, work, blocks)
-    except ValueError as error:
-        raise UserError(f"rule {rule!r}: {error}") from error
+    """One of `RULES` on a copy of the model. UserError: a model that the rule does not fit, or that fails in a step."""
+    with work.blamed(f"does not fit rule {rule!r}"):
+        work = replace(work, model=copy.deepcopy(work.model))
+        torch.manual_seed(0)  # borders begin with the same weights under every rule
+        try:
+            made = RULES[rule](rule, work, blocks)
+        except ValueError as error:
+            raise UserError(f"rule {rule!r}: {error}") from error
+
+    def step() -> None:
+        with work.blamed(f"fails in a step of {rule}"):
+            made.step()
+
+    return replace(made, step=step)
 
 
 Build = Callable[[str, Workload, int], Contender]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from blocklocal.arguments import first_line
 
@@ -17,23 +20,53 @@ class UserError(ValueError):
 
 
 @contextmanager
-def blame(subject: str) -> Iterator[None]:
-    """Whatever goes wrong in code of the user's is a UserError that names the subject, the kind and the line."""
+def blame(subject: str, *, unless: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
+    """Whatever goes wrong in code of the user's is a UserError that names the subject, the kind and the line.
+
+    unless: tells of an error whether it is none of the user's code; then it passes as it is.
+    """
     try:
         yield
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # SystemExit too, with which a module may end at its import
+        if unless(error):
+            raise
         kind, text = type(error).__name__, str(error).strip()
         said = f"{kind}: {first_line(error)}" if text else kind
-        raise UserError(f"{subject}: {said}{_place(error)}") from error
+        raise UserError(f"{subject}: {said}{place(error)}") from error
 
 
-def _place(error: BaseException) -> str:
-    """The last line of code that ran outside this package and torch; a SyntaxError says its own."""
+def lacks_memory(error: BaseException) -> bool:
+    """torch has a class of its own for a GPU's memory, and none for the rest."""
+    words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def of_machine(error: BaseException) -> bool:
+    """Whether it comes from files, connections or memory, and might not come again."""
+    return any(isinstance(one, OSError) or lacks_memory(one) for one in _chain(error))
+
+
+def place(error: BaseException) -> str:
+    """The last line of code outside this package and torch that ran, in words; a SyntaxError says its own."""
     if isinstance(error, SyntaxError):
         return ""
     specs = [find_spec(name) for name in ("blocklocal", "torch")]
-    inside = ("<", *(f"{Path(spec.origin).parent}{os.sep}" for spec in specs if spec and spec.origin))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(inside)]
-    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    packages = [f"{Path(spec.origin).parent}{os.sep}" for spec in specs if spec and spec.origin]
+    inside = ("<", contextlib.__file__, *packages)
+    for one in _chain(error):
+        frames = [frame for frame in traceback.extract_tb(one.__traceback__) if not frame.filename.startswith(inside)]
+        if frames:
+            return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    return ""
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it was raised from."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__

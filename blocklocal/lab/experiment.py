@@ -21,7 +21,7 @@ from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.evaluate import Exits, evaluate, validate
 from blocklocal.lab.names import WORD, short
-from blocklocal.lab.trial import FEW, try_learning, try_model
+from blocklocal.lab.trial import FEW, try_checkpoint, try_learning, try_model
 
 EXAMPLE = 8  # images by which the blocks are balanced and the borders get their shapes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -177,6 +177,7 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     if settings.channels_last:  # the heads at the borders too
         learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     try_learning(learning, x, y, name=settings.model, context=context)
+    try_checkpoint(learning.learner, name=settings.model)
     return Experiment(settings, device, dataset, normalisation, learning)
 
 

@@ -15,7 +15,7 @@ from blocklocal.lab.checkpoints import Checkpoints, kept
 from blocklocal.lab.config import Settings
 from blocklocal.lab.course import Course
 from blocklocal.lab.environment import describe, peak_memory
-from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.errors import UserError, blame, of_machine, place
 from blocklocal.lab.experiment import Experiment, check_facts, prepare
 from blocklocal.lab.lock import MOMENT
 from blocklocal.lab.processes import Processes, environment, joined
@@ -68,7 +68,8 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else processes.device)
     if resume:
         check_facts(experiment, run.facts())
-    trainer = _trainer(experiment, processes, trace=run.traces)
+    with _blamed(settings, processes):
+        trainer = _trainer(experiment, processes, trace=run.traces)
     blocks = len(experiment.learner.blocks)
     checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
     course = Course(trainer, checkpoints, save_every=settings.save_every)
@@ -133,10 +134,16 @@ def _refuse_anew(run: Run, checkpoints: Checkpoints) -> None:
 
 
 def _blamed(settings: Settings, processes: Processes) -> AbstractContextManager[None]:
-    """What goes wrong in a model of the user's is said of it; over processes it may be what follows from another's."""
-    if ":" in settings.model and not processes.distributed:
-        return blame(f"model {settings.model!r} fails in training")
-    return nullcontext()
+    """What goes wrong in a model of the user's is said of it.
+
+    Over processes it may also be what follows from another's failure, or what another start mends.
+    """
+    if ":" not in settings.model:
+        return nullcontext()
+    subject = f"model {settings.model!r} fails in training"
+    if not processes.distributed:
+        return blame(subject)
+    return blame(subject, unless=lambda error: of_machine(error) or not place(error))
 
 
 def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Trainer:

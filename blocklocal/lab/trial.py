@@ -7,6 +7,7 @@ one that is not.
 from __future__ import annotations
 
 import copy
+import inspect
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,21 +17,30 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from blocklocal import BlockLocal
+from blocklocal.inputs import check_parameters
 from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.rules import Learning
+from blocklocal.lab.state import block_state
 
 FEW = 8  # images that a trial takes
+EXTRA = "_extra_state"  # by which torch names what get_extra_state() of a module gives
 
 
 def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: AbstractContextManager) -> None:
     """A pass in training and one in evaluation mode over images x, in `context`.
 
-    UserError: no parameters to train, a pass that fails, or that does not give `classes` finite logits per image.
+    UserError: no parameters to train, or one that shares memory with itself; a pass that fails, or that does not give
+    `classes` finite logits per image.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise UserError(f"model {name!r} has parameters without a shape: give its lazy modules their sizes")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model {name!r} has no parameters to train")
+    try:
+        check_parameters(model)
+    except ValueError as error:
+        raise UserError(f"model {name!r}: {error}") from error
     with _preserved(model, device=x.device), blame(f"model {name!r} fails on images of shape {(*x.shape,)}"):
         for training in (True, False):
             model.train(training)
@@ -65,9 +75,29 @@ def try_learning(learning: Learning, x: Tensor, y: Tensor, *, name: str, context
         alignment.load_state_dict(state)
 
 
+def try_checkpoint(learner: BlockLocal, *, name: str) -> None:
+    """What modules keep beside parameters and buffers is taken for a checkpoint, and given back to them.
+
+    UserError: it is no tensor, or a module does not give it or take it.
+    """
+    device = next(learner.parameters()).device
+    with _preserved(learner, learner.model, device=device), blame(f"model {name!r} fails with its extra state"):
+        for k in range(len(learner.blocks)):
+            try:
+                state = block_state(learner, k, None)
+            except UserError as error:
+                raise UserError(f"model {name!r}: {error}") from error
+            extra = {key: kept for key, kept in state.items() if key.endswith(EXTRA)}
+            for key in learner.load_state_dict(extra, strict=False).unexpected_keys:
+                raise UserError(f"model {name!r}: {key} would not be taken back: its module needs set_extra_state()")
+
+
 def _fault(logits: object, *, shape: tuple[int, int], device: torch.device) -> str:
     """What is wrong with a model's output, if anything."""
     images, classes = shape
+    if inspect.iscoroutine(logits):
+        logits.close()
+        return "has an async forward(), which gives no tensor: define it by def alone"
     if not isinstance(logits, Tensor):
         return f"gives an object of type {type(logits).__name__}, not a tensor of logits"
     if logits.dim() == 2 and len(logits) == images and logits.shape[1] != classes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from contextlib import chdir
 from types import ModuleType
 
 from torch import nn
@@ -70,7 +71,11 @@ def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> n
         elif source == "torchvision":
             model = _torchvision(function, channels=channels, classes=classes)
         else:
-            model = _own(source, function)(channels=channels, size=size, classes=classes)
+            with chdir("."):  # back after it: relative paths of the command line are those of where it was started
+                model = _own(source, function)(channels=channels, size=size, classes=classes)
+    if inspect.iscoroutine(model):
+        model.close()
+        raise UserError(f"model {name!r}: its function is async, and gives no module: define it by def alone")
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
         raise UserError(f"model {name!r}: its function gives {kind}, not a torch.nn.Module")
