@@ -82,7 +82,8 @@ def test_conversion_keeps_everything_shared(make) -> None:
     for dtype in (torch.float64, torch.float32):
         learner.to(dtype)
         assert (list(learner.state_dict()), list(model.state_dict())) == keys
-        assert {value.dtype for value in learner.state_dict().values()} <= {dtype, torch.int64}
+        tensors = {name: value for name, value in learner.state_dict().items() if name != "pool._extra_state"}
+        assert {value.dtype for value in tensors.values()} <= {dtype, torch.int64}
         shared = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         assert {id(t) for block in learner.blocks for t in (*block.parameters(), *block.buffers())} == shared
         inputs = x.to(dtype) if x.is_floating_point() else x
@@ -289,7 +290,8 @@ def test_predictions_in_half_precision_are_compared_in_single() -> None:
     learner.eval().bfloat16()
     x = x.bfloat16()
     expected = torch.stack([exit.float().log_softmax(-1) for exit in learner.exits(x)]).mean(0)
-    assert torch.equal(learner.predict(x, exit="all"), expected)
+    assert learner.predict(x, exit="all").dtype == torch.float32
+    assert_close(learner.predict(x, exit="all"), expected)
     logits = torch.tensor([[8.0, 0.0, 0.0, 0.0]]).bfloat16()
     assert logits.softmax(-1).max() == 1.0  # rounded: it is 0.9990
     sure = nn.Sequential(nn.Identity(), nn.Identity())
