@@ -394,7 +394,8 @@ class BlockLocal(Convertible):
         self._outline.note()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        weights = {"pool._extra_state": self.pool.get_extra_state()}  # stay, where the state is that of blocks alone
+        result = super().load_state_dict({**weights, **state_dict}, strict=strict, assign=assign)
         if assign:
             for block in self._traced():
                 adopt(self.model, block)
