@@ -64,7 +64,8 @@ def case(text: str | Sequence[str], *words: str, code: int = 2) -> Case:
 
 
 def wrong_numbers() -> Iterator[Case]:
-    """Of every number of every command: no number, and one on each side of its range."""
+    """Of every number of every command: no number, and one on each side of its range; below it alone where another
+    command takes its settings from `bll train`."""
     for command, kind in OPTIONS.items():
         for name, (hint, beside) in ranges.declared(kind).items():
             bounds = next((bound for bound in beside if isinstance(bound, ranges.Range)), None)
@@ -75,7 +76,8 @@ def wrong_numbers() -> Iterator[Case]:
             values = ["nan", "x", "0x10", "1_0", f"{below:g}"]
             above = f"{max(bounds.most, ranges.LARGEST) + 1:.0f}"
             values += ["1.5", above] if "int" in str(hint) else ["1e400", "-inf"]
-            for value in values:
+            inherited = kind is not Settings and name in ranges.declared(Settings) and issubclass(kind, Settings)
+            for value in [f"{below:g}"] if inherited else values:
                 yield case(f"{command} {option}={value}", option)
 
 
