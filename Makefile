@@ -3,7 +3,7 @@ SUPPORTED = import sys, venv, pip; sys.exit(not (3, 11) <= sys.version_info < (3
 PYTHON ?= $(firstword $(foreach p,python3 python python3.12 python3.11,$(shell $(p) -c "$(SUPPORTED)" 2>/dev/null && echo $(p))))
 BIN = .venv/bin
 
-.PHONY: demo test setup clean
+.PHONY: demo test faults setup clean
 
 demo: setup
 	$(BIN)/bll demo
@@ -12,7 +12,12 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist worksteal -m "not long"
+
+# What `make test` leaves out, in a short form and then at length: some 15 minutes.
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m long
+	$(BIN)/python tests/faults.py
 
 setup: .venv/installed
 

@@ -94,7 +94,7 @@ def test_torchrun_runs_the_same_command(tmp_path, whole):
     assert faults.same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("options", [(), ("--shard",)])
+@pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.long), ("--shard",)])
 def test_replicas_share_a_minibatch(tmp_path, whole, options, capsys):
     """Batch normalisation sees 8 images in place of 16: near, not the same. The weights that are kept are whole."""
     run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--replicas=2", *options, processes=4)
@@ -118,10 +118,12 @@ def test_a_killed_process_changes_nothing(tmp_path, whole):
     faults.kill_one_after_another(tmp_path, whole, epochs=EPOCHS, kills=2, processes=2)
 
 
+@pytest.mark.long
 def test_a_stopped_process_is_noticed(tmp_path, whole):
     faults.stop(tmp_path, whole, epochs=EPOCHS, patience=3, processes=2)
 
 
+@pytest.mark.long
 def test_nothing_outlives_the_launcher(tmp_path, whole):
     faults.kill_launcher(tmp_path, whole, epochs=EPOCHS, processes=2)
 
@@ -130,6 +132,7 @@ def test_control_c_ends_all_and_another_number_of_processes_goes_on(tmp_path, wh
     faults.change_processes(tmp_path, whole, epochs=EPOCHS, numbers=(4, 2))
 
 
+@pytest.mark.long
 def test_a_full_disk(tmp_path, whole):
     try:
         faults.fill_disk(tmp_path, whole, epochs=EPOCHS, processes=2)
@@ -137,6 +140,7 @@ def test_a_full_disk(tmp_path, whole):
         pytest.skip(f"no file system can be mounted here: {error}")
 
 
+@pytest.mark.long
 def test_two_machines_whose_link_breaks(tmp_path, whole):
     try:
         faults.cut_cable(tmp_path, whole, epochs=EPOCHS, seconds=2)
