@@ -45,7 +45,17 @@ class MLPHead(nn.Module):
         return self.layers(message.statistics)
 
 
-class ConvHead(nn.Module):
+class MapHead(nn.Module):
+    """Features of the map, their mean over space, one linear layer."""
+
+    features: nn.Module
+    linear: nn.Linear
+
+    def forward(self, message: Message) -> Tensor:
+        return self.linear(self.features(message.map).mean((2, 3)))
+
+
+class ConvHead(MapHead):
     """Two strided 3x3 convolutions with batch normalisation, the mean over space, one linear layer."""
 
     def __init__(self, site: Site) -> None:
@@ -55,11 +65,8 @@ class ConvHead(nn.Module):
         self.features = nn.Sequential(_conv(site.channels, width, stride=2), _conv(width, width, stride=2))
         self.linear = nn.Linear(width, site.targets.size)
 
-    def forward(self, message: Message) -> Tensor:
-        return self.linear(self.features(message.map).mean((2, 3)))
 
-
-class ResidualHead(nn.Module):
+class ResidualHead(MapHead):
     """Two strided residual units that widen as the network does, up to 128 and 256 channels, then mean and linear."""
 
     name = "residual"
@@ -72,9 +79,6 @@ class ResidualHead(nn.Module):
             ResidualUnit(site.channels, inner, stride=2), ResidualUnit(inner, outer, stride=2)
         )
         self.linear = nn.Linear(outer, site.targets.size)
-
-    def forward(self, message: Message) -> Tensor:
-        return self.linear(self.features(message.map).mean((2, 3)))
 
 
 class PooledResidualHead(ResidualHead):
@@ -98,7 +102,7 @@ class PatchHead(ResidualHead):
         return self.linear(self.features(quarters).mean((2, 3))).unflatten(0, (4, -1)).mean(0)
 
 
-class DepthwiseHead(nn.Module):
+class DepthwiseHead(MapHead):
     """Three strided depth-wise separable convolutions, each with twice the channels of the one before, mean and linear
     (as in SEDONA; Pyeon et al., 2021)."""
 
@@ -108,9 +112,6 @@ class DepthwiseHead(nn.Module):
         widths = [site.channels * 2**k for k in range(4)]
         self.features = nn.Sequential(*(_separable(inputs, outputs) for inputs, outputs in pairwise(widths)))
         self.linear = nn.Linear(widths[-1], site.targets.size)
-
-    def forward(self, message: Message) -> Tensor:
-        return self.linear(self.features(message.map).mean((2, 3)))
 
 
 class ResidualUnit(nn.Module):

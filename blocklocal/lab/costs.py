@@ -12,6 +12,7 @@ from blocklocal.lab import outputs
 from blocklocal.lab.config import Settings, encode
 from blocklocal.lab.contenders import Contender
 from blocklocal.lab.descent import descent
+from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import prepare
 from blocklocal.lab.measurement import Measurement, Watch, measure_all, ratio
@@ -49,7 +50,7 @@ def costs(settings: Mapping[str, Settings], *, file: Path, watch: Watch = lambda
     for name, one in settings.items():
         watch(f"preparing {name}")
         contenders[name] = _contender(one)
-    device = prepare(_small(settings[reference])).device
+    device = find_device(settings[reference].device)
     measured = measure_all(contenders, device=device, rounds=ROUNDS, warmup=WARMUP, watch=watch)
     result = {name: _cost(measurement, bp=measured[reference]) for name, measurement in measured.items()}
     content = json.dumps({"settings": wanted, "costs": {name: asdict(cost) for name, cost in result.items()}}, indent=2)
