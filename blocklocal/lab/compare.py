@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +48,7 @@ class Options(Settings):
     @property
     def series(self) -> list[Settings]:
         """All rules with the first seed, then with the next: a series that is stopped compares what it has."""
-        shared = Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+        shared = self.shared
         whole = replace(shared, head=None, variational=None, add_beliefs=False)
         return [
             replace(

@@ -120,6 +120,11 @@ class Settings:
                 )
 
     @property
+    def shared(self) -> Settings:
+        """These settings without what a command of several runs adds to them."""
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
+
+    @property
     def folder(self) -> Path:
         """Where the run is kept."""
         if self.out is not None:

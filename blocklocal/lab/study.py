@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -60,10 +60,6 @@ class Options(Settings):
     @property
     def home(self) -> Path:
         return Path(self.out or Path("runs", folder_name("study", self.grid.stem, self.data)))
-
-    @property
-    def shared(self) -> Settings:
-        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     def rows(self) -> list[Row]:
         """UserError: no grid of settings, or such as a run cannot have."""
