@@ -48,6 +48,7 @@ class ExitPool(nn.Module):
         """
         with torch.inference_mode(False), torch.enable_grad():
             evidence = torch.stack([self._evidence(p.clone()).double() for p in predictions])
+            y = y.double() if y.is_floating_point() else y  # criteria may want one dtype
             equal = torch.full((len(evidence), *[1] * (evidence.dim() - 1)), 1 / len(evidence)).to(evidence)
             roots = equal.sqrt().requires_grad_()
             optimizer = torch.optim.LBFGS([roots], max_iter=100, line_search_fn="strong_wolfe")

@@ -72,6 +72,7 @@ def test_a_step_reads_no_value(feedback, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_a_step_waits_for_no_gpu() -> None:
     learner, _, x, y = setting(EVERYTHING)
     learner.cuda()

@@ -70,7 +70,7 @@ def allocated(step: Callable[[], None], *, device: torch.device) -> int:
 def _allocations(step: Callable[[], None]) -> list[int]:
     """Bytes taken from the allocator of the CPU (above zero) and given back (below), in order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports each start and stop on standard error
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")

@@ -17,7 +17,7 @@ def dearest(step: Callable[[], None], *, device: torch.device, count: int = 10) 
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         step()
         if cuda:
             torch.cuda.synchronize(device)
