@@ -161,7 +161,9 @@ def tiny(row: Row) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of cifar10, cifar100")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of cifar10, cifar100"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu", help="what is found is kept here")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="checkpoints and logs")
     parser.add_argument("--minutes", type=float, default=25.0, help="nothing goes on for longer")

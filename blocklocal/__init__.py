@@ -6,7 +6,7 @@ from blocklocal import alignment
 from blocklocal.families import Bernoulli, Categorical, Gaussian, GaussianMeanVariance, Poisson
 from blocklocal.feedback import ClosedFormFeedback, GradientFeedback
 from blocklocal.learner import BlockLocal, CollapseWarning
-from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Predictive, Similarity, Variational
+from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Posterior, Predictive, Similarity, Variational
 from blocklocal.messages import spatial_max, spatial_mean, spatial_std
 from blocklocal.recompute import recompute
 from blocklocal.split import split
@@ -28,6 +28,7 @@ __all__ = [
     "GradientFeedback",
     "Pipeline",
     "Poisson",
+    "Posterior",
     "Predictive",
     "Similarity",
     "Variational",

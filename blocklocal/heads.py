@@ -1,10 +1,10 @@
 """Prediction at a border: modules that map a Message to logits (B, n), or (B, T, n) per token.
 
-`linear` and `mlp` read the channel statistics; `conv` and `residual` the feature map itself, through two strided stages
-that end in its mean; `pooled` the map at half its resolution, `patches` its quarters one by one; `depthwise` the map
-through three stages of convolutions that look at one channel each. A deeper head approximates p(y | z_k) better, at
-more cost. `evidence` has no parameters: the messages themselves classify, since log q(y | x) is the logarithm of the
-integral of alpha_k(z) beta_k(z; y).
+`linear`, `normalised` and `mlp` read the channel statistics; `conv` and `residual` the feature map itself, through two
+strided stages that end in its mean; `pooled` the map at half its resolution, `patches` its quarters one by one;
+`depthwise` the map through three stages of convolutions that look at one channel each. A deeper head approximates
+p(y | z_k) better, at more cost. `evidence` has no parameters: the messages themselves classify, since log q(y | x) is
+the logarithm of the integral of alpha_k(z) beta_k(z; y).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocklocal.families import Family, Gaussian
-from blocklocal.messages import Message, Site
+from blocklocal.messages import Message, Site, spatial_mean
+from blocklocal.operations import operations
 
 Head = Callable[[Site], nn.Module]
 
@@ -31,6 +32,17 @@ class LinearHead(nn.Module):
 
     def forward(self, message: Message) -> Tensor:
         return self.linear(message.statistics)
+
+
+class NormalisedHead(nn.Module):
+    """Layer normalisation of the statistics, then one linear layer: the read-out of a transformer."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(site.channels), nn.Linear(site.channels, site.targets.size))
+
+    def forward(self, message: Message) -> Tensor:
+        return self.layers(message.statistics)
 
 
 class MLPHead(nn.Module):
@@ -168,8 +180,27 @@ class EvidenceHead(nn.Module):
         return self.family.evidence_matrix(message.alpha, beta)
 
 
+def default_head(site: Site) -> Head:
+    return PooledResidualHead if site.is_map else NormalisedHead
+
+
+def affordable_head(site: Site, *, budget: float) -> Head:
+    """The best head that takes at most `budget` times the operations of the block before it, or else the cheapest."""
+    for head in (ResidualHead, PooledResidualHead, ConvHead, DepthwiseHead) if site.is_map else ():
+        if site.operations is not None and _operations(head, site) <= budget * site.operations:
+            return head
+    return NormalisedHead
+
+
+def _operations(head: Head, site: Site) -> float:
+    with torch.device("meta"):  # where nothing is computed, and no random number drawn
+        module, h = head(site).eval(), torch.empty(1, *site.shape)
+    return operations(lambda h: module(Message(h, site=site, statistic=spatial_mean, feedback=None)), h)
+
+
 HEADS: dict[str, Head] = {
     "linear": LinearHead,
+    "normalised": NormalisedHead,
     "mlp": MLPHead,
     "conv": ConvHead,
     "residual": ResidualHead,
@@ -201,5 +232,5 @@ def _require_map(site: Site, *, head: str) -> None:
     if not site.is_map:
         raise ValueError(
             f'head="{head}" needs feature maps (B, C, H, W), and a sample at this border has shape {site.shape} '
-            f'({site.layout}): use "mlp" or "linear"'
+            f'({site.layout}): use "normalised", "mlp" or "linear"'
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -42,7 +43,7 @@ from blocklocal.inputs import (
 )
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
-from blocklocal.losses import BLL, LocalLoss
+from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import Criterion, Message, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
 from blocklocal.replicas import Group, processes
@@ -120,8 +121,9 @@ class BlockLocal(Convertible):
         if blocks is not None and layout is not None and not isinstance(layout, str):
             raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
 
-        def build(h: Tensor, prediction: Tensor, layout: Layout | None) -> Border:
+        def build(h: Tensor, prediction: Tensor, layout: Layout | None, **place: float | None) -> Border:
             site = site_of(h, layout=layout, prediction=prediction, targets=self.targets, criterion=self.criterion)
+            site = replace(site, **place)
             return Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
 
         def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
@@ -132,12 +134,13 @@ class BlockLocal(Convertible):
 
         self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
         self._outline = Outline(model, self.blocks)
-        seen = survey(model, self.blocks, example, size=self.targets.size)
+        count = any(isinstance(term, Predictive) and term.budget is not None for _, term in loss.terms)
+        seen = survey(model, self.blocks, example, size=self.targets.size, count=count)
         self._writes_input = seen.writes_input
         layouts = given_layouts(layout, borders=len(self.blocks) - 1)
         self.borders = nn.ModuleList(
-            build(h, seen.outputs[-1], chosen or found)
-            for h, chosen, found in zip(seen.outputs, layouts, seen.layouts, strict=False)
+            build(h, seen.outputs[-1], chosen or found, depth=k / len(layouts), operations=seen.operations[k])
+            for k, (h, chosen, found) in enumerate(zip(seen.outputs, layouts, seen.layouts, strict=False))
         )
         for k, h in enumerate(seen.outputs[:-1]):
             if not h.is_meta:

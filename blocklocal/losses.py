@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from blocklocal.arguments import describe, loss_of, require, require_number
 from blocklocal.families import Family, Gaussian
-from blocklocal.heads import HEADS, Head, LinearHead, MLPHead, ResidualHead
+from blocklocal.feedback import at_least_single
+from blocklocal.heads import HEADS, Head, LinearHead, affordable_head, default_head
 from blocklocal.messages import Message, Site, spatial_std
 
 
@@ -76,16 +77,24 @@ class Variational(Term):
     of alpha less that of rho, twice as much for the Gaussian. A moving rho follows alpha the more, the surer alpha is,
     so that for Bernoulli, Categorical and Poisson its gradient can lead away from beta.
 
+    estimate_variance: for the Gaussian, s2 of every channel is its estimate from the batch, the mean of
+    (alpha - beta)^2, in place of the family's: the M-step in closed form. Every channel then counts by its share of
+    what is left unexplained, not by its scale.
+
     Families other than the Gaussian of known variance also have an entropy to lower. It is least where every latent is
     certain, whatever the class, and without bound for GaussianMeanVariance: give them a small weight, such as 0.01.
     """
 
     family: Family = field(default_factory=Gaussian)
     fixed_posterior: bool = False
+    estimate_variance: bool = False
 
     def __post_init__(self) -> None:
         require(self.family, Family, name="family", needed="pass a family, such as bll.Gaussian()")
         require(self.fixed_posterior, bool, name="fixed_posterior", needed="pass True or False")
+        require(self.estimate_variance, bool, name="estimate_variance", needed="pass True or False")
+        if self.estimate_variance and not isinstance(self.family, Gaussian):
+            raise ValueError(f"estimate_variance=True is for bll.Gaussian(), and the family is {self.family}")
 
     def build(self, site: Site) -> nn.Module:
         self.family.natural(torch.zeros(1, site.channels))  # refuses channels that do not fit
@@ -101,11 +110,16 @@ class VariationalTerm(nn.Module):
 
     def forward(self, message: Message, y: Tensor) -> Tensor:
         assert message.feedback is not None
-        family = self.settings.family
-        beta = message.feedback(y).to(message.alpha.dtype)
-        loss = family.variational_loss(message.alpha, beta, fixed_posterior=self.settings.fixed_posterior)
+        family, alpha = self.settings.family, message.alpha
+        beta, log_scale = message.feedback(y).to(alpha.dtype), None
+        if self.settings.estimate_variance:
+            scale = (alpha - beta).detach().square().flatten(0, -2).mean(0).clamp_min(1e-6).sqrt()
+            family, alpha, beta, log_scale = Gaussian(), alpha / scale, beta / scale, scale.log()
+        loss = family.variational_loss(alpha, beta, fixed_posterior=self.settings.fixed_posterior)
+        if log_scale is not None:
+            loss = loss + log_scale
         if beta.requires_grad:
-            eta_alpha, eta_beta = family.natural(message.alpha.detach()), family.natural(beta)
+            eta_alpha, eta_beta = family.natural(alpha.detach()), family.natural(beta)
             fit = family.kl_divergence(family.product(eta_alpha, eta_beta), eta_alpha)
             loss = loss + fit - fit.detach()
         return loss.sum(-1).mean()
@@ -115,14 +129,20 @@ class VariationalTerm(nn.Module):
 class Predictive(Term):
     """The criterion of the model on a prediction made at the border (paper, section 3).
 
-    head: one of "linear", "mlp", "conv", "residual", "pooled", "patches", "depthwise", "evidence", or a function
-    Site -> nn.Module that maps a Message to logits. By default "residual" at feature maps and "mlp" at vectors and
-    tokens.
+    head: one of "linear", "normalised", "mlp", "conv", "residual", "pooled", "patches", "depthwise", "evidence", or a
+    function Site -> nn.Module that maps a Message to logits. By default "pooled" at feature maps and "normalised" at
+    vectors and tokens. budget: choose the head by what it costs, the best one that takes at most so many times the
+    operations of its own block, 0.1 being a tenth; where none does, and while cuts are still looked for, "normalised".
     """
 
     head: str | Head | None = None
+    budget: float | None = None
 
     def __post_init__(self) -> None:
+        if self.budget is not None:
+            require_number(self.budget, name="budget", above=0)
+            if self.head is not None:
+                raise ValueError("head= and budget= both choose the head: pass one of them")
         if self.head is None or (callable(self.head) and not isinstance(self.head, nn.Module)):
             return
         allowed = f"choose {', '.join(HEADS)}, or pass a function"
@@ -131,8 +151,10 @@ class Predictive(Term):
             raise ValueError(f"head={self.head!r} is unknown: {allowed}")
 
     def build(self, site: Site) -> PredictiveTerm:
-        if self.head is None:
-            head: Head = ResidualHead if site.is_map else MLPHead
+        if self.budget is not None:
+            head = affordable_head(site, budget=self.budget)
+        elif self.head is None:
+            head = default_head(site)
         else:
             head = self.head if callable(self.head) else HEADS[self.head]
         try:
@@ -150,6 +172,58 @@ class PredictiveTerm(nn.Module):
 
     def forward(self, message: Message, y: Tensor) -> Tensor:
         return loss_of(self.criterion, message.predict(self.head), y)
+
+
+@dataclass(frozen=True)
+class Posterior(Predictive):
+    """Cross-entropy of a border's prediction with the posterior of the targets and of the belief that has come along.
+
+    For categorical messages, whose natural parameters are logits, that is the product of powers
+
+        p*(y) ~ p_y^a p_(k-1)^(1-a)    (Eq. 2),
+
+    with a = `power` and the targets p_y: the labels, of which a share, `softness` (1 - depth), is spread evenly over
+    all classes, most at the first border. The belief p_(k-1) of the exits before border k travels forward with
+    `add_beliefs=True`, and is a constant; at the first border, or without it, p* is p_y. Labels of no softness decide
+    alone, whatever the belief.
+
+    >>> loss = Posterior(power=0.9, softness=0.2)
+    """
+
+    power: float = 1.0
+    softness: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number(self.power, name="power", least=0, most=1)
+        require_number(self.softness, name="softness", least=0, most=1)
+        if self.power < 1 and self.softness == 0:
+            raise ValueError(f"power={self.power} has no effect with softness=0, where labels decide alone: raise it")
+
+    def build(self, site: Site) -> PosteriorTerm:
+        if not site.targets.labels:
+            raise ValueError("Posterior() compares distributions over classes: it needs labels (classes=)")
+        return PosteriorTerm(super().build(site).head, site=site, settings=self)
+
+
+class PosteriorTerm(PredictiveTerm):
+    def __init__(self, head: nn.Module, *, site: Site, settings: Posterior) -> None:
+        super().__init__(head, site=site)
+        self.classes, self.power = site.targets.size, settings.power
+        self.softness = settings.softness * (1 - site.depth)
+
+    def forward(self, message: Message, y: Tensor) -> Tensor:
+        prediction = message.predict(self.head)
+        prediction = prediction.to(at_least_single(prediction.dtype))
+        target = self._target(message.belief, y, dtype=prediction.dtype)
+        return F.cross_entropy(prediction.flatten(0, -2), target.flatten(0, -2))
+
+    def _target(self, belief: Tensor | None, y: Tensor, *, dtype: torch.dtype) -> Tensor:
+        labels = F.one_hot(y, self.classes).to(dtype)
+        target = (1 - self.softness) * labels + self.softness / self.classes
+        if belief is None or self.softness == 0:
+            return target
+        return (self.power * target.log() + (1 - self.power) * belief.log_softmax(-1)).softmax(-1)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ class Site:
     """Where a border stands: the shape and layout of one sample of h, and what to predict there.
 
     shape: (D,) of a vector, (T, D) or (H, W, D) of tokens, (C, L) of a signal, (C, H, W) of a map. tokens: there is one
-    prediction per token, not one per sample.
+    prediction per token, not one per sample. depth: 0 at the first border of a chain of K blocks, k / (K - 1) at border
+    k. operations: of the block before it, in a forward pass for one sample; None where nobody has counted them.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +83,8 @@ class Site:
     targets: Targets
     tokens: bool
     criterion: Criterion
+    depth: float = 0.0
+    operations: float | None = None
 
     @property
     def channels_first(self) -> bool:

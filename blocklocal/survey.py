@@ -13,6 +13,7 @@ from blocklocal.graph import mode
 from blocklocal.internals import version_of
 from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.messages import Criterion, Site
+from blocklocal.operations import operations
 
 DIMENSIONS = {"vector": range(2, 3), "tokens": range(3, 9), "signal": range(3, 4), "map": range(4, 9)}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -20,22 +21,26 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 @dataclass(frozen=True)
 class Survey:
-    """The blocks' outputs, the layouts found at the borders, and which blocks write into their input."""
+    """The blocks' outputs, the layouts found at the borders, which blocks write into their input, and where they were
+    counted, the operations of each block for one sample."""
 
     outputs: list[Tensor]
     layouts: list[Layout | None]
     writes_input: list[bool]
+    operations: list[float | None]
 
 
 @torch.no_grad()
-def survey(model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, size: int) -> Survey:
+def survey(
+    model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, size: int, count: bool = False
+) -> Survey:
     """What the blocks cut from `model` do on `example` in evaluation mode.
 
     Nothing for a chain of one block, which has no border. ValueError: no example, a block that gives no features, a
     prediction of another size, or another prediction than the model's.
     """
     if len(blocks) == 1:
-        return Survey([], [], [False])
+        return Survey([], [], [False], [None])
     if example is None:
         raise ValueError("pass example=, a batch of inputs: the borders take their shapes from it")
     check_example(model, example)
@@ -69,7 +74,12 @@ def survey(model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, s
                 h = block(h.clone())
                 longer.append(h)
         _require_batch_first(longer)
-    return Survey(outputs, find_layouts(outputs, readings), writes_input)
+    counts: list[float | None] = [None] * len(blocks)
+    if count:
+        with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
+            inputs = [example, *outputs]
+            counts = [operations(block, h.clone()) for block, h in zip(blocks, inputs, strict=False)]
+    return Survey(outputs, find_layouts(outputs, readings), writes_input, counts)
 
 
 def check_example(model: nn.Module, example: Tensor) -> None:

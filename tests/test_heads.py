@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import zoo
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -15,9 +15,20 @@ import blocklocal as bll
 from blocklocal import families
 from blocklocal.families import Family
 from blocklocal.feedback import Feedback
-from blocklocal.heads import HEADS, EvidenceHead, LinearHead, ResidualHead, ResidualUnit
+from blocklocal.heads import (
+    HEADS,
+    ConvHead,
+    DepthwiseHead,
+    EvidenceHead,
+    LinearHead,
+    NormalisedHead,
+    PooledResidualHead,
+    ResidualHead,
+    ResidualUnit,
+)
 from blocklocal.memory import MemoryTracker
 from blocklocal.messages import Message, Site
+from blocklocal.operations import operations
 
 CLASSES, CHANNELS, BATCH = 4, 6, 5
 site = partial(zoo.site, classes=CLASSES)
@@ -32,8 +43,8 @@ def message(h: Tensor, at: Site, feedback: Feedback | None = None) -> Message:
 @pytest.mark.parametrize("shape", [(CHANNELS, 8, 8), (CHANNELS, 1, 1), (CHANNELS,), (7, CHANNELS)], ids=str)
 def test_heads_give_logits_and_every_parameter_learns(head: str, shape: tuple[int, ...]) -> None:
     at = site(*shape)
-    if head not in ("linear", "mlp") and len(shape) < 3:
-        with pytest.raises(ValueError, match=f'head="{head}" needs feature maps .* has shape .*"mlp" or "linear"'):
+    if head not in ("linear", "normalised", "mlp") and len(shape) < 3:
+        with pytest.raises(ValueError, match=f'head="{head}" needs feature maps .* has shape .*"normalised"'):
             HEADS[head](at)
         return
     module = HEADS[head](at)
@@ -47,7 +58,7 @@ def test_heads_give_logits_and_every_parameter_learns(head: str, shape: tuple[in
         assert parameter.grad.abs().max() > 0 or name.endswith("weight"), name  # a 1x1 map shows a kernel its centre
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("head", ["linear", "normalised", "mlp"])
 def test_tokens_are_predicted_one_by_one(head: str) -> None:
     at = site(7, CHANNELS, tokens=True)
     module, h = HEADS[head](at), torch.randn(BATCH, 7, CHANNELS)
@@ -211,3 +222,20 @@ def test_evidence_needs_labels() -> None:
     with pytest.raises(ValueError, match=r"evidence.*needs labels"):
         HEADS["evidence"](site(CHANNELS, labels=False))
     assert not HEADS["evidence"](site(CHANNELS)).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [(2.0, ResidualHead), (0.5, PooledResidualHead), (0.2, ConvHead), (0.1, DepthwiseHead), (0.01, NormalisedHead)],
+)
+def test_a_budget_buys_the_best_head_that_it_pays_for(budget: float, chosen: type) -> None:
+    """Of the multiplications and additions of one residual unit of 16 channels, 2 x 2 x 9 x 16^2 per pixel."""
+    blocks = [zoo.Residual(16, 16, stride=1), nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(16, CLASSES))]
+    x = torch.randn(2, 16, 16, 16)
+    learner = bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=bll.Predictive(budget=budget))
+    border = learner._border(0)
+    assert type(border.head) is chosen
+    assert border.site.operations == 2 * 2 * 9 * 16**2 * 16**2
+    with torch.no_grad():
+        message = border.message(learner.blocks[0](x))
+    assert operations(lambda h: border.head(message), x) <= budget * border.site.operations

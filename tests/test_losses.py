@@ -1,6 +1,7 @@
 """Local losses against their closed forms, torch.distributions and NumPy."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 
 import blocklocal as bll
 from blocklocal.families import Family
-from blocklocal.heads import MLPHead, ResidualHead
+from blocklocal.heads import NormalisedHead, PooledResidualHead
 from blocklocal.losses import Term, similarity
 from blocklocal.messages import Message
 
@@ -142,9 +143,9 @@ def test_terms_add_and_scale() -> None:
 
 
 def test_default_heads_follow_the_shape() -> None:
-    assert isinstance(bll.Predictive().build(site(CHANNELS, 8, 8)).head, ResidualHead)
-    assert isinstance(bll.Predictive().build(site(CHANNELS)).head, MLPHead)
-    assert isinstance(bll.Predictive().build(site(7, CHANNELS)).head, MLPHead)
+    assert isinstance(bll.Predictive().build(site(CHANNELS, 8, 8)).head, PooledResidualHead)
+    assert isinstance(bll.Predictive().build(site(CHANNELS)).head, NormalisedHead)
+    assert isinstance(bll.Predictive().build(site(7, CHANNELS)).head, NormalisedHead)
 
 
 def test_predictive_is_the_criterion_of_the_head() -> None:
@@ -156,8 +157,66 @@ def test_predictive_is_the_criterion_of_the_head() -> None:
     message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=None)
     loss = bll.Predictive(lambda at: Double()).build(site(CHANNELS))(message, y)
     assert_close(loss, -torch.log_softmax(2 * alpha[:, :CLASSES], 1)[torch.arange(BATCH), y].mean())
-    with pytest.raises(ValueError, match="head='fancy' is unknown: choose linear, mlp, conv, residual, pooled"):
+    with pytest.raises(ValueError, match="head='fancy' is unknown: choose linear, normalised, mlp, conv, residual"):
         bll.Predictive("fancy").build(site(CHANNELS))
+
+
+@pytest.mark.parametrize("power", [1.0, 0.7])
+@pytest.mark.parametrize("depth", [0.0, 0.5])
+def test_posterior_is_the_product_of_powers(power: float, depth: float) -> None:
+    at = replace(site(CHANNELS), depth=depth)
+    term = bll.Posterior("linear", power=power, softness=0.3).build(at).double()
+    h, belief = random(BATCH, CHANNELS).requires_grad_(), random(BATCH, CLASSES).requires_grad_()
+    y = torch.tensor([0, 1, 2, 1, 0])
+    message = Message(h, site=at, statistic=bll.spatial_mean, feedback=None, belief=belief.detach())
+    loss = term(message, y)
+    own, before = message.predict(term.head).detach().softmax(-1), belief.softmax(-1).detach()
+    expected = 0.0
+    for i in range(BATCH):
+        softness = 0.3 * (1 - depth)
+        targets = [(1 - softness) * float(c == y[i]) + softness / CLASSES for c in range(CLASSES)]
+        products = [targets[c] ** power * before[i, c].item() ** (1 - power) for c in range(CLASSES)]
+        posterior = [product / sum(products) for product in products]
+        expected -= sum(posterior[c] * math.log(own[i, c].item()) for c in range(CLASSES)) / BATCH
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_posterior_without_softness_or_belief_is_the_label() -> None:
+    torch.manual_seed(0)
+    term = bll.Posterior("linear").build(site(CHANNELS)).double()
+    h, y = random(BATCH, CHANNELS), torch.tensor([0, 1, 2, 1, 0])
+    message = Message(h, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=None)
+    assert_close(term(message, y), F.cross_entropy(term.head(message), y))
+    with pytest.raises(ValueError, match=r"power=0\.5 has no effect with softness=0"):
+        bll.Posterior(power=0.5)
+    with pytest.raises(ValueError, match="needs labels"):
+        bll.Posterior().build(zoo.site(CHANNELS, classes=3, labels=False))
+
+
+def test_estimated_variance_is_the_m_step() -> None:
+    """The loss of the Gaussian whose variance of each channel is the mean square between alpha and beta; no other
+    variance explains the batch better."""
+    y, alpha = torch.tensor([0, 1, 2, 1, 0]), random(BATCH, CHANNELS)
+    alpha.requires_grad_()
+    feedback = bll.ClosedFormFeedback().build(site(CHANNELS).targets, channels=CHANNELS).double()
+    feedback.update(y, alpha.detach())
+    message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=feedback)
+    loss = bll.Variational(estimate_variance=True).build(site(CHANNELS))(message, y)
+    beta = feedback(y)
+    variance = (alpha - beta).detach().square().mean(0)
+    expected = torch.stack(
+        [
+            bll.Gaussian(v.item()).variational_loss(alpha[:, c], beta[:, c], fixed_posterior=False).mean()
+            for c, v in enumerate(variance)
+        ]
+    ).sum()
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, alpha)[0], torch.autograd.grad(expected, alpha)[0])
+    likelihood = lambda v: -0.5 * ((alpha - beta).square() / v + v.log()).mean(0)  # noqa: E731
+    assert (likelihood(variance) >= likelihood(1.1 * variance)).all()
+    assert (likelihood(variance) >= likelihood(0.9 * variance)).all()
+    with pytest.raises(ValueError, match=r"estimate_variance=True is for bll.Gaussian\(\)"):
+        bll.Variational(bll.Bernoulli(), estimate_variance=True)
 
 
 def test_similarity_is_the_correlation_between_samples() -> None:

@@ -60,9 +60,9 @@ def test_all_exits_are_averaged() -> None:
 def test_confidence_is_a_loop_over_samples() -> None:
     learner, (x, _) = perceptron().eval(), vectors()
     with torch.no_grad():  # the later an exit, the surer
-        learner.borders[1].get_parameter("terms.1.head.layers.2.weight").mul_(5)
+        learner.borders[1].get_parameter("terms.1.head.layers.1.weight").mul_(5)
     used = []
-    for confidence in (0.01, 0.3, 0.35, 0.4, 1.0):
+    for confidence in (0.01, 0.3, 0.35, 0.4, 0.6, 0.8, 1.0):
         expected, left_at = [], set()
         for sample in x.split(1):
             for k in range(3):

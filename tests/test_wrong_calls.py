@@ -407,7 +407,7 @@ def raises(error: Exception) -> None:
 
 def scripted(module: nn.Module) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # it is deprecated, by one class or another
         return torch.jit.script(module)
 
 

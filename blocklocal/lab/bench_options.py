@@ -39,8 +39,8 @@ class Options:
     rules: str = "bp,bp-checkpoint,bp-accumulate,bll,bll-checkpoint,bll-sum"
     """what to compare with bp"""
     head: str | None = None
-    """prediction at borders, instead of the rule's: linear, mlp, conv, residual, pooled, patches,
-    depthwise, evidence"""
+    """prediction at borders, instead of the rule's: linear, normalised, mlp, conv, residual, pooled,
+    patches, depthwise, evidence"""
     balance: Literal["time", "memory"] = "memory"
     """what makes blocks even"""
     dtype: Literal["fp32", "bf16"] = "fp32"

@@ -12,7 +12,7 @@ from tyro.conf import Suppress
 
 from blocklocal.lab import rules
 from blocklocal.lab.arguments import parse
-from blocklocal.lab.config import Settings, folder_name, last_name
+from blocklocal.lab.config import CHANGES, Settings, folder_name, last_name
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.groups import gather
 from blocklocal.lab.ranges import Range
@@ -49,7 +49,7 @@ class Options(Settings):
     def series(self) -> list[Settings]:
         """All rules with the first seed, then with the next: a series that is stopped compares what it has."""
         shared = self.shared
-        whole = replace(shared, head=None, variational=None, add_beliefs=False)
+        whole = replace(shared, add_beliefs=False, **{name: getattr(Settings, name) for name in CHANGES})
         return [
             replace(
                 whole if rule in rules.WHOLE else shared,

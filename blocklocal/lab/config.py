@@ -26,12 +26,20 @@ class Settings:
     model: str = "cnn"
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
-    """in blocks: bll, bll-pooled, bll-paper, pred, predsim; whole: bp (backprop), fa, usf, brsf, frsf, dfa, drtp"""
+    """in blocks: bll, bll-paper, pred, predsim; whole: bp (backprop), fa, usf, brsf, frsf, dfa, drtp"""
     head: str | None = None
-    """what predicts at borders, instead of the rule's own: linear, mlp, conv, residual, pooled, patches,
-    depthwise, evidence"""
+    """what predicts at borders, instead of the rule's own: linear, normalised, mlp, conv, residual, pooled,
+    patches, depthwise, evidence"""
+    budget: Annotated[float | None, Range(above=0), Needs("head", (None,))] = None
+    """the best head of at most so many times its own block's operations, instead of the rule's own: 0.1"""
     variational: Annotated[float | None, Range(least=0)] = None
     """weight of the variational term, instead of the rule's own; 0: without it"""
+    estimate_variance: bool = False
+    """variational term with the variance of each channel estimated from the batch"""
+    softness: Annotated[float, Range(least=0, most=1)] = 0.0
+    """share of the target spread over all classes at the first border, falling to none at the end"""
+    power: Annotated[float, Range(least=0, most=1)] = 1.0
+    """with --add-beliefs and --softness: of the targets in the posterior, which has the rest from the belief"""
     add_beliefs: bool = False
     """every exit adds its logits to those of the exits before it; what was trained is the model with its heads"""
     train_size: Annotated[int, Range(least=0)] = 0
@@ -137,6 +145,7 @@ class Settings:
         return [flag(name) for name in names if getattr(self, name) != getattr(other, name)]
 
 
+CHANGES = ("head", "budget", "variational", "estimate_variance", "softness", "power")  # of a rule's own local loss
 OVER_PROCESSES = ("trace", "message", "replicas", "patience")  # and with replicas, shard
 
 # They say where a run is, how it was called and watched, not what it computes.

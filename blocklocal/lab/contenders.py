@@ -155,7 +155,6 @@ IN_BLOCKS: dict[str, Build] = {
     "bll": local(BLL),
     "bll-checkpoint": local(BLL, checkpointed=True),
     "bll-sum": summed,
-    "bll-pooled": local(rules.BLL_POOLED),
     "bll-paper": local(BLL_PAPER),
     "pred": local(Predictive()),
     "predsim": local(PRED_SIM),
@@ -189,7 +188,7 @@ def _learner(work: Workload, model: nn.Module, *, loss: LocalLoss, blocks: int) 
         classes=work.classes,
         example=work.x[:EXAMPLE],
         balance=work.balance,
-        loss=rules.adapted(loss, head=work.head, variational=None),
+        loss=rules.Changes(head=work.head).made(loss),
     )
     if work.x.is_contiguous(memory_format=torch.channels_last):
         learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

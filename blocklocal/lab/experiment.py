@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from blocklocal import BlockLocal
 from blocklocal.lab import batches, models, rules
 from blocklocal.lab.batches import Augmentation, Normalisation
-from blocklocal.lab.config import Settings
+from blocklocal.lab.config import CHANGES, Settings
 from blocklocal.lab.data import Dataset, load
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
@@ -167,8 +167,7 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         at=settings.at or models.CUTS.get((settings.model, settings.blocks)),
         criterion=partial(cross_entropy, label_smoothing=settings.label_smoothing),
         seed=settings.seed,
-        head=settings.head,
-        variational=settings.variational,
+        changes=rules.Changes(**{name: getattr(settings, name) for name in CHANGES}),
         add_beliefs=settings.add_beliefs,
     )
     with blame(f"model {settings.model!r} does not fit rule {settings.rule!r}"):

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from blocklocal.lab.config import Settings, last_name
+from blocklocal.lab.config import CHANGES, Settings, last_name
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.history import History
 
 # Where a rule may differ from backpropagation at the same recipe.
-RULE = ("rule", "blocks", "at", "head", "variational", "add_beliefs", "seed")
+RULE = ("rule", "blocks", "at", *CHANGES, "add_beliefs", "seed")
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,54 @@ from blocklocal.alignment import (
 )
 from blocklocal.feedback import Feedback
 from blocklocal.lab.errors import UserError
-from blocklocal.losses import LocalLoss, WeightedSum
+from blocklocal.losses import LocalLoss, Posterior, Term, WeightedSum
 from blocklocal.messages import Criterion
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is to be another than in a rule's own local loss.
+
+    head, budget: of all predictions at borders. variational: the weight of that term, 0 being without it;
+    estimate_variance: with the variance of each channel from the batch. power, softness: see `Posterior`.
+    """
+
+    head: str | None = None
+    budget: float | None = None
+    variational: float | None = None
+    estimate_variance: bool = False
+    power: float = 1.0
+    softness: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self != Changes()
+
+    def made(self, loss: LocalLoss) -> LocalLoss:
+        """The loss with these changes. ValueError: it has no such term, or one cannot be so."""
+        variational = any(isinstance(term, Variational) for _, term in loss.terms)
+        if not variational and (self.variational is not None or self.estimate_variance):
+            raise ValueError("it has no variational term: leave --variational and --estimate-variance out")
+        terms = [self._term(weight, term) for weight, term in loss.terms]
+        return WeightedSum(tuple((w, term) for w, term in terms if w or not isinstance(term, Variational)))
+
+    def _term(self, weight: float, term: Term) -> tuple[float, Term]:
+        if isinstance(term, Variational):
+            weight = weight if self.variational is None else self.variational
+            return weight, replace(term, estimate_variance=self.estimate_variance)
+        if isinstance(term, Predictive):
+            if self.head or self.budget:
+                term = replace(term, head=self.head, budget=self.budget)
+            if self.softness or self.power < 1:
+                term = Posterior(term.head, term.budget, power=self.power, softness=self.softness)
+        return weight, term
 
 
 @dataclass(frozen=True)
 class Task:
     """What a model is to learn, and where it may be cut: at submodules, or else into so many blocks.
 
-    example: a batch of images as the model gets them. seed: of what a rule draws beside the model's weights. head,
-    variational: see `adapted`. add_beliefs: see `BlockLocal`.
+    example: a batch of images as the model gets them. seed: of what a rule draws beside the model's weights.
+    add_beliefs: see `BlockLocal`.
     """
 
     classes: int
@@ -36,8 +74,7 @@ class Task:
     at: Sequence[str] | None
     criterion: Criterion | None = None
     seed: int = 0
-    head: str | None = None
-    variational: float | None = None
+    changes: Changes = Changes()
     add_beliefs: bool = False
 
 
@@ -67,7 +104,7 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
             classes=task.classes,
             example=task.example,
             balance="memory",  # which, unlike time, is the same at every measurement
-            loss=adapted(loss, head=task.head, variational=task.variational),
+            loss=task.changes.made(loss),
             feedback=feedback,
             criterion=task.criterion,
             add_beliefs=task.add_beliefs,
@@ -77,23 +114,10 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
     return build
 
 
-def adapted(loss: LocalLoss, *, head: str | None, variational: float | None) -> LocalLoss:
-    """The loss with another head in all its predictions, and another weight of its variational term; 0: without it.
-
-    ValueError: it has no such term.
-    """
-    terms = [(w, replace(term, head=head) if head and isinstance(term, Predictive) else term) for w, term in loss.terms]
-    if variational is not None:
-        if not any(isinstance(term, Variational) for _, term in terms):
-            raise ValueError("it has no variational term whose weight could be another: leave --variational out")
-        terms = [(variational if isinstance(term, Variational) else w, term) for w, term in terms]
-    return WeightedSum(tuple((w, term) for w, term in terms if w or not isinstance(term, Variational)))
-
-
 def backpropagation(model: nn.Module, task: Task) -> Learning:
     """One block, no border."""
-    if task.head or task.variational is not None or task.add_beliefs:
-        raise ValueError("it trains the model whole: --head, --variational and --add-beliefs are for rules in blocks")
+    if task.changes or task.add_beliefs:
+        raise ValueError("it trains the model whole: --add-beliefs and changes of a local loss are for rules in blocks")
     return Learning(BlockLocal(model, blocks=1, classes=task.classes, criterion=task.criterion))
 
 
@@ -106,7 +130,6 @@ def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
     return build
 
 
-BLL_POOLED = 0.1 * Variational() + Predictive("pooled")
 ALIGNED: dict[str, Rule] = {
     "fa": aligned(lambda model, task: FeedbackAlignment(model, seed=task.seed)),
     "usf": aligned(lambda model, task: SignSymmetry(model, magnitude="uniform", seed=task.seed)),
@@ -119,7 +142,6 @@ ALIGNED: dict[str, Rule] = {
 RULES: dict[str, Rule] = {
     "bll": block_local(BLL),
     "bll-paper": block_local(BLL_PAPER, feedback=ClosedFormFeedback(forgetting=0.0)),  # the optimum of each batch alone
-    "bll-pooled": block_local(BLL_POOLED),
     "pred": block_local(Predictive()),
     "predsim": block_local(PRED_SIM),
     "bp": backpropagation,

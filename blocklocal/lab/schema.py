@@ -9,7 +9,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta, ValidationError, convert
 
-from blocklocal.lab.config import PLACE, Settings
+from blocklocal.lab.config import CHANGES, PLACE, Settings
 from blocklocal.lab.errors import UserError
 
 Count = Annotated[int, Meta(ge=1)]
@@ -18,7 +18,7 @@ Amount = Annotated[float, Meta(ge=0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 # Settings that came after version 0.1.0. A run that does not know one was trained as its default says.
-LATER = {"clip", "accumulate", "validation", "head", "variational", "add_beliefs"}
+LATER = {"clip", "accumulate", "validation", "add_beliefs", *CHANGES}
 
 
 class Config(TypedDict):
