@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -21,6 +22,7 @@ from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.trial import FEW, try_learning, try_model
 from blocklocal.memory import MemoryTracker
+from blocklocal.operations import operations
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Options:
     """submodules after which to cut, instead of --blocks"""
     rule: str = "bll"
     """how the blocks learn, which says what stands at the borders"""
+    head: str | None = None
+    """what predicts at borders, instead of the rule's own: as for bll train"""
+    budget: Annotated[float | None, Range(above=0), Needs("head", (None,))] = None
+    """the best head of at most so many times its own block's operations, instead of the rule's own: 0.1"""
     channels: Annotated[int, Range(least=1, most=2**14)] = 3
     """colour channels of the images"""
     size: Annotated[int, Range(least=1, most=2**14)] = 32
@@ -69,6 +75,7 @@ def main(args: Sequence[str]) -> None:
         example=x,
         blocks=options.blocks,
         at=options.at or models.CUTS.get((options.model, options.blocks)),
+        changes=rules.Changes(head=options.head, budget=options.budget),
     )
     y = torch.randint(options.classes, (len(x),))
     with blame(f"model {options.model!r} does not fit rule {options.rule!r}"):
@@ -98,13 +105,16 @@ def _show(learner: BlockLocal, x: Tensor, y: Tensor, options: Options) -> None:
 
 
 def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:
-    """One row per block; memory and time are those of one training step on the batch, the border's part included."""
+    """One row per block; memory and time are those of one training step on the batch, the border's part included.
+
+    The head's share is that of the operations in matrix products and convolutions, forward.
+    """
     costs = _costs(learner, x, y)
-    total = sum(seconds for _, seconds in costs)
+    total = sum(seconds for _, seconds, _ in costs)
     rows = Table("block", "submodules", title=f"one step on {len(x)} images", title_justify="left")
-    for column in ("parameters", "at its border", "activations", "time"):
+    for column in ("parameters", "at its border", "activations", "time", "head's share"):
         rows.add_column(column, justify="right")
-    for k, (kept, seconds) in enumerate(costs):
+    for k, (kept, seconds, share) in enumerate(costs):
         own = _count(learner.blocks[k])
         rows.add_row(
             str(k),
@@ -113,6 +123,7 @@ def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:
             f"{sum(parameter.numel() for parameter in learner.block_parameters(k)) - own:,}",
             f"{kept / 2**20:,.2f} MiB",
             f"{seconds / total:.0%}",
+            f"{share:.0%}" if k < len(learner.borders) else "",
         )
     return rows
 
@@ -129,15 +140,19 @@ def submodules(model: nn.Module, block: nn.Module) -> list[str]:
     return names
 
 
-def _costs(learner: BlockLocal, x: Tensor, y: Tensor, *, repetitions: int = 3) -> list[tuple[int, float]]:
-    """Of every block the bytes that its forward pass keeps for the backward pass, and the seconds of both."""
+def _costs(learner: BlockLocal, x: Tensor, y: Tensor, *, repetitions: int = 3) -> list[tuple[int, float, float]]:
+    """Of every block the bytes that its forward pass keeps for the backward pass, the seconds of both, and the share of
+    its operations that its border takes."""
     costs, h = [], x
     for k in range(len(learner.blocks)):
         with MemoryTracker() as tracker:
             loss, output = learner.local(k, h, y)
-        costs.append((tracker.alive, min(_seconds(learner, k, h, y) for _ in range(repetitions))))
-        h = output
         del loss
+        seconds = min(_seconds(learner, k, h, y) for _ in range(repetitions))
+        own = operations(learner.blocks[k], h.clone())
+        whole = operations(partial(learner.local, k, y=y), h)
+        costs.append((tracker.alive, seconds, 1 - own / max(whole, 1)))
+        h = output
     return costs
 
 
