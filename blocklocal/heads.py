@@ -185,9 +185,13 @@ def default_head(site: Site) -> Head:
 
 
 def affordable_head(site: Site, *, budget: float) -> Head:
-    """The best head that takes at most `budget` times the operations of the block before it, or else the cheapest."""
-    for head in (ResidualHead, PooledResidualHead, ConvHead, DepthwiseHead) if site.is_map else ():
-        if site.operations is not None and _operations(head, site) <= budget * site.operations:
+    """The best head that takes at most `budget` times the operations of the block before it, or else the cheapest.
+
+    Depth-wise convolutions are none of them: their operations are few, but slow on a CPU.
+    """
+    assert site.operations is not None
+    for head in (ResidualHead, PooledResidualHead, ConvHead) if site.is_map else ():
+        if _operations(head, site) <= budget * site.operations:
             return head
     return NormalisedHead
 

@@ -131,8 +131,9 @@ class Predictive(Term):
 
     head: one of "linear", "normalised", "mlp", "conv", "residual", "pooled", "patches", "depthwise", "evidence", or a
     function Site -> nn.Module that maps a Message to logits. By default "pooled" at feature maps and "normalised" at
-    vectors and tokens. budget: choose the head by what it costs, the best one that takes at most so many times the
-    operations of its own block, 0.1 being a tenth; where none does, and while cuts are still looked for, "normalised".
+    vectors and tokens. budget: choose the head by what it costs, the best of "residual", "pooled", "conv" that takes
+    at most so many times the operations of its own block, 0.1 being a tenth, and where none does, "normalised"; it is
+    chosen once the cuts are known, which are looked for with the default.
     """
 
     head: str | Head | None = None
@@ -151,7 +152,7 @@ class Predictive(Term):
             raise ValueError(f"head={self.head!r} is unknown: {allowed}")
 
     def build(self, site: Site) -> PredictiveTerm:
-        if self.budget is not None:
+        if self.budget is not None and site.operations is not None:
             head = affordable_head(site, budget=self.budget)
         elif self.head is None:
             head = default_head(site)
@@ -271,5 +272,5 @@ def similarity(features: Tensor) -> Tensor:
 
 
 PRED_SIM = 0.99 * Similarity() + 0.01 * Predictive(LinearHead)
-BLL = 0.1 * Variational() + Predictive()
+BLL = 0.1 * Variational() + Predictive(budget=0.5)
 BLL_PAPER = Variational() + Predictive(LinearHead)

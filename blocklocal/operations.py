@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @torch.no_grad()
@@ -16,6 +15,8 @@ def operations(forward: Callable[[Tensor], object], h: Tensor) -> float:
     >>> operations(torch.nn.Linear(8, 4), torch.zeros(2, 8))
     64.0
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it stands on names of torch that are not public
+
     with FlopCounterMode(display=False) as counter:
         forward(h)
     return counter.get_total_flops() / len(h)

@@ -137,7 +137,7 @@ def test_terms_add_and_scale() -> None:
     a, b = bll.Variational(), bll.Predictive("linear")
     assert (0.1 * a + b).terms == ((0.1, a), (1.0, b))
     assert (2 * (0.5 * a + b * 3) + a).terms == ((1.0, a), (6.0, b), (1.0, a))
-    assert bll.BLL.terms == ((0.1, bll.Variational()), (1.0, bll.Predictive()))
+    assert bll.BLL.terms == ((0.1, bll.Variational()), (1.0, bll.Predictive(budget=0.5)))
     assert [weight for weight, _ in bll.PRED_SIM.terms] == [0.99, 0.01]
     assert [weight for weight, _ in bll.BLL_PAPER.terms] == [1.0, 1.0]
 

@@ -15,6 +15,7 @@ from blocklocal.lab.descent import descent
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.experiment import prepare
+from blocklocal.lab.footprint import measure
 from blocklocal.lab.measurement import Measurement, Watch, measure_all, ratio
 from blocklocal.lab.schema import convert_to, read
 
@@ -49,13 +50,20 @@ def costs(settings: Mapping[str, Settings], *, file: Path, watch: Watch = lambda
     contenders = {}
     for name, one in settings.items():
         watch(f"preparing {name}")
-        contenders[name] = _contender(one)
+        contenders[name] = contender(one)
     device = find_device(settings[reference].device)
     measured = measure_all(contenders, device=device, rounds=ROUNDS, warmup=WARMUP, watch=watch)
     result = {name: _cost(measurement, bp=measured[reference]) for name, measurement in measured.items()}
     content = json.dumps({"settings": wanted, "costs": {name: asdict(cost) for name, cost in result.items()}}, indent=2)
     outputs.write(file, lambda part: part.write_text(content))
     return result
+
+
+def step_memory(settings: Settings) -> float:
+    """Bytes of tensors that a training step with these settings adds at most."""
+    made = contender(settings)
+    made.step()  # and the optimizers make their state
+    return measure(made.step, parts=made.parts).alive
 
 
 def _cost(measurement: Measurement, *, bp: Measurement) -> Cost:
@@ -66,7 +74,7 @@ def _cost(measurement: Measurement, *, bp: Measurement) -> Cost:
     )
 
 
-def _contender(settings: Settings) -> Contender:
+def contender(settings: Settings) -> Contender:
     """The step of a run with these settings, on its first minibatch."""
     experiment = prepare(_small(settings))
     learner, learning = experiment.learner, experiment.learning

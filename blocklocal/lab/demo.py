@@ -11,6 +11,7 @@ from typing import Annotated
 from rich.table import Table
 
 from blocklocal.lab.arguments import parse
+from blocklocal.lab.costs import step_memory
 from blocklocal.lab.lock import alone
 from blocklocal.lab.ranges import Range
 from blocklocal.lab.recipes import DIGITS
@@ -37,15 +38,18 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll demo")
     folder = options.out or Path("runs", time.strftime("demo-%Y%m%d-%H%M%S"))
     table = Table("rule", "what learns", title=f"{DIGITS.model} on {DIGITS.data}", title_justify="left")
-    for column in ("test accuracy", "all exits", "training"):
+    for column in ("test accuracy", "all exits", "training", "memory"):
         table.add_column(column, justify="right")
     with alone(folder):
         for rule in RULES:
             Run(folder / rule).refuse()
         for rule, text in RULES.items():
-            result = train(replace(DIGITS, rule=rule, epochs=options.epochs, seed=options.seed, out=str(folder / rule)))
+            settings = replace(DIGITS, rule=rule, epochs=options.epochs, seed=options.seed, out=str(folder / rule))
+            result, alive = train(settings), step_memory(settings)
             combined = f"{result['accuracy_all']:.2%}" if result["blocks"] > 1 else ""
-            table.add_row(rule, text, f"{result['accuracy']:.2%}", combined, f"{result['seconds']:.1f} s")
+            figures = f"{result['accuracy']:.2%}", combined, f"{result['seconds']:.1f} s", f"{alive / 2**20:.1f} MiB"
+            table.add_row(rule, text, *figures)
     console = Terminal()
     console.print(table)
+    console.print("memory: of what a step keeps alive at most, without weights", style="dim")
     console.print(f"The runs are in {folder}. Next: bll eval {folder}/bll --exit 0.9", soft_wrap=True)

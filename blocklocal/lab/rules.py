@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
@@ -117,7 +117,8 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
 def backpropagation(model: nn.Module, task: Task) -> Learning:
     """One block, no border."""
     if task.changes or task.add_beliefs:
-        raise ValueError("it trains the model whole: --add-beliefs and changes of a local loss are for rules in blocks")
+        options = ", ".join(f"--{field.name.replace('_', '-')}" for field in fields(Changes))
+        raise ValueError(f"it trains the model whole: {options} and --add-beliefs are for rules in blocks")
     return Learning(BlockLocal(model, blocks=1, classes=task.classes, criterion=task.criterion))
 
 
