@@ -6,6 +6,7 @@ from blocklocal import alignment
 from blocklocal.families import Bernoulli, Categorical, Gaussian, GaussianMeanVariance, Poisson
 from blocklocal.feedback import ClosedFormFeedback, GradientFeedback
 from blocklocal.learner import BlockLocal, CollapseWarning
+from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Posterior, Predictive, Similarity, Variational
 from blocklocal.messages import spatial_max, spatial_mean, spatial_std
 from blocklocal.recompute import recompute
@@ -26,6 +27,7 @@ __all__ = [
     "Gaussian",
     "GaussianMeanVariance",
     "GradientFeedback",
+    "Lookahead",
     "Pipeline",
     "Poisson",
     "Posterior",

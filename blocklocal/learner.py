@@ -121,7 +121,7 @@ class BlockLocal(Convertible):
         if blocks is not None and layout is not None and not isinstance(layout, str):
             raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
 
-        def build(h: Tensor, prediction: Tensor, layout: Layout | None, **place: float | None) -> Border:
+        def build(h: Tensor, prediction: Tensor, layout: Layout | None, **place: Any) -> Border:
             site = site_of(h, layout=layout, prediction=prediction, targets=self.targets, criterion=self.criterion)
             site = replace(site, **place)
             return Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
@@ -139,7 +139,14 @@ class BlockLocal(Convertible):
         self._writes_input = seen.writes_input
         layouts = given_layouts(layout, borders=len(self.blocks) - 1)
         self.borders = nn.ModuleList(
-            build(h, seen.outputs[-1], chosen or found, depth=k / len(layouts), operations=seen.operations[k])
+            build(
+                h,
+                seen.outputs[-1],
+                chosen or found,
+                depth=k / len(layouts),
+                operations=seen.operations[k],
+                following=self.blocks[k + 1],
+            )
             for k, (h, chosen, found) in enumerate(zip(seen.outputs, layouts, seen.layouts, strict=False))
         )
         for k, h in enumerate(seen.outputs[:-1]):

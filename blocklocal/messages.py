@@ -8,7 +8,7 @@ a position of its own and alpha is (B, T, D).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -76,6 +76,7 @@ class Site:
     shape: (D,) of a vector, (T, D) or (H, W, D) of tokens, (C, L) of a signal, (C, H, W) of a map. tokens: there is one
     prediction per token, not one per sample. depth: 0 at the first border of a chain of K blocks, k / (K - 1) at border
     k. operations: of the block before it, in a forward pass for one sample; None where nobody has counted them.
+    following: the block after it, of which a head may take copies; None while cuts are looked for.
     """
 
     shape: tuple[int, ...]
@@ -85,6 +86,7 @@ class Site:
     criterion: Criterion
     depth: float = 0.0
     operations: float | None = None
+    following: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
     def channels_first(self) -> bool:

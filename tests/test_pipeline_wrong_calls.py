@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 import blocklocal as bll
+from blocklocal.losses import LocalLoss
 from blocklocal.pipeline import Pipeline, Placement, Trace, balanced, load, replicate, schedule, shard, spread
 
 CLASSES = 4
@@ -38,10 +39,10 @@ def cases(values: list, call: Callable[[Any], object], *, names: str) -> None:
         CASES.append(pytest.param(partial(call, value), names, id=f"{names}-{len(CASES)}-{type(value).__name__}"))
 
 
-def learner() -> bll.BlockLocal:
+def learner(loss: LocalLoss = bll.BLL) -> bll.BlockLocal:
     torch.manual_seed(0)
     layers = [nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, CLASSES)]
-    return bll.BlockLocal(layers, classes=CLASSES, example=X[:2])
+    return bll.BlockLocal(layers, classes=CLASSES, example=X[:2], loss=loss)
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -93,6 +94,11 @@ cases(NO_DEVICE, lambda v: Trace(rank=0, replica=0, device=v), names="device")
 
 # The pipeline's settings.
 cases([None, "learner", nn.Linear(6, 4)], lambda v: Pipeline(v, optimizer=sgd), names="learner")
+cases(
+    [bll.Predictive(bll.Lookahead())],
+    lambda v: Pipeline(learner(v), optimizer=sgd),
+    names="a head of the learner copies a unit",
+)
 cases([*NOT_WHOLE, -1, 2**63], lambda v: made(seed=v), names="seed")
 cases(NO_DEVICE, lambda v: made(device=v), names="device")
 cases([3, "block", ["block"]], lambda v: made(mesh=v), names="mesh")

@@ -179,6 +179,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 RANDOM = [
     {"model": "own_nets:dropout", "blocks": 2},
     {"model": "cnn", "rule": "brsf"},
+    {"model": "resnet8", "blocks": 2, "lookahead": "frozen", "refresh": 3},
     *({"rule": rule, "seed": 3} for rule in ("fa", "usf", "frsf", "dfa", "drtp")),
 ]
 

@@ -30,8 +30,12 @@ class Settings:
     head: str | None = None
     """what predicts at borders, instead of the rule's own: linear, normalised, mlp, conv, residual, pooled,
     patches, depthwise, evidence"""
-    budget: Annotated[float | None, Range(above=0), Needs("head", (None,))] = None
+    budget: Annotated[float | None, Range(above=0), Needs("head", (None,)), Needs("lookahead", ("none",))] = None
     """the best head of at most so many times its own block's operations, instead of the rule's own: 0.1"""
+    lookahead: Literal["none", "frozen", "trained", "both"] = "none"
+    """head behind a copy of the next unit: frozen and refreshed, learning with the block, or the mean of both"""
+    refresh: Annotated[int, Range(least=1), Needs("lookahead", ("frozen", "both"))] = 100
+    """steps between two refreshes of a frozen copy"""
     variational: Annotated[float | None, Range(least=0)] = None
     """weight of the variational term, instead of the rule's own; 0: without it"""
     estimate_variance: bool = False
@@ -145,7 +149,16 @@ class Settings:
         return [flag(name) for name in names if getattr(self, name) != getattr(other, name)]
 
 
-CHANGES = ("head", "budget", "variational", "estimate_variance", "softness", "power")  # of a rule's own local loss
+CHANGES = (
+    "head",
+    "budget",
+    "lookahead",
+    "refresh",
+    "variational",
+    "estimate_variance",
+    "softness",
+    "power",
+)  # of a rule's own local loss
 OVER_PROCESSES = ("trace", "message", "replicas", "patience")  # and with replicas, shard
 
 # They say where a run is, how it was called and watched, not what it computes.

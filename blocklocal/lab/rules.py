@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
 
-from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, ClosedFormFeedback, Predictive, Variational
+from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, ClosedFormFeedback, Lookahead, Predictive, Variational
 from blocklocal.alignment import (
     Alignment,
     DirectFeedbackAlignment,
@@ -26,12 +26,15 @@ from blocklocal.messages import Criterion
 class Changes:
     """What is to be another than in a rule's own local loss.
 
-    head, budget: of all predictions at borders. variational: the weight of that term, 0 being without it;
-    estimate_variance: with the variance of each channel from the batch. power, softness: see `Posterior`.
+    head, budget: of all predictions at borders; lookahead, refresh: behind copies of the next unit, see `Lookahead`.
+    variational: the weight of that term, 0 being without it; estimate_variance: with the variance of each channel from
+    the batch. power, softness: see `Posterior`.
     """
 
     head: str | None = None
     budget: float | None = None
+    lookahead: str = "none"
+    refresh: int = 100
     variational: float | None = None
     estimate_variance: bool = False
     power: float = 1.0
@@ -53,7 +56,11 @@ class Changes:
             weight = weight if self.variational is None else self.variational
             return weight, replace(term, estimate_variance=self.estimate_variance)
         if isinstance(term, Predictive):
-            if self.head or self.budget:
+            if self.lookahead != "none":
+                refresh = None if self.lookahead == "trained" else self.refresh
+                lookahead = Lookahead(self.head, refresh=refresh, trainable=self.lookahead == "both")
+                term = replace(term, head=lookahead, budget=None)
+            elif self.head or self.budget:
                 term = replace(term, head=self.head, budget=self.budget)
             if self.softness or self.power < 1:
                 term = Posterior(term.head, term.budget, power=self.power, softness=self.softness)
@@ -158,11 +165,14 @@ def find(name: str) -> Rule:
     return RULES[name]
 
 
-def check_over_processes(name: str) -> None:
-    """UserError: no such rule, or one of feedback alignment, whose feedback no pipeline places, saves or moves."""
+def check_over_processes(name: str, *, lookahead: str) -> None:
+    """UserError: no such rule, or one of feedback alignment, whose feedback no pipeline places, saves or moves; heads
+    that copy from the next block, against the stream."""
     find(name)
     if name in ALIGNED:
         raise UserError(f"--rule {name} trains the model whole, in one process: use bll train")
+    if lookahead != "none":
+        raise UserError(f"--lookahead {lookahead} copies from the next block, in one process: use bll train")
 
 
 def apply(name: str, model: nn.Module, task: Task) -> Learning:

@@ -94,6 +94,11 @@ class Pipeline:
         require_function(data_parallel, name="data_parallel", needed="pass a function such as replicate or shard")
         if message is not None and message not in DTYPES:
             raise ValueError(f"message={message!r}: choose {', '.join(map(str, DTYPES))}")
+        if any(getattr(module, "reads_next_block", False) for module in learner.borders.modules()):
+            raise ValueError(
+                "a head of the learner copies a unit of the next block, and messages flow one way: pass a learner "
+                "without bll.Lookahead(), or call learner.backward in one process"
+            )
         self.learner, self.device, self.window = learner, require_device(device, name="device"), window
         self._replicas = replicas
         self.rank = dist.get_rank(group)

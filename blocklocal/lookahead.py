@@ -1,0 +1,118 @@
+"""A head that looks through a copy of the unit that follows its border, as in Momentum Auxiliary Networks.
+
+The block then learns features that the next unit can use, not only features that a shallow head can read, at the cost
+of one more unit in its step (Su et al., 2024). Nothing flows back: the copy is part of the border, and what it is
+refreshed from is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from blocklocal.arguments import require, require_whole
+from blocklocal.heads import HEADS, default_head
+from blocklocal.messages import Message, Site
+from blocklocal.split import candidates, cut
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """A head for `Predictive(head=...)`: a copy of the next unit, and behind it another head.
+
+    head: one of `blocklocal.heads.HEADS`, by default that of the shape behind the copy. refresh: every so many training
+    steps the copy takes the weights and statistics of the unit as it is; in between it is frozen. With refresh=1 the
+    two blocks overlap. None: the copy is taken once, and learns with the block. trainable: beside a frozen copy a
+    second one learns; what follows sees their mean. The unit is the shortest part of the next block that can be cut
+    off, or all of it.
+
+    In one process only: in a pipeline the next unit may be on another.
+
+    >>> loss = Predictive(Lookahead(refresh=100))
+    """
+
+    head: str | None = None
+    refresh: int | None = 100
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.head is not None and self.head not in HEADS:
+            raise ValueError(f"head={self.head!r} is unknown: choose {', '.join(HEADS)}")
+        if self.refresh is not None:
+            require_whole(self.refresh, name="refresh", least=1)
+        require(self.trainable, bool, name="trainable", needed="pass True or False")
+
+    def __call__(self, site: Site) -> nn.Module:
+        """ValueError: the output of the next unit is of another kind than its input."""
+        if site.following is None:  # while cuts are looked for
+            return self._inner(site)
+        names = candidates(site.following)
+        unit = cut(site.following, at=names[:1])[0] if names else site.following
+        example = torch.zeros(2, *site.shape, device=next(unit.parameters()).device)
+        training = unit.training
+        with torch.no_grad():
+            output = unit.eval()(example)
+        unit.train(training)
+        if output.dim() != example.dim():
+            raise ValueError(
+                f"Lookahead() looks through a unit that keeps the layout, and the next one makes {tuple(output.shape)} "
+                f"of {tuple(example.shape)}: leave more of the model in the next block, or use another head"
+            )
+        behind = replace(site, shape=tuple(output.shape[1:]), following=None)
+        return LookaheadHead(unit, site.following, self._inner(behind), site=behind, settings=self)
+
+    def _inner(self, site: Site) -> nn.Module:
+        return (default_head(site) if self.head is None else HEADS[self.head])(site)
+
+
+class LookaheadHead(nn.Module):
+    """The copies, frozen or learning, and the head behind them. `refreshes` counts those of the frozen copy."""
+
+    reads_next_block = True
+
+    def __init__(self, unit: nn.Module, block: nn.Module, head: nn.Module, *, site: Site, settings: Lookahead) -> None:
+        super().__init__()
+        self.head, self.site, self.refresh = head, site, settings.refresh
+        self._next = unit, block  # in a tuple, since they are not this border's
+        frozen = settings.refresh is not None
+        self.frozen = copy.deepcopy(unit).requires_grad_(False) if frozen else None
+        self.trained = copy.deepcopy(unit) if settings.trainable or not frozen else None
+        self.steps = 0
+
+    def forward(self, message: Message) -> Tensor:
+        if self.frozen is not None and self.training and torch.is_grad_enabled():
+            if self.steps % (self.refresh or 1) == 0:
+                self._refresh()
+            self.steps += 1
+        seen = [through(message.h) for through in (self.frozen, self.trained) if through is not None]
+        behind = Message(
+            seen[0] if len(seen) == 1 else (seen[0] + seen[1]) / 2,
+            site=self.site,
+            statistic=message.statistic,
+            feedback=None,
+        )
+        return self.head(behind)
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        assert self.frozen is not None
+        unit, block = self._next
+        if not set(unit.parameters()) <= set(block.parameters()):
+            raise RuntimeError("the next block has other parameters than when its unit was copied: build a new learner")
+        for own, now in zip(_tensors(self.frozen), _tensors(unit), strict=True):
+            own.copy_(now)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = int(state)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
