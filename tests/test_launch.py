@@ -11,6 +11,7 @@ from pathlib import Path
 
 import faults
 import pytest
+import torch
 
 from blocklocal.lab.cli import main
 from blocklocal.lab.lock import alone
@@ -83,6 +84,18 @@ def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic
         [[record[name] for name in names] for record in Run(path).records()] for path in (out, tmp_path / "whole")
     )
     assert ours == theirs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_process_on_a_gpu_changes_nothing(tmp_path):
+    """Over NCCL; a perceptron, since the gradients of convolutions are not the same twice on a GPU."""
+    options = ["digits", "--model=mlp", "--epochs=2", "--device=cuda"]
+    for command, out in (("train", "whole"), ("launch", "launched")):
+        given = [*faults.BLL, command, *options, f"--out={tmp_path / out}"]
+        given += ["--processes=1"] * (command == "launch")
+        done = subprocess.run(given, capture_output=True, text=True, timeout=faults.PATIENCE)
+        assert done.returncode == 0, done.stderr
+    assert faults.same(tmp_path / "launched", tmp_path / "whole")
 
 
 def test_torchrun_runs_the_same_command(tmp_path, whole):
