@@ -136,7 +136,7 @@ class LinearFeedback(Convertible):
     def _statistics(self, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Y'Y (its diagonal for labels) and Y'A over the samples that count of a batch with alpha (M, C)."""
         y = y.flatten() if self.targets.labels else y.flatten(0, -2).to(alpha.dtype)
-        if alpha.is_cpu:  # where asking takes no time: on a GPU it would wait for the device
+        if alpha.is_cpu and not torch.compiler.is_compiling():  # where asking takes no time: a GPU would be waited for
             sums = self._sums(y, alpha, weights=torch.ones_like(alpha[:, 0]))
             if all(_summable(total.flatten()) for total in sums):
                 return sums

@@ -159,6 +159,7 @@ class BlockLocal(Convertible):
         self.pool = ExitPool(len(self.blocks), labels=self.targets.labels)
         if self.borders and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
             raise ValueError("criterion has parameters, which every border would train: pass one without")
+        self._regions: list[Region] = []  # once compiled; in a list, since blocks are registered as blocks
         self._steppers: tuple[int, ...] = ()  # the optimizers that were looked at last
         self._examples: list[Example] = []  # of every block, and the prediction; none where there is no border
         if self.borders and example is not None:
@@ -178,19 +179,14 @@ class BlockLocal(Convertible):
         k = self._index(k)
         h, belief = self._received(k, h)
         self.targets.check_kind(y)
-        h = self._forward(k, h)
-        if k < len(self.borders):
-            message = self._border(k).message(h, belief)
-            try:
-                return self.borders[k](message, y), self._handed_on(k, message, detached=True)
-            except (RuntimeError, IndexError):
+        try:
+            if self._regions:
+                return self._regions[k](self._prepared(k, h), belief, y)
+            return self._learn(k, self._forward(k, h), belief, y)
+        except (RuntimeError, IndexError):
+            if k < len(self.borders):
                 self.targets.check(y)  # whose values only now are worth a look
-                raise
-        check_prediction(h, size=self.targets.size)
-        if self.borders:
-            self.targets.match(y, h, what="the prediction")
-        prediction = add_belief(belief, h)
-        return loss_of(self.criterion, prediction, y), prediction.detach()
+            raise
 
     def exit(self, k: int, h: Features) -> tuple[Tensor, Any]:
         """Forward pass of block k: (prediction of exit k, output), from its input h; both as for `local`."""
@@ -373,7 +369,8 @@ class BlockLocal(Convertible):
         return reports
 
     def compile(self, *, backend: str | Callable = "inductor", dynamic: bool | None = None) -> None:
-        """Compile each block with torch.compile, in place."""
+        """Compile each block with torch.compile, in place: alone for predictions, and for training in one region with
+        its border and its local loss."""
         if not isinstance(backend, str):
             require_function(backend, name="backend", needed="pass the name of a backend or a function")
         elif backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -387,6 +384,9 @@ class BlockLocal(Convertible):
             if type(block).__module__.startswith("torch.nn."):  # torch.compile passes over code of torch.nn itself
                 block.forward = partial(_call, block.forward)
             block.compile(backend=backend, dynamic=dynamic)
+        self._regions = [Region(self, k) for k in range(len(self.blocks))]
+        for region in self._regions:
+            region.compile(backend=backend, dynamic=dynamic)
 
     def train(self, mode: bool = True) -> BlockLocal:
         self.model.train(mode)
@@ -470,7 +470,28 @@ class BlockLocal(Convertible):
                 "learner.share_feedback(False) where each has a learner of its own"
             )
 
+    def _learn(self, k: int, h: Tensor, belief: Tensor | None, y: Tensor) -> tuple[Tensor, Any]:
+        """What `local` gives, from the output h of block k."""
+        if k < len(self.borders):
+            message = self._border(k).message(h, belief)
+            return self.borders[k](message, y), self._handed_on(k, message, detached=True)
+        check_prediction(h, size=self.targets.size)
+        if self.borders:
+            self.targets.match(y, h, what="the prediction")
+        prediction = add_belief(belief, h)
+        return loss_of(self.criterion, prediction, y), prediction.detach()
+
     def _forward(self, k: int, h: Tensor) -> Tensor:
+        h = self._prepared(k, h)
+        try:
+            return self.blocks[k](h)
+        except (RuntimeError, IndexError, TypeError) as error:
+            if self._examples:
+                self._examples[k].explain(h, error, block=self.blocks[k])
+            raise
+
+    def _prepared(self, k: int, h: Tensor) -> Tensor:
+        """The input of block k, after a look at it, as the block gets it."""
         if k == 0:
             self._outline.check()
         if h.is_meta:
@@ -486,12 +507,7 @@ class BlockLocal(Convertible):
         if k > 0:
             require_dense(h, name="h")
             h = dense(h)  # as it travels from one process to another: strides decide the last bits of what follows
-        try:
-            return self.blocks[k](h.clone() if self._writes_input[k] else h)
-        except (RuntimeError, IndexError, TypeError) as error:
-            if self._examples:
-                self._examples[k].explain(h, error, block=self.blocks[k])
-            raise
+        return h.clone() if self._writes_input[k] else h
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:
         h, waiting, decided = x, x, None
@@ -510,6 +526,18 @@ class BlockLocal(Convertible):
                 break
         assert decided is not None
         return decided
+
+
+class Region(nn.Module):
+    """What of `BlockLocal.local` is compiled in one: block, border and loss."""
+
+    def __init__(self, learner: BlockLocal, k: int) -> None:
+        super().__init__()
+        self._learner, self.k = (learner,), k
+
+    def forward(self, h: Tensor, belief: Tensor | None, y: Tensor) -> tuple[Tensor, Any]:
+        (learner,) = self._learner
+        return learner._learn(self.k, learner.blocks[self.k](h), belief, y)
 
 
 def warn_of_collapse(reports: Sequence[dict[str, float]]) -> None:

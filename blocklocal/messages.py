@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +127,8 @@ class Message:
     ) -> None:
         self.h, self.site, self.statistic, self.feedback, self.belief = h, site, statistic, feedback, belief
         self._predictions: dict[nn.Module, Tensor] = {}
+        self._statistics: Tensor | None = None
+        self._alpha: Tensor | None = None
 
     def predict(self, head: nn.Module) -> Tensor:
         """The prediction of a head, added to the belief that has come along. Computed once."""
@@ -135,8 +136,13 @@ class Message:
             self._predictions[head] = add_belief(self.belief, head(self))
         return self._predictions[head]
 
-    @cached_property
+    @property
     def statistics(self) -> Tensor:
+        if self._statistics is None:  # a cached_property has a lock, at which a compiled region would end
+            self._statistics = self._reduced()
+        return self._statistics
+
+    def _reduced(self) -> Tensor:
         if self.site.tokens or self.site.layout == "vector":
             return self.h.movedim(1, -1) if self.site.channels_first else self.h
         if self.site.channels_first:
@@ -149,6 +155,8 @@ class Message:
         assert self.site.is_map
         return self.h if self.site.channels_first else self.h.permute(0, 3, 1, 2)
 
-    @cached_property
+    @property
     def alpha(self) -> Tensor:
-        return self.statistics.to(at_least_single(self.h.dtype))
+        if self._alpha is None:
+            self._alpha = self.statistics.to(at_least_single(self.h.dtype))
+        return self._alpha

@@ -7,6 +7,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, fx, nn
+from torch.optim import SGD
 from torch.testing import assert_close
 
 import blocklocal as bll
@@ -203,6 +204,35 @@ def test_compiled_blocks_learn_the_same(given: bool) -> None:
     for ours, theirs in zip(learner.parameters(), compiled.parameters(), strict=True):
         assert_close(ours.grad, theirs.grad)
     assert list(compiled.state_dict()) == list(learner.state_dict())
+
+
+@pytest.mark.parametrize("add_beliefs", [False, True])
+def test_a_compiled_region_holds_block_border_and_loss(add_beliefs: bool) -> None:
+    """One graph for each block, and the steps of eager training; a copy trains weights of its own."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    loss = bll.BLL + bll.Predictive("evidence") + bll.Posterior("linear", softness=0.1, power=0.5)
+    blocks = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))]
+    blocks += [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))]
+    x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % CLASSES
+    learner = bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=loss, add_beliefs=add_beliefs)
+    compiled, graphs = copy.deepcopy(learner), []
+
+    def backend(graph: fx.GraphModule, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled.compile(backend=backend)
+    copied = copy.deepcopy(compiled)
+    for one in (compiled, copied, learner):
+        optimizers = [SGD(one.block_parameters(k), lr=0.1, momentum=0.9) for k in range(3)]
+        for _ in range(3):
+            one.backward(x, y, optimizers=optimizers)
+    assert len(graphs) == 3
+    for one in (compiled, copied):
+        for name, ours in one.state_dict().items():
+            assert_close(ours, learner.state_dict()[name])
+    assert_close(compiled.eval().exits(x), learner.eval().exits(x))
 
 
 def test_a_step_draws_no_random_numbers_but_the_models() -> None:
