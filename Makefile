@@ -3,7 +3,7 @@ SUPPORTED = import sys, venv, pip; sys.exit(not (3, 11) <= sys.version_info < (3
 PYTHON ?= $(firstword $(foreach p,python3 python python3.12 python3.11,$(shell $(p) -c "$(SUPPORTED)" 2>/dev/null && echo $(p))))
 BIN = .venv/bin
 
-.PHONY: demo test faults setup clean
+.PHONY: demo test faults gpu setup clean
 
 demo: setup
 	$(BIN)/bll demo
@@ -18,6 +18,11 @@ test: setup
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m long
 	$(BIN)/python tests/faults.py
+
+# What the docs say of a GPU, on the one of this machine: at most 25 minutes, and the same command goes on. Name the
+# Python that has torch for it: make gpu BIN=/usr/bin
+gpu:
+	OMP_NUM_THREADS=1 $(BIN)/python3 benchmarks/gpu.py
 
 setup: .venv/installed
 

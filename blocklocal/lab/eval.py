@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 from rich.table import Table
+from torch import Tensor
 from tyro.conf import Positional, arg
 
+from blocklocal import BlockLocal
+from blocklocal.graph import mode
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
@@ -21,6 +24,7 @@ from blocklocal.lab.models import refuse_code
 from blocklocal.lab.runs import Run
 from blocklocal.lab.state import load_weights
 from blocklocal.lab.terminal import Terminal
+from blocklocal.operations import operations
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ def main(args: Sequence[str]) -> None:
     load_weights(learner, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
     experiment.validate()
     epoch, exits = round(minibatch / experiment.steps, 2), experiment.test()
-    accuracy = choose(exits, options.exit)
-    Terminal().print(_table(exits, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))
+    accuracy, costs = choose(exits, options.exit), prediction_costs(learner, experiment.sample)
+    Terminal().print(_table(exits, costs, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))
     print(json.dumps({"run": str(options.run), "epoch": epoch, "exit": options.exit, "accuracy": accuracy}))
 
 
@@ -88,15 +92,24 @@ def choose(exits: Exits, exit: str) -> float:
     return exits.accuracies[-1 if found is None else found]
 
 
-def _table(exits: Exits, *, title: str, exit: str) -> Table:
+def prediction_costs(learner: BlockLocal, x: Tensor) -> tuple[list[float], float]:
+    """Operations of a prediction by each exit, blocks and head, and by all of them, as multiples of the model's own."""
+    with mode(learner, training=False):
+        model = max(operations(learner.model, x), 1)
+        alone = [operations(learner.predictor(exit=k).eval(), x) / model for k in range(len(learner.blocks))]
+        return alone, operations(learner.predictor(exit="all").eval(), x) / model
+
+
+def _table(exits: Exits, costs: tuple[list[float], float], *, title: str, exit: str) -> Table:
     table = Table("exit", title=title, title_justify="left")
     table.add_column("test accuracy", justify="right")
+    table.add_column("operations / model", justify="right")
     found = find_exit(exit)
     threshold = found if isinstance(found, float) else None
     if threshold is not None:
         table.add_column(f"images that leave at {threshold:g}", justify="right")
     for k, accuracy in enumerate(exits.accuracies):
         leaving = () if threshold is None else (f"{(exits.leaving(threshold) == k).double().mean().item():.2%}",)
-        table.add_row(str(k), f"{accuracy:.2%}", *leaving)
-    table.add_row("all", f"{exits.combined_accuracy:.2%}")
+        table.add_row(str(k), f"{accuracy:.2%}", f"{costs[0][k]:.2f}", *leaving)
+    table.add_row("all", f"{exits.combined_accuracy:.2%}", f"{costs[1]:.2f}")
     return table

@@ -64,6 +64,11 @@ class Experiment:
         return islice(whole_epoch, self.steps - begin)
 
     @property
+    def sample(self) -> Tensor:
+        """A few images as the model gets them."""
+        return self.normalisation(self.dataset.train.images[:EXAMPLE])
+
+    @property
     def steps(self) -> int:
         """Minibatches of an epoch: a whole number of optimizer steps."""
         whole = len(self.dataset.train) // (self.settings.batch_size * self.settings.accumulate)

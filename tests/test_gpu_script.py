@@ -1,0 +1,57 @@
+"""`make gpu` on a CPU, every row in seconds: what is kept, what is passed over, and what goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), "--tiny", f"--out={folder / 'out'}", f"--work={folder / 'work'}", *options]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_rows_are_kept_and_done_once(tmp_path):
+    rows = ("--only=gpu-cifar10-resnet50", "--at-once=2")
+    late = run(tmp_path, *rows, "--minutes=0")
+    assert late.returncode == 1
+    assert "2 of 2 rows are missing" in late.stdout
+    assert list((tmp_path / "out").iterdir()) == []
+    done = run(tmp_path, *rows)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = sorted((tmp_path / "out").iterdir())
+    assert [row.name for row in kept] == [f"gpu-cifar10-resnet50-{rule}-seed0" for rule in ("bll", "bp")]
+    assert {file.name for file in kept[0].iterdir()} == {"config.json", "metrics.jsonl"}
+    before = {file: file.stat().st_mtime_ns for row in kept for file in row.iterdir()}
+    again = run(tmp_path, *rows)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert before == {file: file.stat().st_mtime_ns for row in kept for file in row.iterdir()}
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path):
+    only = "--only=gpu-cifar10-resnet50-bp"
+    assert run(tmp_path, only).returncode == 0
+    (kept,) = (tmp_path / "out").iterdir()
+    for file in kept.iterdir():
+        file.unlink()
+    kept.rmdir()
+    assert run(tmp_path, only).returncode == 0
+    assert (
+        "going on" in (tmp_path / "work" / f"{kept.name}.log").read_text()
+        or "nothing is left" in (tmp_path / "work" / f"{kept.name}.log").read_text()
+    )
+
+
+def test_a_bench_keeps_its_command_and_a_failure_is_told(tmp_path):
+    done = run(tmp_path, "--only=bench-resnet110")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "out" / "bench-resnet110.json").read_text())
+    assert found["command"].startswith("bench --model mlp")
+    assert found["rules"].keys() == {"bp", "bll"}
+    failed = run(tmp_path, "--only=tests")  # pytest finds none of them on a CPU, if any it skips
+    assert failed.returncode in (0, 1)
