@@ -41,17 +41,12 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
         file.unlink()
     kept.rmdir()
     assert run(tmp_path, only).returncode == 0
-    assert (
-        "going on" in (tmp_path / "work" / f"{kept.name}.log").read_text()
-        or "nothing is left" in (tmp_path / "work" / f"{kept.name}.log").read_text()
-    )
+    assert "nothing is left to train" in (tmp_path / "work" / f"{kept.name}.log").read_text()
 
 
-def test_a_bench_keeps_its_command_and_a_failure_is_told(tmp_path):
+def test_a_bench_keeps_its_command(tmp_path):
     done = run(tmp_path, "--only=bench-resnet110")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out" / "bench-resnet110.json").read_text())
     assert found["command"].startswith("bench --model mlp")
     assert found["rules"].keys() == {"bp", "bll"}
-    failed = run(tmp_path, "--only=tests")  # pytest finds none of them on a CPU, if any it skips
-    assert failed.returncode in (0, 1)

@@ -24,6 +24,7 @@ from blocklocal.heads import (
     PooledResidualHead,
     ResidualHead,
     ResidualUnit,
+    halved,
 )
 from blocklocal.memory import MemoryTracker
 from blocklocal.messages import Message, Site
@@ -238,3 +239,14 @@ def test_a_budget_buys_the_best_head_that_it_pays_for(budget: float, chosen: typ
     with torch.no_grad():
         message = border.message(learner.blocks[0](x))
     assert operations(lambda h: border.head(message), x) <= budget * border.site.operations
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (2, 3, 7, 6), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_halved_maps_are_means_of_squares(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    h = torch.randn(shape, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    found = halved(h)
+    for i in range(found.shape[2]):
+        for j in range(found.shape[3]):
+            assert_close(found[:, :, i, j], h[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3)))
+    assert torch.autograd.gradcheck(halved, h)
