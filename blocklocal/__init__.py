@@ -8,7 +8,7 @@ from blocklocal.feedback import ClosedFormFeedback, GradientFeedback
 from blocklocal.learner import BlockLocal, CollapseWarning
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Posterior, Predictive, Similarity, Variational
-from blocklocal.messages import spatial_max, spatial_mean, spatial_std
+from blocklocal.messages import SpatialGrid, SpatialMoments, spatial_max, spatial_mean, spatial_std
 from blocklocal.recompute import recompute
 from blocklocal.split import split
 
@@ -33,6 +33,8 @@ __all__ = [
     "Posterior",
     "Predictive",
     "Similarity",
+    "SpatialGrid",
+    "SpatialMoments",
     "Variational",
     "alignment",
     "recompute",

@@ -22,10 +22,15 @@ class Border(nn.Module):
     def __init__(self, site: Site, *, loss: LocalLoss, feedback: Feedback, statistic: Statistic) -> None:
         super().__init__()
         self.site, self.statistic = site, statistic
+        if getattr(statistic, "reads_map", False) and site.reduces and not site.is_map:
+            raise ValueError(
+                f"statistic={statistic} reads feature maps (B, C, H, W), and a sample at this border has shape "
+                f"{site.shape} ({site.layout}): pass another, such as bll.SpatialMoments()"
+            )
         self.weights = [weight for weight, _ in loss.terms]
         self.terms = nn.ModuleList(term.build(site) for _, term in loss.terms)
         reads_feedback = any(getattr(module, "reads_feedback", False) for module in self.terms.modules())
-        self.feedback = feedback.build(site.targets, channels=site.channels) if reads_feedback else None
+        self.feedback = feedback.build(site.targets, channels=site.statistics) if reads_feedback else None
         if reads_feedback:
             require_module(self.feedback, name="feedback: what it builds")
         learns = self.feedback is not None and any(True for _ in self.feedback.parameters())
@@ -56,7 +61,7 @@ class Border(nn.Module):
         message, n = self.message(h), self.site.targets.size
         rows = h.shape[:-1] if self.site.tokens else h.shape[:1]
         with passes(h, name="h", through="statistic="):
-            _require_reals(message.statistics, (*rows, self.site.channels), h.device, name="statistic")
+            _require_reals(message.statistics, (*rows, self.site.statistics), h.device, name="statistic")
         with mode(self, training=False):
             if self.feedback is not None:
                 labels = self.site.targets.labels
@@ -64,7 +69,7 @@ class Border(nn.Module):
                     rows if labels else (*rows, n), dtype=torch.int64 if labels else h.dtype, device=h.device
                 )
                 with passes(y, name="y", through="feedback="):
-                    _require_reals(self.feedback(y), (*rows, self.site.channels), h.device, name="feedback")
+                    _require_reals(self.feedback(y), (*rows, self.site.statistics), h.device, name="feedback")
             for term in self.terms:
                 if isinstance(term, PredictiveTerm):
                     with passes(h, name="h", through="head="):

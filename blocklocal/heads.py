@@ -28,7 +28,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.linear = nn.Linear(site.channels, site.targets.size)
+        self.linear = nn.Linear(site.statistics, site.targets.size)
 
     def forward(self, message: Message) -> Tensor:
         return self.linear(message.statistics)
@@ -39,7 +39,7 @@ class NormalisedHead(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(site.channels), nn.Linear(site.channels, site.targets.size))
+        self.layers = nn.Sequential(nn.LayerNorm(site.statistics), nn.Linear(site.statistics, site.targets.size))
 
     def forward(self, message: Message) -> Tensor:
         return self.layers(message.statistics)
@@ -50,8 +50,8 @@ class MLPHead(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        width = max(site.channels, 64)
-        self.layers = nn.Sequential(nn.Linear(site.channels, width), nn.ReLU(), nn.Linear(width, site.targets.size))
+        width = max(site.statistics, 64)
+        self.layers = nn.Sequential(nn.Linear(site.statistics, width), nn.ReLU(), nn.Linear(width, site.targets.size))
 
     def forward(self, message: Message) -> Tensor:
         return self.layers(message.statistics)

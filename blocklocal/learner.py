@@ -123,7 +123,7 @@ class BlockLocal(Convertible):
 
         def build(h: Tensor, prediction: Tensor, layout: Layout | None, **place: Any) -> Border:
             site = site_of(h, layout=layout, prediction=prediction, targets=self.targets, criterion=self.criterion)
-            site = replace(site, **place)
+            site = replace(site, per_channel=getattr(statistic, "per_channel", 1), **place)
             return Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
 
         def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:

@@ -97,7 +97,7 @@ class Variational(Term):
             raise ValueError(f"estimate_variance=True is for bll.Gaussian(), and the family is {self.family}")
 
     def build(self, site: Site) -> nn.Module:
-        self.family.natural(torch.zeros(1, site.channels))  # refuses channels that do not fit
+        self.family.natural(torch.zeros(1, site.statistics))  # refuses channels that do not fit
         return VariationalTerm(self)
 
 

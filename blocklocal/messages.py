@@ -1,19 +1,21 @@
 """What stands at a border for one batch: the block's output, its channel statistics and the feedback they meet.
 
-A statistic reduces positions, h (B, C, P) -> (B, C): feature maps (B, C, H, W) have P = H W positions, signals
-(B, C, L) P = L, token sequences (B, T, D) P = T, vectors (B, D) one. Where the model predicts per token, every token is
-a position of its own and alpha is (B, T, D).
+A statistic reduces positions, h (B, C, P) -> (B, C), or to `per_channel` numbers for each channel: feature maps
+(B, C, H, W) have P = H W positions, signals (B, C, L) P = L, token sequences (B, T, D) P = T, vectors (B, D) one. Where
+the model predicts per token, every token is a position of its own and alpha is (B, T, D).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from blocklocal.arguments import describe, require_tensor
+from blocklocal.arguments import describe, require_tensor, require_whole
 from blocklocal.feedback import Targets, at_least_single
 from blocklocal.layout import Layout
 
@@ -42,6 +44,42 @@ def spatial_std(positions: Tensor) -> Tensor:
     _require_positions(positions)
     variance = positions.var(2, correction=0)
     return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * (variance > 0)
+
+
+@dataclass(frozen=True)
+class SpatialMoments:
+    """Mean and standard deviation over positions: (B, C, P) -> (B, 2 C), the means of all channels first."""
+
+    per_channel: ClassVar[int] = 2
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        return torch.cat([spatial_mean(positions), spatial_std(positions)], 1)
+
+
+@dataclass(frozen=True)
+class SpatialGrid:
+    """Means over the cells of a grid of `size` x `size`, which tell where something is: (B, C, H, W) -> (B, C size^2).
+
+    For feature maps only, of at least `size` pixels a side.
+    """
+
+    reads_map: ClassVar[bool] = True
+    size: int = 2
+
+    def __post_init__(self) -> None:
+        require_whole(self.size, name="size", least=1)
+
+    @property
+    def per_channel(self) -> int:
+        return self.size**2
+
+    def __call__(self, map: Tensor) -> Tensor:
+        if map.dim() != 4 or min(map.shape[2:]) < self.size:
+            raise ValueError(
+                f"map is {describe(map)}: (B, C, H, W) of at least {self.size} pixels a side is needed; pass "
+                "another statistic="
+            )
+        return F.adaptive_avg_pool2d(map, self.size).flatten(1)
 
 
 def memory_order(h: Tensor) -> tuple[int, ...]:
@@ -75,7 +113,8 @@ class Site:
     shape: (D,) of a vector, (T, D) or (H, W, D) of tokens, (C, L) of a signal, (C, H, W) of a map. tokens: there is one
     prediction per token, not one per sample. depth: 0 at the first border of a chain of K blocks, k / (K - 1) at border
     k. operations: of the block before it, in a forward pass for one sample; None where nobody has counted them.
-    following: the block after it, of which a head may take copies; None while cuts are looked for.
+    following: the block after it, of which a head may take copies; None while cuts are looked for. per_channel: numbers
+    that the statistic makes of a channel.
     """
 
     shape: tuple[int, ...]
@@ -86,6 +125,7 @@ class Site:
     depth: float = 0.0
     operations: float | None = None
     following: nn.Module | None = field(default=None, repr=False, compare=False)
+    per_channel: int = 1
 
     @property
     def channels_first(self) -> bool:
@@ -94,6 +134,16 @@ class Site:
     @property
     def channels(self) -> int:
         return self.shape[0 if self.channels_first else -1]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a statistic reduces positions; a vector or a token that is predicted from is its own statistic."""
+        return not self.tokens and self.layout != "vector"
+
+    @property
+    def statistics(self) -> int:
+        """The number of channel statistics of a sample, or of a token."""
+        return self.channels * self.per_channel if self.reduces else self.channels
 
     @property
     def prediction(self) -> tuple[int, ...]:
@@ -143,8 +193,10 @@ class Message:
         return self._statistics
 
     def _reduced(self) -> Tensor:
-        if self.site.tokens or self.site.layout == "vector":
+        if not self.site.reduces:
             return self.h.movedim(1, -1) if self.site.channels_first else self.h
+        if getattr(self.statistic, "reads_map", False):
+            return self.statistic(self.map)
         if self.site.channels_first:
             return self.statistic(self.h.flatten(2))
         return self.statistic(self.h.flatten(1, -2).transpose(1, 2))

@@ -290,3 +290,49 @@ def test_alpha_is_at_least_in_single_precision() -> None:
         h = torch.zeros(2, CHANNELS, 3, 3, dtype=dtype)
         message = Message(h, site=site(CHANNELS, 3, 3), statistic=bll.spatial_mean, feedback=None)
         assert (message.statistics.dtype, message.alpha.dtype) == (dtype, wide)
+
+
+def test_richer_statistics_are_those_of_numpy() -> None:
+    h = random(BATCH, CHANNELS, 4, 6)
+    positions = h.flatten(2)
+    expected = np.concatenate([positions.numpy().mean(2), positions.numpy().std(2)], 1)
+    np.testing.assert_allclose(bll.SpatialMoments()(positions).numpy(), expected)
+    cells = [
+        h[:, :, rows, columns].mean((2, 3)) for rows in (slice(2), slice(2, 4)) for columns in (slice(3), slice(3, 6))
+    ]
+    assert_close(bll.SpatialGrid(2)(h), torch.stack(cells, 2).flatten(1))
+    with pytest.raises(ValueError, match="of at least 5 pixels a side"):
+        bll.SpatialGrid(5)(h)
+
+
+@pytest.mark.parametrize(("statistic", "per_channel"), [(bll.SpatialMoments(), 2), (bll.SpatialGrid(2), 4)])
+@pytest.mark.parametrize("head", ["linear", "normalised", "mlp", "pooled", "evidence"])
+def test_a_chain_learns_from_richer_statistics(statistic, per_channel: int, head: str) -> None:
+    """The messages are wider, on both sides; vectors stay their own statistics."""
+    torch.manual_seed(0)
+    blocks = [
+        nn.Conv2d(3, 6, 3),
+        nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(6, CLASSES),
+    ]
+    x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % CLASSES
+    loss = bll.Variational() + bll.Predictive(head)
+    if head == "pooled":
+        blocks = [blocks[0], nn.Sequential(*pooling, blocks[2])]
+    learner = bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=loss, statistic=statistic)
+    learner.backward(x, y)
+    message, feedback = learner._border(0).message(learner.blocks[0](x)), learner._border(0).feedback
+    assert feedback is not None
+    assert message.alpha.shape == feedback(y).shape == (12, 6 * per_channel)
+    means = torch.stack([message.alpha[y == c].mean(0) for c in range(CLASSES)])
+    assert_close(feedback(torch.arange(CLASSES)), means.detach(), rtol=1e-3, atol=1e-3)
+    if head != "pooled":
+        assert learner._border(1).message(torch.randn(4, 6)).alpha.shape == (4, 6)
+
+
+def test_a_grid_needs_a_map() -> None:
+    blocks = [nn.Conv1d(3, 6, 3), nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, CLASSES))]
+    with pytest.raises(ValueError, match=r"statistic=SpatialGrid\(size=2\) reads feature maps"):
+        bll.BlockLocal(
+            blocks, classes=CLASSES, example=torch.randn(2, 3, 8), layout="signal", statistic=bll.SpatialGrid()
+        )
