@@ -310,11 +310,8 @@ def test_richer_statistics_are_those_of_numpy() -> None:
 def test_a_chain_learns_from_richer_statistics(statistic, per_channel: int, head: str) -> None:
     """The messages are wider, on both sides; vectors stay their own statistics."""
     torch.manual_seed(0)
-    blocks = [
-        nn.Conv2d(3, 6, 3),
-        nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        nn.Linear(6, CLASSES),
-    ]
+    pooling = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    blocks = [nn.Conv2d(3, 6, 3), pooling, nn.Linear(6, CLASSES)]
     x, y = torch.randn(12, 3, 8, 8), torch.arange(12) % CLASSES
     loss = bll.Variational() + bll.Predictive(head)
     if head == "pooled":
