@@ -211,10 +211,11 @@ def default_head(site: Site) -> Head:
 def affordable_head(site: Site, *, budget: float) -> Head:
     """The best head that takes at most `budget` times the operations of the block before it, or else the cheapest.
 
-    Depth-wise convolutions are none of them: their operations are few, but slow on a CPU.
+    Two heads are none of them: residual units on the whole map take four times the operations of "pooled" and are not
+    better, and those of depth-wise convolutions are few, but slow on a CPU.
     """
     assert site.operations is not None
-    for head in (ResidualHead, PooledResidualHead, ConvHead) if site.is_map else ():
+    for head in (PooledResidualHead, ConvHead) if site.is_map else ():
         if _operations(head, site) <= budget * site.operations:
             return head
     return NormalisedHead

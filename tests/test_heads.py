@@ -226,7 +226,7 @@ def test_evidence_needs_labels() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "chosen"),
-    [(2.0, ResidualHead), (0.5, PooledResidualHead), (0.2, ConvHead), (0.1, NormalisedHead)],
+    [(2.0, PooledResidualHead), (0.4, PooledResidualHead), (0.35, ConvHead), (0.2, ConvHead), (0.1, NormalisedHead)],
 )
 def test_a_budget_buys_the_best_head_that_it_pays_for(budget: float, chosen: type) -> None:
     """Of the multiplications and additions of one residual unit of 16 channels, 2 x 2 x 9 x 16^2 per pixel."""
