@@ -155,7 +155,21 @@ def test_blocks_shows_each_block(capsys):
     model = build("cnn", channels=1, size=(8, 8), classes=10)
     assert [row[:3] for row in cells[:2]] == [["0", "layer1", "176"], ["1", "layer2", "4,672"]]
     assert sum(int(row[2].replace(",", "")) for row in cells) == sum(p.numel() for p in model.parameters())
-    assert sum(int(row[-1].rstrip("%")) for row in cells) == pytest.approx(100, abs=2)
+    assert sum(int(row[-2].rstrip("%")) for row in cells) == pytest.approx(100, abs=2)
+
+
+def test_blocks_shows_what_heads_cost(capsys):
+    """Two strided 3x3 convolutions of 32 channels and a linear layer, after one of 16 and 32 channels on 8x8 pixels."""
+    assert main(["blocks", "cnn", "--size=8", "--channels=1", "--batch-size=4", "--head=conv"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    head, block = 9 * 32 * 32 * (4 * 4 + 2 * 2) + 32 * 10, 9 * 16 * 32 * 8 * 8
+    assert rows[1].strip("│").split("│")[-1].strip() == f"{head / (head + block):.0%}"
+    assert rows[3].strip("│").split("│")[-1].strip() == ""
+    assert main(["blocks", "cnn", "--size=8", "--channels=1", "--batch-size=4", "--budget=0.01"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert rows[1].strip("│").split("│")[-1].strip() == "0%"
+    assert main(["blocks", "cnn", "--rule=bp", "--head=conv"]) == 2
+    assert "it trains the model whole: --head, " in capsys.readouterr().err
 
 
 def test_submodules_name_every_parameter_once():

@@ -107,12 +107,12 @@ def _show(learner: BlockLocal, x: Tensor, y: Tensor, options: Options) -> None:
 def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:
     """One row per block; memory and time are those of one training step on the batch, the border's part included.
 
-    The head's share is that of the operations in matrix products and convolutions, forward.
+    The head's share is that of the operations in matrix products and convolutions, forward, of block and border.
     """
     costs = _costs(learner, x, y)
     total = sum(seconds for _, seconds, _ in costs)
     rows = Table("block", "submodules", title=f"one step on {len(x)} images", title_justify="left")
-    for column in ("parameters", "at its border", "activations", "time", "head's share"):
+    for column in ("parameters", "border's", "activations", "time", "head"):
         rows.add_column(column, justify="right")
     for k, (kept, seconds, share) in enumerate(costs):
         own = _count(learner.blocks[k])
