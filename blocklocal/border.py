@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class Border(nn.Module):
 
     def __init__(self, site: Site, *, loss: LocalLoss, feedback: Feedback, statistic: Statistic) -> None:
         super().__init__()
-        self.site, self.statistic = site, statistic
+        self.site, self.statistic = replace(site, following=None), statistic  # what heads copy from is not the border's
         if getattr(statistic, "reads_map", False) and site.reduces and not site.is_map:
             raise ValueError(
                 f"statistic={statistic} reads feature maps (B, C, H, W), and a sample at this border has shape "
