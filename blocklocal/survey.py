@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from blocklocal.arguments import passes
 from blocklocal.feedback import Targets
 from blocklocal.graph import mode
-from blocklocal.internals import version_of
+from blocklocal.internals import UnsupportedTorch, version_of
 from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.messages import Criterion, Site
 from blocklocal.operations import operations
@@ -76,8 +77,8 @@ def survey(
         _require_batch_first(longer)
     counts: list[float | None] = [None] * len(blocks)
     if count:
-        with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
-            inputs = [example, *outputs]
+        inputs = [example, *outputs]
+        with mode(blocks, training=False), torch.random.fork_rng(devices=devices), suppress(UnsupportedTorch):
             counts = [operations(block, h.clone()) for block, h in zip(blocks, inputs, strict=False)]
     return Survey(outputs, find_layouts(outputs, readings), writes_input, counts)
 
