@@ -32,7 +32,8 @@ class Lookahead:
 
     In one process only: in a pipeline the next unit may be on another.
 
-    >>> loss = Predictive(Lookahead(refresh=100))
+    >>> import blocklocal as bll
+    >>> loss = bll.Predictive(bll.Lookahead(refresh=100))
     """
 
     head: str | None = None
