@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import require, require_whole
+from blocklocal.graph import mode
 from blocklocal.heads import HEADS, default_head
 from blocklocal.messages import Message, Site
-from blocklocal.split import candidates, cut
+from blocklocal.split import candidates, cut, places
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,22 @@ class Lookahead:
         require(self.trainable, bool, name="trainable", needed="pass True or False")
 
     def __call__(self, site: Site) -> nn.Module:
-        """ValueError: the output of the next unit is of another kind than its input."""
+        """ValueError: the output of the next unit is of another kind than its input, or one number for each channel."""
         if site.following is None:  # while cuts are looked for
             return self._inner(site)
-        names = candidates(site.following)
-        unit = cut(site.following, at=names[:1])[0] if names else site.following
-        example = torch.zeros(2, *site.shape, device=next(unit.parameters()).device)
-        training = unit.training
-        with torch.no_grad():
-            output = unit.eval()(example)
-        unit.train(training)
-        if output.dim() != example.dim():
+        weight = next(site.following.parameters(), None)
+        if weight is None:
+            raise ValueError("Lookahead() copies a unit with weights, and the next block has none: use another head")
+        example, shapes = torch.zeros(2, *site.shape, device=weight.device, dtype=weight.dtype), []
+        for unit in _units(site.following):
+            output = _output(unit, example)
+            shapes.append(tuple(output.shape))
+            if output.dim() == example.dim() and (output[0, 0].numel() > 1 or example[0, 0].numel() == 1):
+                break
+        else:
             raise ValueError(
-                f"Lookahead() looks through a unit that keeps the layout, and the next one makes {tuple(output.shape)} "
-                f"of {tuple(example.shape)}: leave more of the model in the next block, or use another head"
+                f"Lookahead() looks through a unit that keeps the layout, and the next one makes {shapes[0]} of "
+                f"{tuple(example.shape)}: leave more of the model in the next block, or use another head"
             )
         behind = replace(site, shape=tuple(output.shape[1:]), following=None)
         return LookaheadHead(unit, site.following, self._inner(behind), site=behind, settings=self)
@@ -71,7 +74,7 @@ class Lookahead:
 
 
 class LookaheadHead(nn.Module):
-    """The copies, frozen or learning, and the head behind them. `refreshes` counts those of the frozen copy."""
+    """The copies, frozen or learning, and the head behind them. `steps` counts those in training mode."""
 
     reads_next_block = True
 
@@ -112,6 +115,25 @@ class LookaheadHead(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.steps = int(state)
+
+
+def _units(block: nn.Module) -> Iterator[nn.Module]:
+    """The shortest part of a block that can be cut off, or all of it; then shorter ones, without what comes after the
+    last layer with weights, such as pooling."""
+    names, useful = places(block), candidates(block)
+    end = names.index(useful[0]) + 1 if useful else len(names)
+    if not useful:
+        yield block
+    for name in reversed(names[:end]):
+        unit = cut(block, at=[name])[0]
+        if any(True for _ in unit.parameters()):
+            yield unit
+
+
+@torch.no_grad()
+def _output(unit: nn.Module, example: Tensor) -> Tensor:
+    with mode(unit, training=False):
+        return unit(example)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

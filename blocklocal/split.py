@@ -75,7 +75,17 @@ def split(
 
 
 def candidates(model: nn.Module) -> list[str]:
-    """All submodules after which the model can be cut, in the order of the forward pass."""
+    """All submodules after which the model can be cut into blocks that learn, in the order of the forward pass."""
+    traced, names = _places(model)
+    return _useful(model, traced, names)
+
+
+def places(model: nn.Module) -> list[str]:
+    """All submodules whose output alone crosses to what follows, in the same order: layers without weights too."""
+    return _places(model)[1]
+
+
+def _places(model: nn.Module) -> tuple[Trace, list[str]]:
     traced = trace(model, containers=expand(model))
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     final = next(iter(reversed(traced.graph.nodes))).args[0]
@@ -85,8 +95,7 @@ def candidates(model: nn.Module) -> list[str]:
         if len(nodes) > 1 or node is final or crossing(traced.graph, node) != [node]:
             continue
         names[node] = min(name, names.get(node, name), key=len)
-    ordered = [names[node] for node in sorted(names, key=order.__getitem__)]
-    return _useful(model, traced, ordered)
+    return traced, [names[node] for node in sorted(names, key=order.__getitem__)]
 
 
 def cut(model: nn.Module, *, at: Sequence[str]) -> nn.Sequential:

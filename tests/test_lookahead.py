@@ -122,6 +122,9 @@ def test_the_next_unit_must_keep_the_layout_and_be_in_this_process() -> None:
     x = torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"the next one makes \(2, 4\) of \(2, 6, 6, 6\)"):
         bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=bll.Predictive(bll.Lookahead()))
+    blocks = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Sequential(nn.Flatten(), nn.Linear(216, CLASSES))]
+    with pytest.raises(ValueError, match="the next block has none"):
+        bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=bll.Predictive(bll.Lookahead()))
     with pytest.raises(ValueError, match="head='fancy' is unknown"):
         bll.Lookahead("fancy")
     with pytest.raises(ValueError, match="refresh=0"):
@@ -135,3 +138,16 @@ def test_other_weights_of_the_next_block_are_noticed() -> None:
     unit.conv1.weight = nn.Parameter(unit.conv1.weight.detach().clone())
     learner.local(0, x, y)  # which the copy sees too, since modules are shared
     assert any(torch.equal(copied, unit.conv1.weight) for copied in weights(head(learner).frozen))
+
+
+def test_pooling_before_the_classifier_is_no_part_of_the_unit() -> None:
+    torch.manual_seed(0)
+    pooling = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)
+    unit = nn.Sequential(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    blocks = [nn.Conv2d(3, 6, 3), nn.Sequential(*unit, *pooling)]
+    x = torch.randn(2, 3, 8, 8)
+    learner = bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=bll.Predictive(bll.Lookahead(refresh=1)))
+    frozen = head(learner.eval()).frozen
+    assert frozen is not None
+    h = torch.randn(2, 6, 6, 6)
+    assert_close(frozen.eval()(h), unit.eval()(h))
