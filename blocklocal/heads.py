@@ -211,8 +211,8 @@ def default_head(site: Site) -> Head:
 def affordable_head(site: Site, *, budget: float) -> Head:
     """The best head that takes at most `budget` times the operations of the block before it, or else the cheapest.
 
-    Two heads are none of them: residual units on the whole map take four times the operations of "pooled" and are not
-    better, and those of depth-wise convolutions are few, but slow on a CPU.
+    Two heads are none of them: residual units on the whole map take four times the operations of "pooled", and
+    depth-wise convolutions are slow on a CPU, few as their operations are.
     """
     assert site.operations is not None
     for head in (PooledResidualHead, ConvHead) if site.is_map else ():
