@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu", help="what is found is kept here")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu", help="checkpoints and logs")
     parser.add_argument("--minutes", type=float, default=25.0, help="nothing goes on for longer")
-    parser.add_argument("--at-once", type=int, default=8, help="training runs that share the GPU")
+    parser.add_argument("--at-once", type=int, default=4, help="training runs that share the GPU")
     parser.add_argument("--only", default="", help="rows whose name begins with this")
     parser.add_argument("--tiny", action="store_true", help="every row in seconds, on any machine: to try this script")
     options = parser.parse_args()
