@@ -134,6 +134,8 @@ class Session:
                 print(f"{row.name}: cut off", flush=True)
                 return None
         if process.returncode:
+            with log.open("a") as said:
+                said.write(output)
             print(f"{row.name}: failed, see {log}", flush=True)
             return None
         return output
