@@ -46,7 +46,7 @@ class NormalisedHead(nn.Module):
 
 
 class MLPHead(nn.Module):
-    """Two linear layers on the statistics, as wide inside as there are channels, at least 64."""
+    """Two linear layers on the statistics, as wide inside as there are statistics, at least 64."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()

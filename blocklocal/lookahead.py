@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from blocklocal.arguments import require, require_whole
 from blocklocal.graph import mode
-from blocklocal.heads import HEADS, default_head
+from blocklocal.heads import Head
+from blocklocal.losses import Predictive
 from blocklocal.messages import Message, Site
 from blocklocal.split import candidates, cut, places
 
@@ -25,7 +26,7 @@ from blocklocal.split import candidates, cut, places
 class Lookahead:
     """A head for `Predictive(head=...)`: a copy of the next unit, and behind it another head.
 
-    head: one of `blocklocal.heads.HEADS`, by default that of the shape behind the copy. refresh: every so many training
+    head: as for `Predictive`, by default that of the shape behind the copy. refresh: every so many training
     steps the copy takes the weights and statistics of the unit as it is; in between it is frozen. With refresh=1 the
     two blocks overlap. None: the copy is taken once, and learns with the block. trainable: beside a frozen copy a
     second one learns; what follows sees their mean. The unit is the shortest part of the next block that can be cut
@@ -37,13 +38,12 @@ class Lookahead:
     >>> loss = bll.Predictive(bll.Lookahead(refresh=100))
     """
 
-    head: str | None = None
+    head: str | Head | None = None
     refresh: int | None = 100
     trainable: bool = False
 
     def __post_init__(self) -> None:
-        if self.head is not None and self.head not in HEADS:
-            raise ValueError(f"head={self.head!r} is unknown: choose {', '.join(HEADS)}")
+        Predictive(self.head)  # refuses what is no head
         if self.refresh is not None:
             require_whole(self.refresh, name="refresh", least=1)
         require(self.trainable, bool, name="trainable", needed="pass True or False")
@@ -70,7 +70,7 @@ class Lookahead:
         return LookaheadHead(unit, site.following, self._inner(behind), site=behind, settings=self)
 
     def _inner(self, site: Site) -> nn.Module:
-        return (default_head(site) if self.head is None else HEADS[self.head])(site)
+        return Predictive(self.head).build(site).head
 
 
 class LookaheadHead(nn.Module):

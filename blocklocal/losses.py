@@ -131,10 +131,9 @@ class Predictive(Term):
 
     head: one of "linear", "normalised", "mlp", "conv", "residual", "pooled", "patches", "depthwise", "evidence", or a
     function Site -> nn.Module that maps a Message to logits. By default "pooled" at feature maps and "normalised" at
-    vectors and tokens. budget: choose the head by what it costs, the first of "pooled", "conv" that takes at
-    most so many times the operations of its own block, 0.1 being a tenth, and where none does, "normalised"; it is
-    chosen once the cuts are known, which are looked for with the default. A torch that cannot count operations gets the
-    default.
+    vectors and tokens. budget: choose the head by what it costs, the first of "pooled", "conv" that takes at most so
+    many times the operations of its own block, 0.1 being a tenth, and where none does, "normalised"; it is chosen once
+    the cuts are known, which are looked for with the default. A torch that cannot count operations gets the default.
     """
 
     head: str | Head | None = None

@@ -149,16 +149,8 @@ class Settings:
         return [flag(name) for name in names if getattr(self, name) != getattr(other, name)]
 
 
-CHANGES = (
-    "head",
-    "budget",
-    "lookahead",
-    "refresh",
-    "variational",
-    "estimate_variance",
-    "softness",
-    "power",
-)  # of a rule's own local loss
+# Of a rule's own local loss, see `rules.Changes`.
+CHANGES = ("head", "budget", "lookahead", "refresh", "variational", "estimate_variance", "softness", "power")
 OVER_PROCESSES = ("trace", "message", "replicas", "patience")  # and with replicas, shard
 
 # They say where a run is, how it was called and watched, not what it computes.
