@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -12,12 +12,13 @@ import torch
 
 from blocklocal.lab import costs as costs_module
 from blocklocal.lab.cli import main
-from blocklocal.lab.config import Settings
+from blocklocal.lab.config import CHANGES, Settings
 from blocklocal.lab.costs import Cost, costs
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.front import Estimate, Point, front
 from blocklocal.lab.grid import Row, read_grid
 from blocklocal.lab.lock import is_held
+from blocklocal.lab.rules import Changes
 from blocklocal.lab.study import _with_equal_time
 
 SMALL = Settings(model="mlp", batch_size=16, threads=1)
@@ -152,3 +153,8 @@ def test_a_study_needs_images_that_are_held_out(tmp_path, capsys):
     assert main(["study", str(tmp_path / "grid.py"), f"--out={tmp_path / 'study'}"]) == 2
     assert "--validation" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
+
+
+def test_every_change_of_a_loss_is_a_setting() -> None:
+    assert sorted(CHANGES) == sorted(field.name for field in fields(Changes))
+    assert all(getattr(Changes, name) == getattr(Settings, name) for name in CHANGES)
