@@ -47,8 +47,8 @@ from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import Criterion, Message, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
 from blocklocal.replicas import Group, processes
+from blocklocal.shape_probe import check_prediction, site_of, survey
 from blocklocal.split import split
-from blocklocal.survey import check_prediction, site_of, survey
 
 Features = Tensor | tuple[Tensor, Tensor]
 """What a block reads: features, and where beliefs add, the belief of the exits before it."""

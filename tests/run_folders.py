@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from blocklocal.lab.config import Settings, encode
+from blocklocal.lab.settings import Settings, encode
 
 FACTS = {
     "data": {"training_images": 50000, "test_images": 10000, "shape": [3, 32, 32], "classes": list("0123456789")},

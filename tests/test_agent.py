@@ -15,18 +15,18 @@ from pathlib import Path
 import faults
 import pytest
 
-from blocklocal.lab import agent, children, processes
-from blocklocal.lab.agent import Agent, describe_failure
-from blocklocal.lab.children import Children
-from blocklocal.lab.journal import REPORT
-from blocklocal.lab.meeting import Alone, Endpoint, within
-from blocklocal.lab.runs import Run
+from blocklocal.lab.distributed import elastic_agent, process_group, workers
+from blocklocal.lab.distributed.elastic_agent import Agent, describe_failure
+from blocklocal.lab.distributed.rank_log import REPORT
+from blocklocal.lab.distributed.rendezvous import Alone, Endpoint, within
+from blocklocal.lab.distributed.workers import Children
+from blocklocal.lab.runs.folder import Run
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent, "POLL", 0.01)
-    monkeypatch.setattr(children, "GRACE", 0.3)
+    monkeypatch.setattr(elastic_agent, "POLL", 0.01)
+    monkeypatch.setattr(workers, "GRACE", 0.3)
 
 
 class Launch:
@@ -100,7 +100,9 @@ def test_what_a_process_has_started_goes_with_it(tmp_path):
     assert not faults.alive(fork)
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, agent.Terminated), (signal.SIGINT, KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGTERM, elastic_agent.Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
 def test_a_signal_ends_all(tmp_path, number, error):
     launch = Launch(tmp_path, "time.sleep(60)")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run unattended
@@ -132,7 +134,7 @@ def test_a_signal_that_was_ignored_still_is(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_cause_is_told_before_what_follows_from_it(tmp_path, monkeypatch):
     """Rank 2 is killed, rank 1 notices and says so, rank 0 goes on; then the launcher looks."""
-    monkeypatch.setattr(agent, "POLL", 2.0)
+    monkeypatch.setattr(elastic_agent, "POLL", 2.0)
     program = f"""
 if rank == 0: signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)
 if rank == 2: os.kill(os.getpid(), 9)
@@ -210,16 +212,16 @@ def test_a_call_that_does_not_return_is_given_up():
 JOIN = """
 import sys
 from datetime import timedelta
-from blocklocal.lab import processes
-processes.START = timedelta(seconds=float(sys.argv[1]))
-with processes.joined(device="cpu", patience=0.5) as joined:
+from blocklocal.lab.distributed import process_group
+process_group.START = timedelta(seconds=float(sys.argv[1]))
+with process_group.joined(device="cpu", patience=0.5) as joined:
     joined.meet()
 """
 
 
 def joining(folder: Path, rank: int, *, start: float, **environment: str) -> subprocess.Popen[str]:
     own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    place = {processes.STORE: str(folder / "store"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    place = {process_group.STORE: str(folder / "store"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return subprocess.Popen(
         [sys.executable, "-c", JOIN, str(start)],
         env={**os.environ, **own, **place, **environment},
@@ -247,7 +249,7 @@ def test_a_process_may_start_later_than_others_have_patience(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot do it")
 def test_a_process_whose_launcher_is_gone_ends(tmp_path):
-    orphan = joining(tmp_path, 0, start=100, **{processes.PARENT: "1"})
+    orphan = joining(tmp_path, 0, start=100, **{process_group.PARENT: "1"})
     orphan.communicate(timeout=faults.PATIENCE)
     assert orphan.returncode == 1
     assert not (tmp_path / "store").exists()

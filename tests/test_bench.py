@@ -14,12 +14,13 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from blocklocal import BlockLocal
-from blocklocal.lab import bench, operations, scaling
-from blocklocal.lab.bench_options import Options
-from blocklocal.lab.contenders import RULES, Contender, contender
+from blocklocal.lab.bench import profile, scaling
+from blocklocal.lab.bench.baselines import RULES, Contender, contender
+from blocklocal.lab.bench.measure import measure_all, ratio
+from blocklocal.lab.bench.options import Options
+from blocklocal.lab.bench.step_memory import allocated, measure
+from blocklocal.lab.commands import bench
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.footprint import allocated, measure
-from blocklocal.lab.measurement import measure_all, ratio
 from blocklocal.lab.models import build
 from blocklocal.memory import MemoryTracker
 
@@ -177,11 +178,11 @@ def test_dearest_operations() -> None:
             torch.mm(large, large)
             torch.exp(small)
 
-    first, *rest = operations.dearest(step, device=CPU)
+    first, *rest = profile.dearest(step, device=CPU)
     assert (first["name"], first["calls"]) == ("aten::mm", 3)
     assert first["share"] > 0.5
     assert "aten::exp" in {found["name"] for found in rest}
-    assert operations.table("bp", [first, *rest]).row_count == 1 + len(rest)
+    assert profile.table("bp", [first, *rest]).row_count == 1 + len(rest)
 
 
 def test_exponents_of_powers() -> None:

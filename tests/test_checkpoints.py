@@ -14,11 +14,11 @@ from torch.testing import assert_close
 
 import blocklocal as bll
 from blocklocal.alignment import Alignment
-from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.part import State
-from blocklocal.lab.rules import Task, apply
-from blocklocal.lab.state import alignment_state, block_state, load_alignment_state, load_block_state
+from blocklocal.lab.runs.block_state import alignment_state, block_state, load_alignment_state, load_block_state
+from blocklocal.lab.runs.checkpoint_part import State
+from blocklocal.lab.runs.checkpoints import Checkpoints
+from blocklocal.lab.training.rules import Task, apply
 
 
 def state(value: float = 0.0) -> State:

@@ -13,8 +13,8 @@ import torch
 
 import blocklocal.__main__ as entry
 from blocklocal.lab import cli
-from blocklocal.lab.blocks import submodules
 from blocklocal.lab.cli import COMMANDS, main
+from blocklocal.lab.commands.blocks import submodules
 from blocklocal.lab.models import build
 from blocklocal.split import split
 
@@ -199,7 +199,7 @@ def test_interruption_and_failures_have_their_own_codes(monkeypatch, capsys):
         raise OSError(28, "No space left on device", "run/config.json")
 
     for function, code, words in [(stop, 130, "checkpoint of epoch 3"), (fail, 1, "No space left")]:
-        monkeypatch.setattr("blocklocal.lab.blocks.main", function)
+        monkeypatch.setattr("blocklocal.lab.commands.blocks.main", function)
         assert main(["blocks"]) == code
         assert re.fullmatch(f"bll: .*{words}.*\n", capsys.readouterr().err)
 
@@ -225,7 +225,7 @@ def test_the_module_is_the_command(monkeypatch, capsys):
 
 def test_warnings_are_one_line(monkeypatch, capsys):
     monkeypatch.setattr(
-        "blocklocal.lab.blocks.main", lambda args: warnings.warn("block 1 has\ncollapsed", stacklevel=2)
+        "blocklocal.lab.commands.blocks.main", lambda args: warnings.warn("block 1 has\ncollapsed", stacklevel=2)
     )
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -245,7 +245,7 @@ def test_warnings_of_libraries_are_not_ours(monkeypatch, capsys):
         warnings.warn_explicit("be warned too (Triggered internally at x.cpp:1)", UserWarning, cli.__file__, 1)
         warnings.warn_explicit("ours", UserWarning, cli.__file__, 1)
 
-    monkeypatch.setattr("blocklocal.lab.blocks.main", run)
+    monkeypatch.setattr("blocklocal.lab.commands.blocks.main", run)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         assert main(["blocks"]) == 0

@@ -18,17 +18,17 @@ from run_folders import write_run
 from scipy.stats import ttest_ind
 
 from blocklocal.lab import cli
-from blocklocal.lab.cells import DATASETS, PAPER, RULES, SCALES
-from blocklocal.lab.config import Settings, encode
+from blocklocal.lab.commands.table1 import Options
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.groups import gather
-from blocklocal.lab.history import read
 from blocklocal.lab.models import build
 from blocklocal.lab.models.resnet import Bottleneck
-from blocklocal.lab.recipes import recipe, settings_from
-from blocklocal.lab.series import arguments, complete
-from blocklocal.lab.summary import summarise
-from blocklocal.lab.table import Options
+from blocklocal.lab.report.seed_groups import gather
+from blocklocal.lab.report.table import summarise
+from blocklocal.lab.runs.history import read
+from blocklocal.lab.settings import Settings, encode
+from blocklocal.lab.sweeps.sweep import arguments, complete
+from blocklocal.lab.sweeps.table1 import DATASETS, PAPER, RULES, SCALES
+from blocklocal.lab.training.recipes import recipe, settings_from
 
 SMALL = ["--model=mlp", "--train-size=256", "--test-size=100"]
 

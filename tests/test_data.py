@@ -7,8 +7,8 @@ from data_folders import encode, picture, table, write
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
-from blocklocal.lab.batches import Augmentation, Normalisation, ordered_batches, training_batches
-from blocklocal.lab.data import Split, load
+from blocklocal.lab.data.batches import Augmentation, Normalisation, ordered_batches, training_batches
+from blocklocal.lab.data.dataset import Split, load
 from blocklocal.lab.errors import UserError
 
 

@@ -10,7 +10,7 @@ import torch
 from data_folders import encode, picture
 from PIL import Image, ImageOps
 
-from blocklocal.lab.decode import decode
+from blocklocal.lab.data.decode import decode
 from blocklocal.lab.errors import UserError
 
 GREY, COLOUR = picture(channels=1), picture()

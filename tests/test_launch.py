@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from blocklocal.lab.cli import main
-from blocklocal.lab.lock import alone
-from blocklocal.lab.recipes import DIGITS
-from blocklocal.lab.runs import Run
-from blocklocal.lab.train import train
+from blocklocal.lab.runs.folder import Run
+from blocklocal.lab.runs.lock import alone
+from blocklocal.lab.training.recipes import DIGITS
+from blocklocal.lab.training.run import train
 
 EPOCHS = 4
 

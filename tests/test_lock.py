@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 
 from blocklocal.lab import cli
-from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.lock import MOMENT, alone, clear, holder, is_held
-from blocklocal.lab.train import train
+from blocklocal.lab.runs.lock import MOMENT, alone, clear, holder, is_held
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.training.run import train
 
 SMALL = ["--model=mlp", "--train-size=128", "--test-size=50", "--epochs=1"]
-HOLD = "import sys, time, pathlib; from blocklocal.lab.lock import alone\nwith alone(pathlib.Path(sys.argv[1])):\n    "
+HOLD = """
+import sys, time, pathlib
+from blocklocal.lab.runs.lock import alone
+with alone(pathlib.Path(sys.argv[1])):
+    """
 
 
 @pytest.fixture

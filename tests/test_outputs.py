@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from blocklocal.lab import cli, outputs, runs
-from blocklocal.lab.compare import Options as Compare
-from blocklocal.lab.config import Settings, folder_name
-from blocklocal.lab.runs import Run
-from blocklocal.lab.table import Options as Table
-from blocklocal.lab.train import train
+from blocklocal.lab import cli, outputs
+from blocklocal.lab.commands.compare import Options as Compare
+from blocklocal.lab.commands.table1 import Options as Table
+from blocklocal.lab.runs import folder
+from blocklocal.lab.runs.folder import Run
+from blocklocal.lab.settings import Settings, folder_name
+from blocklocal.lab.training.run import train
 from blocklocal.pipeline.trace import Record, Trace
 
 TINY = Settings(model="mlp", epochs=2, train_size=128, test_size=50, threads=1)
@@ -36,7 +37,8 @@ def no_work(monkeypatch):
     def begin(*args: object, **options: object) -> None:
         raise AssertionError("the work has begun")
 
-    for name in ("train.prepare", "bench.find_device", "timeline.load", "report.compose", "series._train"):
+    work = "training.run.prepare", "commands.bench.find_device", "commands.timeline.load", "commands.report.compose"
+    for name in (*work, "sweeps.sweep._train"):
         monkeypatch.setattr(f"blocklocal.lab.{name}", begin)
 
 
@@ -217,7 +219,7 @@ def test_a_model_that_cannot_be_written_is_written_on_resumption(tmp_path, monke
     train(replace(TINY, out=str(tmp_path / "whole")))
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_model", refuse_safetensors)
+        patch.setattr(folder, "save_model", refuse_safetensors)
         command = ["train", "--model=mlp", "--epochs=2", "--train-size=128", "--test-size=50", f"--out={out}"]
         assert cli.main(command) == 1
     line = capsys.readouterr().err.splitlines()[-1]
@@ -260,9 +262,9 @@ def test_names_of_things_do_not_lead_out_of_a_folder(tmp_path, name):
         *(run.folder for run in Table(datasets=f"{name or 'x'}", seeds=1, out=str(home)).series),
         *(run.folder for run in Compare(rules=name or "x", seeds=1, out=str(home)).series),
     ]
-    for folder in folders:
-        assert Path(os.path.abspath(folder)).parent == home
-        assert folder.name.replace("-", "").replace(".", "").replace("_", "").replace("+", "").isalnum()
+    for path in folders:
+        assert Path(os.path.abspath(path)).parent == home
+        assert path.name.replace("-", "").replace(".", "").replace("_", "").replace("+", "").isalnum()
     for settings in (Settings(data=name), Settings(model=name), Settings(rule=name)):
         assert Path(os.path.abspath(settings.folder)).parent == Path("runs").absolute()
     assert Path(os.path.abspath(Compare(data=name, model=name).home)).parent == Path("runs").absolute()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.part import Part, State, Value
+from blocklocal.lab.runs.checkpoint_part import Part, State, Value
 
 DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),

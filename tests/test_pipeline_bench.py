@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from blocklocal.lab import pipeline_bench
 from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.pipeline_models import CHAINS, Sleep
+from blocklocal.lab.pipeline_bench import bench
+from blocklocal.lab.pipeline_bench.workloads import CHAINS, Sleep
 
 ALONE = ["backpropagation, alone", "block-local, alone", "block-local, alone in each"]
 TOGETHER = ["block-local", "GPipe, M=2", "1F1B, M=2", "data parallel"]
@@ -58,4 +58,4 @@ def test_a_device_sleeps_for_the_rows_it_gets(monkeypatch: pytest.MonkeyPatch) -
 
 def test_more_processes_than_blocks_are_refused() -> None:
     with pytest.raises(UserError, match="2 to 4"):
-        pipeline_bench.main(["--model", "cnn", "--processes", "5"])
+        bench.main(["--model", "cnn", "--processes", "5"])

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import blocklocal as bll
 from blocklocal.pipeline import Pipeline, Placement
-from blocklocal.pipeline.draws import seeded
+from blocklocal.pipeline.seeding import seeded
 
 EXAMPLES = int(os.environ.get("BLOCKLOCAL_EXAMPLES", "12"))
 CLASSES, ROWS, SEED = 3, 6, 5

@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from blocklocal.pipeline import Placement, schedule
-from blocklocal.pipeline.programs import (
+from blocklocal.pipeline.analysis.programs import (
     Cost,
     block_local,
     block_local_window,
@@ -13,7 +13,7 @@ from blocklocal.pipeline.programs import (
     gpipe,
     one_forward_one_backward,
 )
-from blocklocal.pipeline.simulator import Compute, Link, Message, Post, Wait, simulate
+from blocklocal.pipeline.analysis.simulator import Compute, Link, Message, Post, Wait, simulate
 
 NOTHING = Link()
 seconds = st.floats(0.1, 5.0)

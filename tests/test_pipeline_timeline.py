@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocklocal.lab import timeline as command
+from blocklocal.lab.commands import timeline as command
 from blocklocal.lab.errors import UserError
 from blocklocal.pipeline import trace
-from blocklocal.pipeline.timeline import Timeline
+from blocklocal.pipeline.analysis.timeline import Timeline
 from blocklocal.pipeline.trace import Doing, Record
 
 MINIBATCHES = 10

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from blocklocal import BLL_PAPER
 from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.pipeline_contenders import learner
-from blocklocal.lab.pipeline_models import CHAINS
-from blocklocal.lab.plan import advice, parse_link
-from blocklocal.lab.predictions import Costs, measure, predict
-from blocklocal.pipeline.programs import Cost
-from blocklocal.pipeline.simulator import Link
+from blocklocal.lab.pipeline_bench.baselines import learner
+from blocklocal.lab.pipeline_bench.plan import advice, parse_link
+from blocklocal.lab.pipeline_bench.predict import Costs, measure, predict
+from blocklocal.lab.pipeline_bench.workloads import CHAINS
+from blocklocal.pipeline.analysis.programs import Cost
+from blocklocal.pipeline.analysis.simulator import Link
 
 PARTS = (1, 2, 4, 8)
 

@@ -14,8 +14,8 @@ import pytest
 from run_folders import write_run
 
 from blocklocal.lab import cli
-from blocklocal.lab.findings import compose
-from blocklocal.lab.history import find, read
+from blocklocal.lab.report.content import compose
+from blocklocal.lab.runs.history import find, read
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]

@@ -10,16 +10,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from blocklocal.lab import costs as costs_module
+from blocklocal.lab.bench import step_cost as costs_module
+from blocklocal.lab.bench.step_cost import Cost, costs
 from blocklocal.lab.cli import main
-from blocklocal.lab.config import CHANGES, Settings
-from blocklocal.lab.costs import Cost, costs
+from blocklocal.lab.commands.study import _with_equal_time
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.front import Estimate, Point, front
-from blocklocal.lab.grid import Row, read_grid
-from blocklocal.lab.lock import is_held
-from blocklocal.lab.rules import Changes
-from blocklocal.lab.study import _with_equal_time
+from blocklocal.lab.runs.lock import is_held
+from blocklocal.lab.settings import CHANGES, Settings
+from blocklocal.lab.sweeps.grid import Row, read_grid
+from blocklocal.lab.sweeps.pareto import Estimate, Point, front
+from blocklocal.lab.training.rules import Changes
 
 SMALL = Settings(model="mlp", batch_size=16, threads=1)
 GRID = """# two ways

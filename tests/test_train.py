@@ -21,20 +21,20 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from blocklocal.lab.checkpoints import Checkpoints
 from blocklocal.lab.cli import main
-from blocklocal.lab.config import Settings, encode
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.experiment import prepare
 from blocklocal.lab.models import build
-from blocklocal.lab.part import Part
-from blocklocal.lab.recipes import DIGITS, recipe, settings_from
-from blocklocal.lab.rules import RULES
-from blocklocal.lab.runs import Run
-from blocklocal.lab.schedule import SCHEDULES, cosine, onecycle
-from blocklocal.lab.state import load_weights
-from blocklocal.lab.train import train
-from blocklocal.lab.trainer import SingleTrainer
+from blocklocal.lab.runs.block_state import load_weights
+from blocklocal.lab.runs.checkpoint_part import Part
+from blocklocal.lab.runs.checkpoints import Checkpoints
+from blocklocal.lab.runs.folder import Run
+from blocklocal.lab.settings import Settings, encode
+from blocklocal.lab.training.experiment import prepare
+from blocklocal.lab.training.rate import SCHEDULES, cosine, onecycle
+from blocklocal.lab.training.recipes import DIGITS, recipe, settings_from
+from blocklocal.lab.training.rules import RULES
+from blocklocal.lab.training.run import train
+from blocklocal.lab.training.trainer import SingleTrainer
 
 TINY = Settings(model="mlp", epochs=3, train_size=256, test_size=100, threads=1)
 

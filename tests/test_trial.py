@@ -13,11 +13,11 @@ from data_folders import encode, picture, write_images
 from torch import nn
 
 from blocklocal.lab.cli import main
-from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.experiment import prepare
-from blocklocal.lab.rules import RULES, Learning, Task, apply
-from blocklocal.lab.trial import try_learning, try_model
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.training.experiment import prepare
+from blocklocal.lab.training.rules import RULES, Learning, Task, apply
+from blocklocal.lab.training.trial import try_learning, try_model
 
 HEAD = """
 import torch

@@ -9,10 +9,10 @@ import torch
 from data_folders import encode, picture, write_images
 
 from blocklocal.lab.cli import main
-from blocklocal.lab.config import Settings
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.evaluate import Exits
 from blocklocal.lab.models import MODELS, refuse_code
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.training.evaluation import Exits
 
 NET = """
 from pathlib import Path
@@ -167,7 +167,9 @@ def test_another_data_set_is_not_taken_for_that_of_the_run(here, capsys, name):
     ],
 )
 def test_an_evaluation_that_cannot_be_is_one_line(here, capsys, monkeypatch, options, words):
-    monkeypatch.setattr("blocklocal.lab.experiment.evaluate", None)  # an exit is refused before the images are tested
+    monkeypatch.setattr(
+        "blocklocal.lab.training.experiment.evaluate", None
+    )  # an exit is refused before the images are tested
     assert words in refused(capsys, ["eval", "seen", *options])
 
 

@@ -12,13 +12,13 @@ import pytest
 from run_folders import write_run
 
 from blocklocal.lab import ranges
-from blocklocal.lab.bench_options import Options as BenchOptions
+from blocklocal.lab.bench.options import Options as BenchOptions
 from blocklocal.lab.cli import COMMANDS, main
-from blocklocal.lab.config import Settings
-from blocklocal.lab.data import load
-from blocklocal.lab.launch import Options as LaunchOptions
-from blocklocal.lab.pipeline_options import Options as PipelineOptions
-from blocklocal.lab.rules import ALIGNED
+from blocklocal.lab.commands.launch import Options as LaunchOptions
+from blocklocal.lab.data.dataset import load
+from blocklocal.lab.pipeline_bench.options import Options as PipelineOptions
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.training.rules import ALIGNED
 
 for module, _ in COMMANDS.values():
     importlib.import_module(module)

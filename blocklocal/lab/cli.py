@@ -12,25 +12,25 @@ from importlib.metadata import version
 from pathlib import Path
 
 from blocklocal.internals import UnsupportedTorch
-from blocklocal.lab import member
+from blocklocal.lab import subcommand
+from blocklocal.lab.distributed.rank_log import LAUNCHED, report
 from blocklocal.lab.environment import keep_freed_memory
 from blocklocal.lab.errors import UserError, lacks_memory
-from blocklocal.lab.journal import LAUNCHED, report
 from blocklocal.lab.names import sentence
 
 # name: (module with main(args), what it does). The module is imported only when its command is called.
 COMMANDS = {
-    "train": ("blocklocal.lab.train", "train a network, in blocks or whole"),
-    "launch": ("blocklocal.lab.launch", "the same over several processes or machines"),
-    "eval": ("blocklocal.lab.eval", "test a trained network: last exit, an earlier one, all combined"),
-    "blocks": ("blocklocal.lab.blocks", "show where a model is cut, and what each block costs"),
-    "compare": ("blocklocal.lab.compare", "several rules with several seeds, laid side by side"),
-    "study": ("blocklocal.lab.study", "accuracy against cost, over a grid of settings"),
-    "table1": ("blocklocal.lab.table", "the paper's Table 1, or a smaller stand-in for it"),
-    "report": ("blocklocal.lab.report", "tables, plots and a page of runs"),
-    "bench": ("blocklocal.lab.bench", "time and memory of a training step, rule by rule"),
-    "timeline": ("blocklocal.lab.timeline", "what each process of a run did when"),
-    "demo": ("blocklocal.lab.demo", "train four local blocks and plain backpropagation side by side"),
+    "train": ("blocklocal.lab.training.run", "train a network, in blocks or whole"),
+    "launch": ("blocklocal.lab.commands.launch", "the same over several processes or machines"),
+    "eval": ("blocklocal.lab.commands.eval", "test a trained network: last exit, an earlier one, all combined"),
+    "blocks": ("blocklocal.lab.commands.blocks", "show where a model is cut, and what each block costs"),
+    "compare": ("blocklocal.lab.commands.compare", "several rules with several seeds, laid side by side"),
+    "study": ("blocklocal.lab.commands.study", "accuracy against cost, over a grid of settings"),
+    "table1": ("blocklocal.lab.commands.table1", "the paper's Table 1, or a smaller stand-in for it"),
+    "report": ("blocklocal.lab.commands.report", "tables, plots and a page of runs"),
+    "bench": ("blocklocal.lab.commands.bench", "time and memory of a training step, rule by rule"),
+    "timeline": ("blocklocal.lab.commands.timeline", "what each process of a run did when"),
+    "demo": ("blocklocal.lab.commands.demo", "train four local blocks and plain backpropagation side by side"),
 }
 
 HELP = f"""bll trains neural networks in blocks, each from its own local loss.
@@ -76,7 +76,7 @@ def main(args: Sequence[str]) -> int:
 def _fail(message: str, *, code: int) -> int:
     """Say it once: what has started this process says it, and of the processes of torchrun the first."""
     report(message)
-    told = member.tell(sentence(message))
+    told = subcommand.tell(sentence(message))
     if LAUNCHED in os.environ:
         told = True
     elif "TORCHELASTIC_RUN_ID" in os.environ:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from blocklocal.pipeline.draws import seeded
+from blocklocal.pipeline.seeding import seeded
 from blocklocal.pipeline.stage import LocalStep
 
 

@@ -1,0 +1,125 @@
+"""Steps of several contenders measured in turn, so that what slows the machine for a while slows all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from blocklocal.lab.bench.baselines import Contender
+from blocklocal.lab.bench.step_memory import Footprint, allocated, measure
+from blocklocal.lab.environment import keep_freed_memory
+from blocklocal.lab.errors import UserError
+
+Watch = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One contender: the seconds of its steps, round by round, by the clock and of the processor; its memory.
+
+    footprint: before compilation, since no operation shows what compiled code takes. allocated: see there, after it.
+    flops: operations of the matrix products and convolutions in a step. state_bytes: parameters, buffers and optimizer
+    state. compile_seconds: its first compiled step less a later one.
+    """
+
+    contender: Contender
+    seconds: tuple[float, ...]
+    processor_seconds: tuple[float, ...]
+    footprint: Footprint
+    allocated: int
+    flops: int
+    state_bytes: int
+    compile_seconds: float | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def measure_all(
+    contenders: Mapping[str, Contender],
+    *,
+    device: torch.device,
+    rounds: int,
+    warmup: int,
+    compiled: bool = False,
+    watch: Watch = lambda _: None,
+) -> dict[str, Measurement]:
+    """Memory of each contender, then `rounds` rounds of one step each, after `warmup` rounds that do not count."""
+    footprints, peaks, flops, first_seconds = {}, {}, {}, {}
+    for label, contender in contenders.items():
+        watch(f"memory of {label}")
+        with FlopCounterMode(display=False) as counter:
+            try:
+                contender.step()  # and the optimizers make their state
+            except ValueError as error:  # of a layer, such as one that needs more images than there are in a part
+                raise UserError(f"{label} cannot take a step: {error}") from error
+        flops[label] = counter.get_total_flops()
+        footprints[label] = measure(contender.step, parts=contender.parts)
+        if compiled:
+            watch(f"compilation of {label}")
+            contender.compile()
+            first_seconds[label], _ = _take(contender, device)
+        peaks[label] = allocated(contender.step, device=device)
+    times: dict[str, list[tuple[float, float]]] = {label: [] for label in contenders}
+    keep_freed_memory(largest=2**30)  # no contender shall have page faults that another is spared
+    with _collector_off():
+        for turn in range(-warmup, rounds):
+            watch(f"time, round {max(turn + 1, 0)} of {rounds}")
+            for label in _rotated(list(contenders), turn):
+                taken = _take(contenders[label], device)
+                if turn >= 0:
+                    times[label].append(taken)
+    measurements = {}
+    for label, contender in contenders.items():
+        seconds, processor = zip(*times[label], strict=True)
+        compile_seconds = first_seconds[label] - statistics.median(seconds) if compiled else None
+        measurements[label] = Measurement(
+            contender,
+            seconds,
+            processor,
+            footprints[label],
+            peaks[label],
+            flops[label],
+            state_bytes=sum(tensor.nbytes for tensor in contender.state()),
+            compile_seconds=compile_seconds,
+        )
+    return measurements
+
+
+def ratio(numerator: tuple[float, ...], denominator: tuple[float, ...]) -> float:
+    """Median over rounds of the quotient within a round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def _take(contender: Contender, device: torch.device) -> tuple[float, float]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start, processor_start = time.perf_counter(), time.process_time()
+    contender.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, time.process_time() - processor_start
+
+
+def _rotated(labels: list[str], turn: int) -> list[str]:
+    """Each round begins with another one, since what ran before is left in the caches."""
+    first = turn % len(labels)
+    return labels[first:] + labels[:first]
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,106 @@
+"""What a training step costs under several settings: measured in turn in one process, beside backpropagation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blocklocal.lab import outputs
+from blocklocal.lab.bench.baselines import Contender
+from blocklocal.lab.bench.measure import Measurement, Watch, measure_all, ratio
+from blocklocal.lab.bench.step_memory import measure
+from blocklocal.lab.environment import find_device
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.runs.schema import convert_to, read
+from blocklocal.lab.settings import Settings, encode
+from blocklocal.lab.training.experiment import prepare
+from blocklocal.lab.training.optim import descent
+
+ROUNDS, WARMUP = 10, 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one training step, with backpropagation's as 1.
+
+    time: processor seconds, the median over rounds of the quotient within a round. operations: of matrix products and
+    convolutions. memory: bytes of tensors that it adds at most.
+    """
+
+    time: float
+    operations: float
+    memory: float
+
+
+def costs(settings: Mapping[str, Settings], *, file: Path, watch: Watch = lambda _: None) -> dict[str, Cost]:
+    """Those of a file, if it has those of the same settings; else they are measured, and the file is written.
+
+    The first settings of rule bp are what the others are compared with. UserError: there are none.
+    """
+    wanted = {name: encode(one) for name, one in settings.items()}
+    found = _kept(file)
+    if found is not None and found["settings"] == json.loads(json.dumps(wanted)):
+        return {name: convert_to(cost, Cost) for name, cost in found["costs"].items()}
+    reference = next((name for name, one in settings.items() if one.rule == "bp"), None)
+    if reference is None:
+        raise UserError('a study compares with backpropagation: add {"rule": "bp"} to the grid')
+    contenders = {}
+    for name, one in settings.items():
+        watch(f"preparing {name}")
+        contenders[name] = contender(one)
+    device = find_device(settings[reference].device)
+    measured = measure_all(contenders, device=device, rounds=ROUNDS, warmup=WARMUP, watch=watch)
+    result = {name: _cost(measurement, bp=measured[reference]) for name, measurement in measured.items()}
+    content = json.dumps({"settings": wanted, "costs": {name: asdict(cost) for name, cost in result.items()}}, indent=2)
+    outputs.write(file, lambda part: part.write_text(content))
+    return result
+
+
+def step_memory(settings: Settings) -> float:
+    """Bytes of tensors that a training step with these settings adds at most."""
+    made = contender(settings)
+    made.step()  # and the optimizers make their state
+    return measure(made.step, parts=made.parts).alive
+
+
+def _cost(measurement: Measurement, *, bp: Measurement) -> Cost:
+    return Cost(
+        time=ratio(measurement.processor_seconds, bp.processor_seconds),
+        operations=measurement.flops / bp.flops,
+        memory=measurement.footprint.alive / bp.footprint.alive,
+    )
+
+
+def contender(settings: Settings) -> Contender:
+    """The step of a run with these settings, on its first minibatch."""
+    experiment = prepare(_small(settings))
+    learner, learning = experiment.learner, experiment.learning
+    x, y = next(experiment.training_batches(1))
+    optimizers = [descent(learner.block_parameters(k), settings) for k in range(len(learner.blocks))]
+
+    def step() -> None:
+        with experiment.autocast(), learning.given(y):
+            learner.backward(x, y, optimizers=optimizers)
+
+    return Contender(settings.rule, learner, optimizers, step, list(learner.blocks), learner.compile)
+
+
+def _small(settings: Settings) -> Settings:
+    """As many images as a step needs."""
+    return replace(settings, train_size=settings.batch_size * settings.accumulate, test_size=1, validation=0)
+
+
+def _kept(file: Path) -> dict[str, Any] | None:
+    """UserError: a file that this module has not written."""
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(read(file))
+        for cost in found["costs"].values():
+            convert_to(cost, Cost)
+        return {"settings": found["settings"], "costs": found["costs"]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{str(file)!r} holds no costs ({error}): remove it, and they are measured again") from error

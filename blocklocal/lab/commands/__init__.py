@@ -1,0 +1,1 @@
+"""The commands of `bll`: options and main of each."""

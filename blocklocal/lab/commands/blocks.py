@@ -1,0 +1,168 @@
+"""`bll blocks`: where a model is cut, and what every block costs to train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from tyro.conf import Positional, arg
+
+from blocklocal import BlockLocal
+from blocklocal.lab import models
+from blocklocal.lab.arguments import parse
+from blocklocal.lab.errors import blame
+from blocklocal.lab.ranges import Needs, Range
+from blocklocal.lab.terminal import Terminal
+from blocklocal.lab.training import rules
+from blocklocal.lab.training.trial import FEW, try_learning, try_model
+from blocklocal.memory import MemoryTracker
+from blocklocal.operations import operations
+
+
+@dataclass(frozen=True)
+class Options:
+    """Show the blocks of a model: what is in them, their parameters, the memory of their activations, their time."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    blocks: Annotated[int, Range(least=1), Needs("at", ((),))] = 4
+    """number of blocks"""
+    at: tuple[str, ...] = ()
+    """submodules after which to cut, instead of --blocks"""
+    rule: str = "bll"
+    """how the blocks learn, which says what stands at the borders"""
+    head: str | None = None
+    """what predicts at borders, instead of the rule's own: as for bll train"""
+    budget: Annotated[float | None, Range(above=0), Needs("head", (None,))] = None
+    """the best head of at most so many times its own block's operations, instead of the rule's own: 0.1"""
+    channels: Annotated[int, Range(least=1, most=2**14)] = 3
+    """colour channels of the images"""
+    size: Annotated[int, Range(least=1, most=2**14)] = 32
+    """height and width of the images in pixels"""
+    classes: Annotated[int, Range(least=2, most=2**20)] = 10
+    """number of classes"""
+    batch_size: Annotated[int, Range(least=2)] = 32
+    """images in the batch that is measured"""
+    plan: Annotated[int, Range(least=0)] = 0
+    """instead: place the blocks on so many ranks, and predict what pipelines of up to so many take"""
+    speeds: Annotated[tuple[float, ...], Range(above=0), Needs("plan")] = ()
+    """with --plan: how fast each rank is, this process being 1; without, all are as fast as this process"""
+    link: Annotated[str, Needs("plan")] = ""
+    """with --plan: between ranks, such as 100mbit or 100mbit,0.5ms (latency); without, messages take no time"""
+    message: Annotated[Literal["fp32", "bf16"], Needs("plan")] = "fp32"
+    """with --plan: what travels between blocks"""
+
+
+def main(args: Sequence[str]) -> None:
+    options = parse(Options, args, prog="bll blocks")
+    if options.plan:
+        from blocklocal.lab.pipeline_bench import plan  # which takes a second to import
+
+        blocks = len(options.at) + 1 if options.at else options.blocks
+        plan.check(blocks=blocks, ranks=options.plan, speeds=options.speeds, link=options.link)
+    size = (options.size, options.size)
+    model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
+    x = torch.randn(options.batch_size, options.channels, *size)
+    try_model(model, x[:FEW], name=options.model, classes=options.classes, context=nullcontext())
+    task = rules.Task(
+        classes=options.classes,
+        example=x,
+        blocks=options.blocks,
+        at=options.at or models.CUTS.get((options.model, options.blocks)),
+        changes=rules.Changes(head=options.head, budget=options.budget),
+    )
+    y = torch.randint(options.classes, (len(x),))
+    with blame(f"model {options.model!r} does not fit rule {options.rule!r}"):
+        learning = rules.apply(options.rule, model, task)
+    try_learning(learning, x[:FEW], y[:FEW], name=options.model, context=nullcontext())
+    with learning.given(y):
+        _show(learning.learner, x, y, options)
+
+
+def _show(learner: BlockLocal, x: Tensor, y: Tensor, options: Options) -> None:
+    if not options.plan:
+        Terminal().print(table(learner, x, y))
+        return
+    from blocklocal.lab.pipeline_bench import plan
+
+    names = [", ".join(submodules(learner.model, block)) for block in learner.blocks]
+    plan.show(
+        learner,
+        x,
+        y,
+        names=names,
+        ranks=options.plan,
+        speeds=options.speeds,
+        link=options.link,
+        message=options.message,
+    )
+
+
+def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:
+    """One row per block; memory and time are those of one training step on the batch, the border's part included.
+
+    The head's share is that of the operations in matrix products and convolutions, forward, of block and border.
+    """
+    costs = _costs(learner, x, y)
+    total = sum(seconds for _, seconds, _ in costs)
+    rows = Table("block", "submodules", title=f"one step on {len(x)} images", title_justify="left")
+    for column in ("parameters", "border's", "activations", "time", "head"):
+        rows.add_column(column, justify="right")
+    for k, (kept, seconds, share) in enumerate(costs):
+        own = _count(learner.blocks[k])
+        rows.add_row(
+            str(k),
+            ", ".join(submodules(learner.model, learner.blocks[k])),
+            f"{own:,}",
+            f"{sum(parameter.numel() for parameter in learner.block_parameters(k)) - own:,}",
+            f"{kept / 2**20:,.2f} MiB",
+            f"{seconds / total:.0%}",
+            f"{share:.0%}" if k < len(learner.borders) else "",
+        )
+    return rows
+
+
+def submodules(model: nn.Module, block: nn.Module) -> list[str]:
+    """The largest submodules of the model whose parameters are all in the block."""
+    own = set(block.parameters())
+    names: list[str] = []
+    for name, module in model.named_modules():
+        parameters = set(module.parameters())
+        inside = any(name.startswith(f"{whole}.") for whole in names)
+        if name and parameters and parameters <= own and not inside:
+            names.append(name)
+    return names
+
+
+def _costs(learner: BlockLocal, x: Tensor, y: Tensor, *, repetitions: int = 3) -> list[tuple[int, float, float]]:
+    """Of every block the bytes that its forward pass keeps for the backward pass, the seconds of both, and the share of
+    its operations that its border takes."""
+    costs, h = [], x
+    for k in range(len(learner.blocks)):
+        with MemoryTracker() as tracker:
+            loss, output = learner.local(k, h, y)
+        del loss
+        seconds = min(_seconds(learner, k, h, y) for _ in range(repetitions))
+        own = operations(learner.blocks[k], h.clone())
+        whole = operations(partial(learner.local, k, y=y), h)
+        costs.append((tracker.alive, seconds, 1 - own / max(whole, 1)))
+        h = output
+    return costs
+
+
+def _seconds(learner: BlockLocal, k: int, h: Tensor, y: Tensor) -> float:
+    start = time.perf_counter()
+    loss, _ = learner.local(k, h, y)
+    loss.backward()
+    return time.perf_counter() - start
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,99 @@
+"""`bll compare`: the same model on the same data under several rules, with several seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Suppress
+
+from blocklocal.lab.arguments import parse
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.ranges import Range
+from blocklocal.lab.report.seed_groups import gather
+from blocklocal.lab.report.table import Reference, print_table, summarise
+from blocklocal.lab.settings import CHANGES, Settings, folder_name, last_name
+from blocklocal.lab.sweeps.sweep import complete
+from blocklocal.lab.terminal import Terminal
+from blocklocal.lab.training import rules
+from blocklocal.lab.training.recipes import recipe
+
+SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Options(Settings):
+    """Train a model under several rules with several seeds, one run after another, and lay the results side by side.
+
+    All other settings are those of every run. The same command goes on where it was stopped.
+    """
+
+    rule: Suppress[str] = "bp"
+    resume: Suppress[bool] = False
+    trust: Suppress[bool] = False
+    rules: str = "bp,bll"
+    """rules, with commas between them"""
+    seeds: Annotated[int, Range(least=1, most=SEEDS)] = 3
+    """runs of every rule: the first with --seed, each further one with one more"""
+    out: str | None = None
+    """folder of all runs (default: runs/compare-DATA-MODEL)"""
+
+    @property
+    def home(self) -> Path:
+        return Path(self.out or Path("runs", folder_name("compare", self.data, self.model)))
+
+    @property
+    def series(self) -> list[Settings]:
+        """All rules with the first seed, then with the next: a series that is stopped compares what it has."""
+        shared = self.shared
+        whole = replace(shared, add_beliefs=False, **{name: getattr(Settings, name) for name in CHANGES})
+        return [
+            replace(
+                whole if rule in rules.WHOLE else shared,
+                rule=rule,
+                seed=seed,
+                out=str(self.home / folder_name(rule, f"seed{seed}")),
+            )
+            for seed in range(self.seed, self.seed + self.seeds)
+            for rule in listed(self.rules, flag="--rules")
+        ]
+
+
+def main(args: Sequence[str]) -> None:
+    unhelped = [arg for arg in args if arg not in ("-h", "--help")]
+    data = parse(Options, unhelped, prog="bll compare", default=_default("digits")).data
+    options = parse(Options, args, prog="bll compare", default=_default(data))
+    lay_side_by_side(
+        options.series, folder=options.home, title=f"{last_name(options.data)}, {last_name(options.model)}"
+    )
+
+
+def lay_side_by_side(
+    series: Sequence[Settings], *, folder: Path, title: str, reference: Reference | None = None
+) -> None:
+    """Complete the series, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
+    finished = complete(series, folder=folder, console=Terminal(stderr=True))
+    rows = summarise(gather(finished), reference=reference)
+    if rows:
+        print_table(rows, title=title)
+        print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
+    if len(finished) < len(series):
+        missing = sorted({str(settings.folder) for settings in series} - {str(run.path) for run in finished})
+        raise UserError(
+            f"{len(missing)} of {len(series)} runs failed: {', '.join(missing)}; the same command tries them again"
+        )
+
+
+def listed(names: str, *, flag: str) -> list[str]:
+    """The names between commas. UserError: none, or one twice."""
+    found = [name.strip() for name in names.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise UserError(f"{flag} {names!r}: name each once, with one comma between two")
+    return found
+
+
+def _default(data: str) -> Options:
+    return Options(**asdict(recipe(data)))

@@ -1,0 +1,115 @@
+"""`bll eval`: the test accuracy of a run, by its last exit, an earlier one, all combined, or early exits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+from rich.table import Table
+from torch import Tensor
+from tyro.conf import Positional, arg
+
+from blocklocal import BlockLocal
+from blocklocal.graph import mode
+from blocklocal.lab.arguments import parse
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.models import refuse_code
+from blocklocal.lab.runs.block_state import load_weights
+from blocklocal.lab.runs.checkpoints import Checkpoints
+from blocklocal.lab.runs.folder import Run
+from blocklocal.lab.terminal import Terminal
+from blocklocal.lab.training.evaluation import Exits
+from blocklocal.lab.training.experiment import check_facts, prepare
+from blocklocal.operations import operations
+
+
+@dataclass(frozen=True)
+class Options:
+    """Test a trained network: every exit, and the accuracy of the one that is asked for."""
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """folder of the run, as `bll train` has named it"""
+    exit: str = "last"
+    """last, all (every exit has a vote), the number of a block, or a threshold between 0 and 1 such as 0.9: each
+    image leaves at the first exit that gives its class that probability"""
+    data: str | None = None
+    """another place of the same data set"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, ..."""
+    trust: bool = False
+    """run the code of the model package.module:function that the run names"""
+
+
+def main(args: Sequence[str]) -> None:
+    options = parse(Options, args, prog="bll eval")
+    find_exit(options.exit)
+    run = Run(options.run)
+    settings = run.settings()
+    if not options.trust:
+        refuse_code(settings.model, run=str(run.path), remedy="add --trust")
+    experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
+    check_facts(experiment, run.facts())
+    learner = experiment.learner
+    find_exit(options.exit, blocks=len(learner.blocks))
+    checkpoints = Checkpoints(run.checkpoints, blocks=len(learner.blocks))
+    minibatch = checkpoints.latest()
+    if minibatch is None:
+        raise UserError(f"{str(run.path)!r} has no checkpoint: it was stopped before the first")
+    load_weights(learner, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
+    experiment.validate()
+    epoch, exits = round(minibatch / experiment.steps, 2), experiment.test()
+    accuracy, costs = choose(exits, options.exit), prediction_costs(learner, experiment.sample)
+    Terminal().print(_table(exits, costs, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))
+    print(json.dumps({"run": str(options.run), "epoch": epoch, "exit": options.exit, "accuracy": accuracy}))
+
+
+def find_exit(exit: str, *, blocks: int | None = None) -> int | float | None:
+    """What `--exit` names: a block, a threshold, or None for last and all. UserError: neither, or no such block.
+
+    blocks: their number, None where it is not known yet.
+    """
+    if exit in ("last", "all"):
+        return None
+    if re.fullmatch(r"\d{1,9}", exit, re.ASCII) and (blocks is None or int(exit) < blocks):
+        return int(exit)
+    if re.fullmatch(r"0?\.\d+|0\.|1\.0*", exit, re.ASCII):
+        return float(exit)
+    which = "" if blocks is None else f" from 0 to {blocks - 1}"
+    raise UserError(f"--exit {exit}: choose last, all, a block{which}, or a threshold between 0 and 1 such as 0.9")
+
+
+def choose(exits: Exits, exit: str) -> float:
+    """The accuracy that `--exit` asks for. UserError: no such exit."""
+    found = find_exit(exit, blocks=len(exits.accuracies))
+    if exit == "all":
+        return exits.combined_accuracy
+    if isinstance(found, float):
+        return exits.early_accuracy(found)
+    return exits.accuracies[-1 if found is None else found]
+
+
+def prediction_costs(learner: BlockLocal, x: Tensor) -> tuple[list[float], float]:
+    """Operations of a prediction by each exit, blocks and head, and by all of them, as multiples of the model's own."""
+    with mode(learner, training=False):
+        model = max(operations(learner.model, x), 1)
+        alone = [operations(learner.predictor(exit=k).eval(), x) / model for k in range(len(learner.blocks))]
+        return alone, operations(learner.predictor(exit="all").eval(), x) / model
+
+
+def _table(exits: Exits, costs: tuple[list[float], float], *, title: str, exit: str) -> Table:
+    table = Table("exit", title=title, title_justify="left")
+    table.add_column("test accuracy", justify="right")
+    table.add_column("operations / model", justify="right")
+    found = find_exit(exit)
+    threshold = found if isinstance(found, float) else None
+    if threshold is not None:
+        table.add_column(f"images that leave at {threshold:g}", justify="right")
+    for k, accuracy in enumerate(exits.accuracies):
+        leaving = () if threshold is None else (f"{(exits.leaving(threshold) == k).double().mean().item():.2%}",)
+        table.add_row(str(k), f"{accuracy:.2%}", f"{costs[0][k]:.2f}", *leaving)
+    table.add_row("all", f"{exits.combined_accuracy:.2%}", f"{costs[1]:.2f}")
+    return table

@@ -1,0 +1,190 @@
+"""`bll launch`: a training run over several processes, which it starts, watches and starts again when one fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from blocklocal.lab import outputs
+from blocklocal.lab.arguments import parse_known
+from blocklocal.lab.distributed.elastic_agent import Agent, Terminated, describe_failure
+from blocklocal.lab.distributed.process_group import loopback
+from blocklocal.lab.distributed.rank_log import diverted
+from blocklocal.lab.distributed.rendezvous import Alone, Endpoint, Meeting
+from blocklocal.lab.environment import find_interface
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.ranges import Needs, Range
+from blocklocal.lab.runs import lock
+from blocklocal.lab.runs.checkpoints import kept
+from blocklocal.lab.runs.folder import Run
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.training import rules
+from blocklocal.lab.training.recipes import settings_from
+
+# What a process runs. While it imports, an interruption is a silent end, and so is that of the launcher.
+ENTRY = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != {launcher}:
+        sys.exit(1)
+from blocklocal.__main__ import main
+sys.exit(main())
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train blocks over processes: bll launch [these options] [DATA] [options of bll train].
+
+    Each process trains its own blocks, by default one. When a process dies or hangs, all of them start again from the
+    last checkpoint. Several machines need a folder for --out that all of them see, and call the same command; one that
+    joins later adds --resume.
+    """
+
+    processes: Annotated[int, Range(least=0, most=4096)] = 0
+    """processes on this machine; 0: one per block and replica, spread over the machines"""
+    nnodes: str = "1"
+    """number of machines, or LEAST:MOST to go on when one is lost or joins"""
+    rdzv_endpoint: Annotated[str, Needs("nnodes")] = ""
+    """HOST:PORT where the machines meet, HOST being one of them; needed for several"""
+    interface: str = ""
+    """network interface for the messages (default: the loopback of this machine); needed for several machines"""
+    restarts: Annotated[int, Range(least=0)] = 3
+    """so many times the processes are started again"""
+
+    @property
+    def machines(self) -> tuple[int, int]:
+        """The least and the most. UserError: no numbers."""
+        numbers = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", self.nnodes, re.ASCII)
+        if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2] or numbers[1]):
+            raise UserError(f"--nnodes {self.nnodes}: a number of machines, or LEAST:MOST")
+        return int(numbers[1]), int(numbers[2] or numbers[1])
+
+    def check(self) -> None:
+        """UserError: what does not go together."""
+        _, most = self.machines
+        if most > 1 and not (self.rdzv_endpoint and self.interface):
+            raise UserError(
+                f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, where the machines meet, and --interface, "
+                "by which they reach each other"
+            )
+        if self.interface:
+            find_interface(self.interface)
+
+
+def main(args: Sequence[str]) -> None:
+    if {"-h", "--help"} & set(args):
+        with suppress(SystemExit):
+            parse_known(Options, ["--help"], prog="bll launch")
+        settings_from(["--help"])  # the rest of the options, and the end
+    options, rest = parse_known(Options, args, prog="bll launch")
+    options.check()
+    settings = settings_from(rest)
+    settings.check()
+    rules.check_over_processes(settings.rule, lookahead=settings.lookahead)
+    run = Run(settings.folder)
+    if settings.resume:
+        run.records()  # before anything is started
+    else:
+        run.refuse()
+    processes = options.processes or max(1, _parts(settings) // options.machines[1])
+    _set_environment(options, processes=processes)
+    command = [sys.executable, "-c", ENTRY.format(launcher=os.getpid()), "train", *rest]
+    with (
+        _silence(),
+        outputs.room(run.path, flag="--out"),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,  # a meeting may leave a last word there
+    ):
+        folder = Path(name)
+        try:
+            with diverted(folder / "below.log") as console:
+                meeting = _meeting(options, processes=processes, folder=folder)
+                failure = Agent(
+                    command,
+                    processes=processes,
+                    meeting=meeting,
+                    restarts=options.restarts,
+                    run=run,
+                    folder=folder,
+                    console=console,
+                ).run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(kept(run) if run.exists else "") from None
+        except Terminated as error:
+            sys.exit(128 + error.number)
+        finally:
+            lock.clear(run.path)
+    if failure and failure.code == 2:
+        raise UserError(failure.message)
+    if failure:
+        sys.stderr.write(failure.trace)
+        raise OSError(f"{describe_failure(failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing from the loggers of torch, each of which has a level of its own: what they tell is said here."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _parts(settings: Settings) -> int:
+    """So many processes are there work for: one per block and replica."""
+    return settings.replicas * (len(settings.at) + 1 if settings.at else settings.blocks)
+
+
+def _set_environment(options: Options, *, processes: int) -> None:
+    """What the processes inherit."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = options.interface or loopback()
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a process ends when another is gone
+
+
+def _meeting(options: Options, *, processes: int, folder: Path) -> Meeting:
+    """UserError: nobody answers at the endpoint."""
+    if options.machines == (1, 1):
+        return Alone(processes=processes, folder=folder)
+    address, hosts = _address(options.rdzv_endpoint)
+    print(f"bll: meeting at {options.rdzv_endpoint}, {options.nnodes} machines", file=sys.stderr)
+    try:
+        return Endpoint(
+            options.rdzv_endpoint, processes=processes, machines=options.machines, address=address, hosts=hosts
+        )
+    except OSError as error:
+        raise UserError(f"--rdzv-endpoint {options.rdzv_endpoint}: {error}") from error
+
+
+def _address(endpoint: str) -> tuple[str, bool]:
+    """The address by which the endpoint reaches this machine, and whether the machines meet here.
+
+    UserError: no HOST:PORT, or an unknown host.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
+        raise UserError(f"--rdzv-endpoint {endpoint}: HOST:PORT is needed, with a port from 1 to 65535")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((host, int(port)))
+            address = way.getsockname()[0]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--rdzv-endpoint {endpoint}: there is no way to that host ({error})") from error
+    with socket.socket() as place:
+        try:
+            place.bind((host, int(port)))
+        except OSError:  # another machine's address, or another launcher of this one is there already
+            return address, False
+    return address, True

@@ -1,0 +1,74 @@
+"""`bll report`: what runs have shown, as Markdown, pictures and one HTML file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from blocklocal.lab import outputs
+from blocklocal.lab.arguments import parse
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.report.content import Findings, compose
+from blocklocal.lab.report.render import html, markdown
+from blocklocal.lab.report.table import print_table
+from blocklocal.lab.runs.history import find, read
+from blocklocal.lab.terminal import Terminal
+
+PLOTS, MARKDOWN = "plots", "report.md"  # in the report's folder
+
+
+@dataclass(frozen=True)
+class Options:
+    """Report on runs, finished or not: tables, plots as PNG and SVG, Markdown, and an HTML page in one file."""
+
+    runs: Positional[tuple[str, ...]]
+    """folders of runs, or folders that hold such"""
+    out: str | None = None
+    """folder of the report (default: report/ in the folder that is given, runs/report for several)"""
+    html: str | None = None
+    """file of the page (default: report.html in the report's folder)"""
+
+    @property
+    def home(self) -> Path:
+        if self.out is not None:
+            return Path(self.out)
+        return Path(self.runs[0], "report") if len(self.runs) == 1 else Path("runs", "report")
+
+
+def main(args: Sequence[str]) -> None:
+    options = parse(Options, args, prog="bll report")
+    if not options.runs:
+        raise UserError("name the folder of a run, or several: bll report runs/NAME")
+    paths = list({path.resolve(): path for name in options.runs for path in find(Path(name))}.values())
+    page = Path(options.html) if options.html else options.home / "report.html"
+    check(folder=options.home, page=page)
+    findings = compose([read(path) for path in paths])
+    write(findings, folder=options.home, page=page)
+    print_table(findings.rows, title=findings.title)
+    for line in findings.unfinished:
+        Terminal().print(f"unfinished: {line}", soft_wrap=True)
+    told = {"runs": len(paths), "unfinished": len(findings.unfinished), "out": str(options.home), "html": str(page)}
+    print(json.dumps(told), flush=True)
+
+
+def check(*, folder: Path, page: Path) -> None:
+    """UserError: a report cannot be written there."""
+    with outputs.room(folder, flag="--out"), outputs.room(folder / PLOTS, flag="--out"):
+        outputs.check_file(folder / MARKDOWN, flag="--out")
+        outputs.check_file(page, flag="--html")
+
+
+def write(findings: Findings, *, folder: Path, page: Path) -> None:
+    """report.md and plots/ into the folder, and the page."""
+    pictures = folder / PLOTS
+    pictures.mkdir(parents=True, exist_ok=True)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    contents = {page: html(findings).encode(), folder / MARKDOWN: markdown(findings).encode()}
+    for plot in findings.plots:
+        contents |= {pictures / f"{plot.name}.png": plot.png, pictures / f"{plot.name}.svg": plot.svg}
+    for file, content in contents.items():
+        outputs.write(file, lambda part, content=content: part.write_bytes(content))

@@ -1,0 +1,190 @@
+"""The processes of a run: how this one joins the others, and what they add up."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from blocklocal.internals import UnsupportedTorch
+from blocklocal.lab.distributed.rank_log import LAUNCHED, Journal
+from blocklocal.lab.environment import find_device
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.ranges import Range
+
+# Set by `bll launch` for the processes that it starts.
+STORE = "BLOCKLOCAL_STORE"  # file in which the processes of one machine meet, instead of at a port
+PARENT = "BLOCKLOCAL_PARENT"  # process that has started them
+START = timedelta(seconds=60)  # that all processes have at least from the first to the last to start
+FIRST, AGAIN = "first", "again"  # values of LAUNCHED: whether they begin, or go on where others were
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run, all of which call the same methods in the same order.
+
+    group: for what they add up; None in a process that was started by itself. device: this one's.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    journal: Journal | None = None
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the run was started as a group of processes, be it of one."""
+        return self.group is not None
+
+    @property
+    def restarted(self) -> bool:
+        """Whether others have been here before, in the same run."""
+        return os.environ.get(LAUNCHED) == AGAIN or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all processes, the same tensor on each; what is zero on all others passes as it is."""
+        if self.group is not None:
+            dist.all_reduce(values := values.clone(), group=self.group)
+        return values
+
+    def largest(self, value: float) -> float:
+        if self.group is not None:
+            dist.all_reduce(values := torch.tensor(value, dtype=torch.float64), op=dist.ReduceOp.MAX, group=self.group)
+            value = values.item()
+        return value
+
+    def first(self, value: int) -> int:
+        """The number that rank 0 has."""
+        return int(self.sum(torch.tensor(value if self.rank == 0 else 0)))
+
+    def meet(self) -> None:
+        """Wait for all."""
+        self.sum(torch.zeros(()))
+
+    def log_to(self, run: Path) -> None:
+        """From now on what a process says that is not the first goes to its file in the folder of the run."""
+        if self.journal:
+            self.journal.open(run)
+
+
+# What torchrun, `bll launch` and others that start processes say to each, and the numbers that it may be.
+NUMBERS = {
+    "RANK": Range(least=0),
+    "WORLD_SIZE": Range(least=1),
+    "LOCAL_RANK": Range(least=0),
+    "LOCAL_WORLD_SIZE": Range(least=1),
+    "MASTER_PORT": Range(least=0, most=65535),
+    "TORCHELASTIC_RESTART_COUNT": Range(least=0),
+}
+NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment() -> tuple[int, int] | None:
+    """Rank and number of processes, where this one was started as one of several. UserError: that is said in part, or
+    by no such numbers."""
+    if "RANK" not in os.environ:
+        return None
+    for name in NEEDED:
+        if not os.environ.get(name):
+            raise UserError(f"RANK is set and {name} is not: start with bll launch or torchrun, or unset RANK")
+    for name, allowed in NUMBERS.items():
+        text = os.environ.get(name, "0" if allowed.least == 0 else "1")
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+            raise UserError(f"the environment's {name} is {text!r}, not a number: start with bll launch or torchrun")
+        allowed.check(f"the environment's {name}", int(text))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise UserError(f"the environment's RANK {rank} is not one of {size} processes (WORLD_SIZE)")
+    return rank, size
+
+
+@contextmanager
+def joined(*, device: str, patience: float) -> Iterator[Processes]:
+    """This process in its group, if it was started as one of several; they end together, whatever happens.
+
+    device: by name, as for `find_device`. patience: seconds after which a process that does not answer is given up.
+    """
+    place = environment()
+    if place is None:
+        yield Processes(find_device(device))
+        return
+    rank, size = place
+    journal = Journal(rank, size=size)
+    try:
+        _die_with_parent()
+        own, timeout = _own_device(device), timedelta(seconds=patience)
+        _join(rank, size, device=own, timeout=timeout)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)
+        yield Processes(own, rank, size, group, journal)
+        dist.destroy_process_group()
+    except (UserError, UnsupportedTorch) as error:
+        journal.end(error, code=2)
+    except KeyboardInterrupt as error:
+        journal.end(error, code=130)
+    except Exception as error:
+        journal.end(error, code=1)
+
+
+def loopback() -> str:
+    """The name of the network interface that leads back to this machine."""
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
+def _join(rank: int, size: int, *, device: torch.device, timeout: timedelta) -> None:
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    if alone and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = loopback()
+    store = _gathered(rank, size, patience=max(timeout, START))
+    store.set_timeout(timeout)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _gathered(rank: int, size: int, *, patience: timedelta) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """Where the processes find each other, once all have come there. OSError: one did not."""
+    try:
+        if STORE in os.environ:
+            store = dist.FileStore(os.environ[STORE], size)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=patience))
+        store.set(f"came{rank}", "")
+        store.wait([f"came{other}" for other in range(size)], patience)
+    except RuntimeError as error:
+        raise OSError(f"the {size} processes did not all start within {patience.total_seconds():g} s") from error
+    return store
+
+
+def _own_device(name: str) -> torch.device:
+    """A GPU of its own for each process of a machine. UserError: no such device, or more processes than GPUs."""
+    device, processes = find_device(name), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type != "cuda" or processes == 1:
+        return device
+    if processes > torch.cuda.device_count():
+        raise UserError(
+            f"{processes} processes for {torch.cuda.device_count()} GPUs of this machine: a process can hold several "
+            "blocks; take one process per GPU"
+        )
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def _die_with_parent() -> None:
+    """Where the system can do it: no process goes on alone when the one that started it is killed."""
+    if sys.platform == "linux" and {PARENT, "TORCHELASTIC_RUN_ID"} & set(os.environ):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            os._exit(1)  # it was killed before

@@ -1,0 +1,1 @@
+"""Time of blocks over processes, measured and predicted."""

@@ -1,0 +1,135 @@
+"""What the simulator of schedules needs to know: measured in one process, or on those of a group as all compute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import mean, median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from blocklocal.lab.pipeline_bench.baselines import Replicas, optimizer
+from blocklocal.lab.pipeline_bench.workloads import Chain
+from blocklocal.pipeline.analysis.programs import Cost
+from blocklocal.pipeline.analysis.simulator import Link
+from blocklocal.pipeline.trace import Record
+
+SIZES = (2**10, 2**23)  # bytes of the messages that measure a link
+
+
+def link(*, repetitions: int = 20) -> Link:
+    """Between ranks 0 and 1, by messages that are expected and asked for. Every rank calls it and gets the same."""
+    rank, measured = dist.get_rank(), torch.zeros(2, 2, dtype=torch.float64)
+    for i, size in enumerate(SIZES):
+        seconds = min(_send(size) for _ in range(repetitions))  # the link's, without what delays the processes
+        if rank < 2:
+            measured[rank, i] = seconds
+    dist.all_reduce(measured)
+    (_, sent), (small, large) = measured.tolist()
+    bandwidth = (SIZES[1] - SIZES[0]) / max(large - small, 1e-9)
+    return Link(latency=small / 2, bandwidth=bandwidth, buffer=max(0.0, SIZES[1] - sent * bandwidth))
+
+
+def block_costs(rounds: Sequence[Sequence[Record]], *, blocks: int, messages: Sequence[float]) -> list[Cost]:
+    """Of every block, from this rank's records of several rounds; messages: bytes of the blocks' outputs."""
+    seconds = torch.zeros(blocks, 2, dtype=torch.float64)
+    for k in {record.block for record in rounds[0]}:
+        for i, doing in enumerate(("forward", "backward")):
+            seconds[k, i] = median(
+                mean(r.seconds for r in records if r.block == k and r.doing == doing) for records in rounds
+            )
+    dist.all_reduce(seconds)
+    return [Cost(f, b, message=size) for (f, b), size in zip(seconds.tolist(), messages, strict=True)]
+
+
+def stage_costs(rounds: Sequence[Sequence[Sequence[float]]], *, messages: Sequence[float]) -> list[Cost]:
+    """Of every stage of an end-to-end pipeline, from this rank's clock in the minibatches of several rounds.
+
+    messages: bytes of the stages' outputs.
+    """
+    seconds = torch.zeros(dist.get_world_size(), 3, dtype=torch.float64)
+    means = [[mean(column) for column in zip(*minibatches, strict=True)] for minibatches in rounds]
+    seconds[dist.get_rank()] = torch.tensor([median(column) for column in zip(*means, strict=True)])
+    dist.all_reduce(seconds)
+    return [Cost(f, b, update=u, message=size) for (f, b, u), size in zip(seconds.tolist(), messages, strict=True)]
+
+
+def cost(
+    forward: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], h: Tensor, *, parts: int = 1, repetitions: int
+) -> Cost:
+    """Of a minibatch in so many parts, each like h: both passes of all parts, and one optimizer step.
+
+    Medians over repetitions. An h that requires a gradient gets it.
+    """
+    stepper, seconds, size = optimizer(parameters), [], 0
+    for _ in range(repetitions):
+        given = h.clone()  # what is timed may write into it
+        forward_seconds, output = _timed(lambda given=given: forward(given))
+        backward_seconds, _ = _timed(lambda output=output: output.backward(torch.ones_like(output)))
+        update_seconds, _ = _timed(stepper.step)
+        seconds.append((parts * forward_seconds, parts * backward_seconds, update_seconds))
+        size = parts * output.nbytes
+        if parts == 1:  # else most parts add to the gradients that are there
+            stepper.zero_grad()
+    f, b, u = (median(column) for column in zip(*seconds, strict=True))
+    return Cost(f, b, update=u, message=size, weights=sum(parameter.nbytes for parameter in parameters))
+
+
+def replica_cost(chain: Chain, *, repetitions: int = 10) -> Cost:
+    """Of the whole chain and minibatch, `workers` times what a replica takes for its share as all compute.
+
+    Every rank calls it and gets the longest. backward: with the processor's time for summing the gradients, which it
+    cannot give to the pass; what a slow link adds to that is not in it.
+    """
+    replica, workers = Replicas(chain), dist.get_world_size()
+    dist.barrier()
+    share = cost(replica.loss, replica.parameters, replica.x, repetitions=repetitions)
+    summing = median(_sum(share.weights) for _ in range(repetitions))
+    seconds = torch.tensor([share.forward, share.backward + summing, share.update], dtype=torch.float64)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    f, b, u = seconds.tolist()
+    return replace(share, forward=workers * f, backward=workers * b, update=u)
+
+
+def outputs(chain: Chain) -> list[float]:
+    """Bytes of every block's output."""
+    sizes, h = [], chain.x
+    with torch.no_grad():
+        for block in chain.blocks:
+            h = block(h)
+            sizes.append(float(h.nbytes))
+    return sizes
+
+
+def _send(size: int) -> float:
+    """Seconds from asking for so many bytes until they are there, on rank 1; of sending them, on rank 0."""
+    rank, buffer, ready = dist.get_rank(), torch.zeros(size, dtype=torch.uint8), torch.zeros(1)
+    if rank == 0:
+        dist.recv(ready, src=1)
+        return _timed(lambda: dist.send(buffer, dst=1))[0]
+    if rank == 1:
+        message = dist.irecv(buffer, src=0)
+        assert message is not None
+        start = time.perf_counter()
+        dist.send(ready, dst=0)
+        message.wait()
+        return time.perf_counter() - start
+    return 0.0
+
+
+def _sum(size: float) -> float:
+    """Seconds of the processor, on this rank, for gradients of so many bytes: into a bucket, summed, and out of it."""
+    gradients = torch.zeros(int(size) // 4)
+    bucket, start = torch.empty_like(gradients), time.process_time()
+    dist.all_reduce(torch.div(gradients, dist.get_world_size(), out=bucket))
+    gradients.copy_(bucket)
+    return time.process_time() - start
+
+
+def _timed(work: Callable[[], Tensor | None]) -> tuple[float, Tensor]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result if result is not None else torch.empty(0)

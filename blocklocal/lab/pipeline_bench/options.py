@@ -1,0 +1,62 @@
+"""The options of `bll bench --pipeline`, and what they name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
+from tyro.conf import FlagCreatePairsOff
+
+from blocklocal import BLL, BLL_PAPER
+from blocklocal.lab.environment import find_interface
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.ranges import Range
+from blocklocal.pipeline.analysis.programs import gpipe, one_forward_one_backward
+
+LOSSES = {"bll": BLL, "bll-paper": BLL_PAPER}
+MESSAGES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BLOCKS, ROWS = 4, 64  # of a model, and of a minibatch: what all of them can be cut into
+SCHEDULES = {"GPipe": (ScheduleGPipe, gpipe), "1F1B": (Schedule1F1B, one_forward_one_backward)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Milliseconds per minibatch of blocks over processes, beside one process, GPipe, 1F1B and data parallelism."""
+
+    model: Literal["mlp", "cnn", "devices"] = "mlp"
+    """four blocks of Linear(1024); four of convolutions; or a block per process that sleeps instead of computing"""
+    processes: Annotated[int, Range(least=2, most=16)] = 2
+    """processes, of one thread each"""
+    rule: Literal["bll", "bll-paper"] = "bll-paper"
+    """local loss at the borders"""
+    message: Literal["fp32", "bf16"] = "fp32"
+    """what travels between blocks"""
+    microbatches: Annotated[tuple[int, ...], Range(least=1, most=64)] = (2, 4, 8)
+    """of GPipe and 1F1B, the latter with at least as many as processes"""
+    minibatches: Annotated[int, Range(least=2)] = 16
+    """measured minibatches per round of a pipeline, after the first 8"""
+    rounds: Annotated[int, Range(least=1)] = 5
+    """how often each contender has its turn"""
+    interface: str = ""
+    """network interface for the messages (default: the loopback of this machine)"""
+    json: Annotated[bool, FlagCreatePairsOff] = False
+    """print one JSON object as the last line"""
+
+    def check(self) -> None:
+        """UserError: what does not go together."""
+        if self.model != "devices" and self.processes > BLOCKS:
+            raise UserError(f"--processes {self.processes}: 2 to 4 for the four blocks of a model, to 16 for devices")
+        for m in self.microbatches:
+            if ROWS % m:
+                raise UserError(f"--microbatches {m} does not divide the {ROWS} rows of a minibatch")
+        if len(set(self.microbatches)) < len(self.microbatches):
+            raise UserError(f"--microbatches {' '.join(map(str, self.microbatches))}: name each once")
+        if self.interface:
+            find_interface(self.interface)
+
+    @property
+    def end_to_end(self) -> list[tuple[str, int]]:
+        """Schedules, and their microbatches."""
+        return [(name, m) for name in SCHEDULES for m in self.microbatches if name == "GPipe" or m >= self.processes]

@@ -1,0 +1,108 @@
+"""Runs that differ in nothing but their seed belong together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.runs.history import History
+from blocklocal.lab.settings import CHANGES, Settings, last_name
+
+# Where a rule may differ from backpropagation at the same recipe.
+RULE = ("rule", "blocks", "at", *CHANGES, "add_beliefs", "seed")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one row and one curve.
+
+    variant: the settings in which it differs from other groups of the same data, model and rule, as "blocks 8".
+    """
+
+    runs: tuple[History, ...]
+    variant: str = ""
+
+    @property
+    def settings(self) -> Settings:
+        """Of the first run; the others differ in the seed."""
+        return self.runs[0].settings
+
+    @property
+    def dataset(self) -> str:
+        return last_name(self.settings.data)
+
+    @property
+    def subject(self) -> str:
+        """What is learned by what: groups of one subject are compared."""
+        return f"{self.dataset}, {last_name(self.settings.model)}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.settings.rule}, {self.variant}" if self.variant else self.settings.rule
+
+    @property
+    def counted(self) -> tuple[History, ...]:
+        """The finished runs, and where none is, those that have begun."""
+        finished = tuple(run for run in self.runs if run.finished)
+        return finished or tuple(run for run in self.runs if run.records)
+
+    @property
+    def blocks(self) -> int:
+        """Of a group in which an epoch is done."""
+        return len(self.counted[0].records[0]["test_accuracy"])
+
+    def matches(self, other: Group) -> bool:
+        """Whether only the rule differs, and with it where the model is cut."""
+        return _without(self.settings, RULE) == _without(other.settings, RULE)
+
+
+def gather(runs: Sequence[History]) -> list[Group]:
+    """The groups, in the order in which their first runs are given. Warns of a run that is left out, see `_one`."""
+    found: dict[tuple[Any, ...], dict[int, list[History]]] = {}
+    for run in runs:
+        seeds = found.setdefault(tuple(_without(run.settings, ("seed",)).items()), {})
+        seeds.setdefault(run.settings.seed, []).append(run)
+    groups = [Group(tuple(map(_one, seeds.values()))) for seeds in found.values()]
+    for group in groups:
+        _refuse_unlike(group)
+    return [Group(group.runs, _variant(group, groups)) for group in groups]
+
+
+def _one(runs: Sequence[History]) -> History:
+    """Of runs with one seed, which are one sample: that which has come the furthest, and of such the last."""
+    chosen = max(runs, key=lambda run: (run.finished, len(run.records), run.changed))
+    for run in runs:
+        if run is not chosen:
+            what = f"{str(run.path)!r} is left out: {str(chosen.path)!r} has the same settings and the same seed"
+            warnings.warn(what, stacklevel=3)
+    return chosen
+
+
+def _refuse_unlike(group: Group) -> None:
+    """UserError: runs with the same settings, but another number of blocks, as from two versions of a model's code."""
+    first, *others = group.runs
+    for run in others:
+        if run.facts["blocks"] != first.facts["blocks"]:
+            raise UserError(
+                f"{str(first.path)!r} and {str(run.path)!r} have the same settings, but {first.facts['blocks']} and "
+                f"{run.facts['blocks']} blocks: report on one of them alone"
+            )
+
+
+def _variant(group: Group, groups: Sequence[Group]) -> str:
+    rivals = [
+        other.settings
+        for other in groups
+        if (other.subject, other.settings.rule) == (group.subject, group.settings.rule)
+    ]
+    own = _without(group.settings, ("seed",))
+    differing = [name for name in own if any(getattr(rival, name) != own[name] for rival in rivals)]
+    return ", ".join(f"{name.replace('_', ' ')} {own[name]}" for name in differing)
+
+
+def _without(settings: Settings, left_out: Sequence[str]) -> Mapping[str, Any]:
+    place = ("out", "resume", *left_out)
+    return {field.name: getattr(settings, field.name) for field in fields(settings) if field.name not in place}

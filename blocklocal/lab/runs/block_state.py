@@ -1,0 +1,140 @@
+"""What a checkpoint keeps of a block: its tensors and its optimizer's, by the names that they have in the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from blocklocal import BlockLocal
+from blocklocal.alignment import Alignment
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.runs.checkpoint_part import State
+from blocklocal.lab.runs.checkpoints import Checkpoints
+
+OPTIMIZER, ALIGNMENT, FEEDBACK = "optimizer.", "alignment.", "feedback."
+CPU, GPU = "random.cpu", "random.cuda."
+
+
+def block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None) -> State:
+    """Parameters and buffers of block k and its border; of the optimizer `optimizer.KEY.NAME` for each parameter.
+
+    Where replicas hold shares of the block, all of them call it and get the whole. UserError: a module that keeps
+    something else than tensors.
+    """
+    state = {name: tensor for name, tensor in learner.state_dict().items() if _belongs(name, k)}
+    for name, kept in state.items():
+        if not isinstance(kept, Tensor):
+            raise UserError(f"{name} of the model is a {type(kept).__name__}: a checkpoint keeps tensors alone")
+    for name, parameter in learner.named_parameters():
+        if optimizer is not None and _belongs(name, k):
+            kept = optimizer.state.get(parameter, {})
+            state |= {f"{OPTIMIZER}{key}.{name}": value for key, value in kept.items() if isinstance(value, Tensor)}
+    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+
+
+def load_block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None, state: State) -> None:
+    """Give block k what `block_state` took of it. UserError: the state of another model."""
+    parameters, tensors = dict(learner.named_parameters()), _tensors(state)
+    weights = {name: tensor for name, tensor in tensors.items() if _belongs(name, k)}
+    _check_fit(weights, {name: tensor for name, tensor in learner.state_dict().items() if _belongs(name, k)})
+    learner.load_state_dict({name: _share(weights[name], parameters.get(name)) for name in weights}, strict=False)
+    for name, tensor in tensors.items():
+        if optimizer is not None and name.startswith(OPTIMIZER):
+            key, _, owner = name.removeprefix(OPTIMIZER).partition(".")
+            parameter = parameters.get(owner)
+            if parameter is None or tensor.shape not in (parameter.shape, ()):
+                raise misfit(f"the optimizer's {name.removeprefix(OPTIMIZER)}")
+            optimizer.state[parameter][key] = _share(tensor.to(parameter.device, copy=True), parameter)
+
+
+def alignment_state(alignment: Alignment) -> State:
+    """What the rule needs to go on: `alignment.KEY`, and `alignment.feedback.LAYER` for each layer."""
+    kept = alignment.state_dict()
+    feedback = {FEEDBACK + name: tensor for name, tensor in kept.pop("feedback").items()}
+    return {ALIGNMENT + name: value for name, value in {**kept, **feedback}.items()}
+
+
+def load_alignment_state(alignment: Alignment, state: State) -> None:
+    """Give the rule what `alignment_state` took of it. UserError: the state of another rule or model, or none."""
+    own = {name.removeprefix(ALIGNMENT): value for name, value in state.items() if name.startswith(ALIGNMENT)}
+    feedback = {name.removeprefix(FEEDBACK): tensor for name, tensor in _tensors(own).items()}
+    others = {name: value for name, value in own.items() if not name.startswith(FEEDBACK)}
+    try:
+        alignment.load_state_dict({**others, "feedback": feedback})
+    except (ValueError, KeyError) as error:
+        raise misfit(str(error)) from error
+
+
+def random_state() -> State:
+    """Where the random numbers of this process stand."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {CPU: torch.get_rng_state(), **{f"{GPU}{i}": numbers for i, numbers in enumerate(gpus)}}
+
+
+def load_random_state(state: State) -> None:
+    """Go on there. Of a state without, such as a pipeline's, nothing. UserError: no states of random numbers."""
+    tensors, gpus = _tensors(state), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        if CPU in tensors:
+            torch.set_rng_state(tensors[CPU])
+        for i in range(gpus):
+            if f"{GPU}{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"{GPU}{i}"], i)
+    except (RuntimeError, TypeError) as error:
+        raise misfit(str(error)) from error
+
+
+def load_weights(learner: BlockLocal, checkpoints: Checkpoints, *, minibatch: int, blocks: Iterable[int]) -> None:
+    """Give so many blocks what they had after so many minibatches. UserError: see `Checkpoints.load`."""
+    for k in blocks:
+        load_block_state(learner, k, None, checkpoints.load(minibatch, k))
+
+
+def unshard(learner: BlockLocal) -> None:
+    """Make room for whole parameters in place of this process's shares; what they hold is lost."""
+    learner.convert(
+        lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, DTensor) else tensor
+    )
+
+
+def _share(tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:
+    """Of a whole tensor what this process keeps, where it keeps a share of the parameter."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _belongs(name: str, k: int) -> bool:
+    return name.startswith((f"blocks.{k}.", f"borders.{k}."))
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _check_fit(stored: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    differing = [name for name in stored if name in own and _kind(stored[name]) != _kind(own[name])]
+    lists = {"missing": own.keys() - stored, "unknown": stored.keys() - own, "of another shape or type": differing}
+    if any(lists.values()):
+        raise misfit("; ".join(f"{what}: {_listed(names)}" for what, names in lists.items()))
+
+
+def _listed(names: Collection[str]) -> str:
+    first, rest = sorted(names)[:4], len(names) - 4
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "") or "none"
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def misfit(what: str) -> UserError:
+    """A checkpoint that is sound, but of something else."""
+    return UserError(
+        "the checkpoint does not fit the model as it is built now: "
+        f"give back the code that it was trained with, or train anew ({what})"
+    )

@@ -1,0 +1,116 @@
+"""Checkpoints of a run: a part per block, written beside the training by whoever trains the block."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.runs.checkpoint_part import Part, State, Value
+from blocklocal.lab.runs.folder import Run
+
+STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+
+
+class Checkpoints:
+    """The folders step-N/block-K below `path`, N being the number of minibatches that the block has learnt from.
+
+    Step N is a consistent cut once the parts of all blocks are whole: a block needs nothing from another but messages,
+    and these follow from the data. So no process waits for another to save. Of whole cuts the last is kept.
+    """
+
+    def __init__(self, path: Path, *, blocks: int) -> None:
+        self.path, self.blocks = path, blocks
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, states: Mapping[int, State]) -> None:
+        """Copy the states of some blocks and write them while training goes on; first wait for those before.
+
+        What cannot be written is a warning, and leaves nothing behind: the last whole cut stays.
+        """
+        self.wait()
+        copies = {k: {name: _copy(value) for name, value in state.items()} for k, state in states.items()}
+        self._pending = self._writer.submit(self._write, step, copies)
+
+    def wait(self) -> None:
+        """Until what was to be saved is on disk, or given up. UserError: a tensor of a kind that files do not hold."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except OSError as error:
+            warnings.warn(f"a checkpoint was not written ({error}); training goes on", stacklevel=2)
+
+    def latest(self) -> int | None:
+        """The last whole cut; None where there is none."""
+        return max((step for step in self._steps() if self._whole(step)), default=None)
+
+    def load(self, step: int, k: int) -> State:
+        """The state of block k. UserError: a part that is damaged, or foreign, or of an older version."""
+        return self._part(step, k).read()
+
+    def discard_others(self, step: int | None) -> None:
+        """Forget all cuts but that one: parts of later ones belong to a course of events that is given up."""
+        for other in self._steps():
+            if other != step:
+                shutil.rmtree(self.path / f"step-{other}")
+
+    def _write(self, step: int, states: Mapping[int, State]) -> None:
+        try:
+            for k, state in states.items():
+                self._part(step, k).write(state)
+        except (OSError, SafetensorError) as error:
+            self._forget(step, states)
+            free = shutil.disk_usage(self.path).free / 2**20
+            raise OSError(f"{self.path / f'step-{step}'}: {error}; {free:,.0f} MiB are free") from error
+        except (KeyError, ValueError) as error:
+            self._forget(step, states)
+            raise UserError(f"a checkpoint cannot hold the state of this model ({error})") from error
+        last = self.latest()
+        for old in self._steps():
+            if last is not None and old < last:
+                self._forget(old, states)
+
+    def _forget(self, step: int, blocks: Iterable[int]) -> None:
+        """As far as possible; other processes may have parts in the cut, too."""
+        for k in blocks:
+            shutil.rmtree(self._part(step, k).path, ignore_errors=True)
+        with suppress(OSError):
+            (self.path / f"step-{step}").rmdir()
+
+    def _steps(self) -> list[int]:
+        found = [STEP.fullmatch(path.name) for path in self.path.glob("step-*") if path.is_dir()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def _whole(self, step: int) -> bool:
+        return all(self._part(step, k).whole for k in range(self.blocks))
+
+    def _part(self, step: int, k: int) -> Part:
+        return Part(self.path / f"step-{step}" / f"block-{k}", step, k)
+
+
+def kept(run: Run) -> str:
+    """What a run that was stopped can be resumed from, in words."""
+    facts = run.facts()
+    latest, steps = Checkpoints(run.checkpoints, blocks=facts["blocks"]).latest(), facts["steps"]
+    if latest is None:
+        return "no checkpoint was written yet"
+    epoch, rest = divmod(latest, steps)
+    place = f"epoch {epoch + 1}, step {rest} of {steps}" if rest else f"epoch {epoch}"
+    return f"{str(run.path)!r} keeps the checkpoint of {place}"
+
+
+def _copy(value: Value) -> Value:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

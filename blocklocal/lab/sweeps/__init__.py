@@ -1,0 +1,1 @@
+"""Several runs: grids, Table 1, and what they say together."""

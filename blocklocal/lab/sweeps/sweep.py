@@ -1,0 +1,98 @@
+"""A series of runs, one after another, each in a process of its own; what a kill leaves undone, the next call does."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from blocklocal.lab import subcommand
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.runs.folder import Run
+from blocklocal.lab.runs.history import History, read
+from blocklocal.lab.runs.lock import alone, holder, is_held
+from blocklocal.lab.settings import Settings, flag
+from blocklocal.lab.training import rules
+from blocklocal.lab.training.recipes import recipe
+
+WAIT = 0.1  # seconds between two looks
+
+
+def complete(series: Sequence[Settings], *, folder: Path, console: Console) -> list[History]:
+    """Train what is not trained yet of a series whose runs are kept in `folder`; returns those that are finished.
+
+    A run that fails does not stop the others, unless it could not even begin. UserError: settings that cannot be
+    used, or that contradict a run which is there already.
+    """
+    for settings in series:
+        settings.check()
+        settings.check_alone()
+        rules.find(settings.rule)
+    _refuse_one_folder_for_two(series)
+    with alone(folder):
+        for settings in series:
+            _refuse_other(settings)
+        for number, settings in enumerate(series, start=1):
+            _train(settings, console=console, title=f"run {number} of {len(series)}")
+        return [run for settings in series if (run := read(settings.folder)).finished]
+
+
+def arguments(settings: Settings) -> list[str]:
+    """The settings as arguments of `bll train`."""
+    args = [settings.data]
+    for name, value in asdict(settings).items():
+        if isinstance(value, bool):
+            if value != getattr(recipe(settings.data), name):
+                args.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, tuple):
+            args += [flag(name), *value] if value else []
+        elif name != "data" and value is not None:
+            args += [flag(name), str(value)]
+    return args
+
+
+def _refuse_one_folder_for_two(series: Sequence[Settings]) -> None:
+    """Names that differ elsewhere than at their ends give one folder."""
+    folders = Counter(settings.folder for settings in series)
+    folder, runs = folders.most_common(1)[0]
+    if runs > 1:
+        raise UserError(f"{runs} of these runs would be kept in one folder, {str(folder)!r}: leave one of them out")
+
+
+def _refuse_other(settings: Settings) -> None:
+    run = Run(settings.folder)
+    changed = read(run.path).settings.contradictions(settings) if run.exists else []
+    if changed:
+        raise UserError(
+            f"{str(run.path)!r} holds a run with other settings ({', '.join(changed)}): choose another --out"
+        )
+
+
+def _train(settings: Settings, *, console: Console, title: str) -> None:
+    run = Run(settings.folder)
+    _wait(run, console=console)
+    done = run.exists and read(run.path).finished
+    if done:
+        console.print(f"{title}: {run.path}, done before", soft_wrap=True)
+        return
+    command = [sys.executable, "-m", "blocklocal", "train", *arguments(settings)]
+    if run.exists:
+        command.append("--resume")
+    ended = subcommand.call(command, title=f"{title}, {run.path}")
+    if ended.code and not run.exists:
+        raise UserError(f"the run in {str(run.path)!r} could not begin: {ended.reason}")
+    if ended.code:
+        console.print(f"{title} failed: {ended.reason}", soft_wrap=True)
+
+
+def _wait(run: Run, *, console: Console) -> None:
+    """For a process that trains the run already: the series that started it may have been killed."""
+    if is_held(run.path):
+        console.print(f"waiting for {holder(run.path)}, which trains in {run.path}", soft_wrap=True)
+    while is_held(run.path):
+        time.sleep(WAIT)

@@ -1,0 +1,1 @@
+"""A training run: what is trained, by which rule, and how it goes on."""

@@ -1,0 +1,127 @@
+"""The course of a run: minibatch after minibatch, with looks at the losses and checkpoints on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from blocklocal.lab.distributed.process_group import Processes
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.runs.block_state import misfit
+from blocklocal.lab.runs.checkpoint_part import State
+from blocklocal.lab.runs.checkpoints import Checkpoints
+from blocklocal.lab.training.trainer import Trainer
+
+Watch = Callable[[int, Sequence[float]], None]
+
+LOOK = 0.2  # seconds between two looks at the losses, each of which waits for the device
+LOSSES, SECONDS = "progress.losses", "progress.seconds"  # of the epoch so far, in the state of a block
+
+
+class Course:
+    """How far a trainer has come, and what it needs to go on from there bit for bit.
+
+    checkpoints: written after every `save_every` minibatches of an epoch and at its end.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, *, save_every: int) -> None:
+        self.trainer, self.checkpoints, self.save_every = trainer, checkpoints, save_every
+        self.experiment = trainer.experiment
+        self.steps = self.experiment.steps
+        self.losses: list[Tensor] = []
+        """Of this process's blocks, (minibatches, blocks), in the epoch so far."""
+        self.seconds = 0.0
+        """That the epoch has taken so far."""
+
+    def begin(self, processes: Processes, *, resume: bool) -> int:
+        """The number of minibatches that are done: those of the last whole checkpoint, or none.
+
+        Every other checkpoint is forgotten. UserError: one that cannot be read, or is that of another model.
+        """
+        latest = self.checkpoints.latest() if resume else None
+        minibatch = processes.first(latest or 0)
+        if minibatch:
+            states = {k: self.checkpoints.load(minibatch, k) for k in self.trainer.blocks}
+            self._take_progress(states, steps=minibatch % self.steps)
+            self.trainer.load(states)
+        processes.meet()  # all can read theirs, and so the others are needed no more
+        if processes.rank == 0:
+            self.checkpoints.discard_others(minibatch)
+        processes.meet()
+        return minibatch
+
+    def epoch(self, epoch: int, *, watch: Watch) -> Tensor:
+        """Train through epoch 1, 2, ..., or what is left of it; the mean local loss of each block of this process.
+
+        watch(step, losses) is called now and then and at the end, with each block's mean loss since the last call.
+        UserError: a loss or a weight that is no number.
+        """
+        start, looked, unseen = time.perf_counter(), time.monotonic(), []
+        step = sum(map(len, self.losses))
+        for window in self.trainer.train(epoch, begin=step):
+            self.losses.append(window)
+            unseen.append(window)
+            before, step = step, step + len(window)
+            due = step < self.steps and step // self.save_every > before // self.save_every
+            if due or step == self.steps or time.monotonic() - looked > LOOK:
+                recent = torch.cat(unseen)
+                self._check_losses(recent, epoch=epoch, first=step - len(recent))
+                watch(step, recent.mean(0).tolist())
+                looked, unseen = time.monotonic(), []
+            if due:
+                start, passed = time.perf_counter(), time.perf_counter() - start
+                self.seconds += passed
+                self._save((epoch - 1) * self.steps + step)
+        self.seconds += time.perf_counter() - start
+        self._check_weights(epoch=epoch)
+        return torch.cat(self.losses).double().mean(0)
+
+    def end_epoch(self, epoch: int) -> None:
+        """An epoch is done and recorded."""
+        self.losses, self.seconds = [], 0.0
+        self._save(epoch * self.steps)
+
+    def _take_progress(self, states: Mapping[int, State], *, steps: int) -> None:
+        """Out of the states what `_save` has put into them. UserError: it is not that of so many steps."""
+        losses, seconds = ([state.pop(name, None) for state in states.values()] for name in (LOSSES, SECONDS))
+        found = [tensor for tensor in losses if isinstance(tensor, Tensor) and tensor.shape == (steps,)]
+        times = [value for value in seconds if isinstance(value, float)]
+        if not len(found) == len(times) == len(states):
+            raise misfit(f"the losses of {steps} steps of the epoch, or their time, are not there")
+        self.losses = [torch.stack(found, 1).to(self.experiment.device)] if steps else []
+        self.seconds = max(times)
+
+    def _save(self, minibatch: int) -> None:
+        states, blocks = self.trainer.states(), self.trainer.blocks
+        losses = torch.cat(self.losses) if self.losses else torch.zeros(0, len(blocks))
+        for k, state in states.items():
+            state |= {LOSSES: losses[:, blocks.index(k)], SECONDS: self.seconds}
+        self.checkpoints.save(minibatch, states)
+
+    def _check_losses(self, losses: Tensor, *, epoch: int, first: int) -> None:
+        """losses: (minibatches, blocks), from step `first` of the epoch on."""
+        wrong = (~losses.isfinite()).nonzero()
+        if len(wrong):
+            step, i = wrong[0].tolist()
+            raise UserError(
+                f"the loss of block {self.trainer.blocks[i]} is {losses[step, i].item()} at step {first + step + 1} "
+                f"of epoch {epoch}: {self._remedy}"
+            )
+
+    def _check_weights(self, *, epoch: int) -> None:
+        """The last step of an epoch may spoil weights after the last loss that was seen."""
+        for k in self.trainer.blocks:
+            for parameter in self.experiment.learner.block_parameters(k):
+                own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                if not own.isfinite().all():
+                    raise UserError(
+                        f"weights of block {k} are not finite after the last step of epoch {epoch}: {self._remedy}"
+                    )
+
+    @property
+    def _remedy(self) -> str:
+        return f"lower --lr (now {self.experiment.settings.lr:g}) or lengthen --warmup"

@@ -1,0 +1,231 @@
+"""`bll train`: a training run from its settings to its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blocklocal.lab import subcommand
+from blocklocal.lab.distributed.process_group import Processes, environment, joined
+from blocklocal.lab.environment import describe, peak_memory
+from blocklocal.lab.errors import UserError, blame, of_machine, place
+from blocklocal.lab.runs.block_state import load_weights, unshard
+from blocklocal.lab.runs.checkpoints import Checkpoints, kept
+from blocklocal.lab.runs.folder import Run
+from blocklocal.lab.runs.lock import MOMENT
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.terminal import Terminal
+from blocklocal.lab.training import rules
+from blocklocal.lab.training.experiment import Experiment, check_facts, prepare
+from blocklocal.lab.training.loop import Course
+from blocklocal.lab.training.progress import Display, Plan, display
+from blocklocal.lab.training.recipes import settings_from
+from blocklocal.lab.training.trainer import SingleTrainer, Trainer
+
+RESTART = 30.0  # seconds
+
+
+def main(args: Sequence[str]) -> None:
+    summary = train(settings_from(args))
+    if summary:
+        print(json.dumps(summary))
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Train as the settings say; returns what `bll train` prints as its last line, nothing on any rank but 0.
+
+    Where torchrun or `bll launch` has started several processes, each trains its own blocks. The folder gets
+    config.json at the start, checkpoints on the way, a line of metrics.jsonl after every epoch, and model.safetensors
+    at the end. UserError: settings, data or a folder that cannot be used; a loss that is no number.
+    """
+    settings.check()
+    if environment() is None:
+        settings.check_alone()
+    else:
+        rules.check_over_processes(settings.rule, lookahead=settings.lookahead)
+    run = Run(settings.folder)
+    with joined(device=settings.device, patience=settings.patience) as processes, _alone(run, processes):
+        return _train(run, settings, processes)
+
+
+def _alone(run: Run, processes: Processes) -> AbstractContextManager[None]:
+    """The first process holds the folder for all; after a restart the one before it may need some time to end."""
+    if processes.rank > 0:
+        return nullcontext()
+    return run.alone(patience=RESTART if processes.restarted else MOMENT)
+
+
+def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]:
+    resume = settings.resume or (processes.restarted and run.exists)
+    if processes.rank == 0 and resume:
+        run.records()  # before anything is loaded
+    elif processes.rank == 0:
+        run.refuse()
+    experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else processes.device)
+    if resume:
+        check_facts(experiment, run.facts())
+    with _blamed(settings, processes):
+        trainer = _trainer(experiment, processes, trace=run.traces)
+    blocks = len(experiment.learner.blocks)
+    checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
+    course = Course(trainer, checkpoints, save_every=settings.save_every)
+    if processes.rank == 0:
+        if resume:
+            _refuse_anew(run, checkpoints)
+        else:
+            _begin(run, experiment, processes)
+        if settings.trace:
+            run.forget_traces()
+    processes.meet()
+    processes.log_to(run.path)
+    done, rest = divmod(course.begin(processes, resume=resume), experiment.steps)
+    records = run.rewind(epochs=done) if processes.rank == 0 else []
+    if settings.compile:
+        experiment.learner.compile()
+    plan = Plan(settings.epochs, experiment.steps, settings.batch_size, blocks, done=done, rest=rest)
+    console = Terminal(stderr=True)
+    console.print(_headline(experiment, plan, trainer, processes), soft_wrap=True)
+    try:
+        with display(console, plan) as shown:
+            for epoch in range(done + 1, settings.epochs + 1):
+                with _blamed(settings, processes):
+                    record = _epoch(epoch, course, processes, shown=shown)
+                if processes.rank == 0:
+                    run.append(record)
+                records.append(record)
+                course.end_epoch(epoch)
+        checkpoints.wait()
+        processes.meet()
+        if processes.rank > 0:
+            return {}
+        checkpoints.discard_others(checkpoints.latest())
+        _gather(experiment, checkpoints, own=trainer.blocks)
+        run.save_model(experiment.learner.model)
+    except KeyboardInterrupt:
+        checkpoints.wait()
+        raise KeyboardInterrupt(kept(run)) from None
+    except (UserError, OSError) as error:
+        checkpoints.wait()
+        if processes.distributed and not isinstance(error, UserError):
+            raise  # bll launch says the rest
+        raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {kept(run)}") from error
+    return {
+        "rule": settings.rule,
+        "blocks": blocks,
+        "accuracy": records[-1]["test_accuracy"][-1],
+        "accuracy_all": records[-1]["test_accuracy_all"],
+        "seconds": round(sum(record["seconds"] for record in records), 3),
+        "epochs": settings.epochs,
+        "out": str(run.path),
+    }
+
+
+def _refuse_anew(run: Run, checkpoints: Checkpoints) -> None:
+    """UserError: a run that has come too far to begin again, without a checkpoint to go on from."""
+    if checkpoints.latest() is None and (len(run.records()) > 1 or run.model.exists()):
+        raise UserError(
+            f"{str(run.checkpoints)!r} has no whole checkpoint, though the run has done epochs: "
+            "put it back, or train anew with another --out"
+        )
+
+
+def _blamed(settings: Settings, processes: Processes) -> AbstractContextManager[None]:
+    """What goes wrong in a model of the user's is said of it.
+
+    Over processes it may also be what follows from another's failure, or what another start mends.
+    """
+    if ":" not in settings.model:
+        return nullcontext()
+    subject = f"model {settings.model!r} fails in training"
+    if not processes.distributed:
+        return blame(subject)
+    return blame(subject, unless=lambda error: of_machine(error) or not place(error))
+
+
+def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Trainer:
+    """UserError: more processes than blocks."""
+    settings = experiment.settings
+    if processes.distributed:
+        from blocklocal.lab.training.pipeline_trainer import PipelineTrainer  # FSDP2 takes a second to import
+
+        return PipelineTrainer(experiment, processes, trace=trace if settings.trace else None)
+    return SingleTrainer(experiment)
+
+
+def _begin(run: Run, experiment: Experiment, processes: Processes) -> None:
+    facts = {
+        "data": experiment.dataset.facts,
+        "parameters": sum(parameter.numel() for parameter in experiment.learner.model.parameters()),
+        "blocks": len(experiment.learner.blocks),
+        "steps": experiment.steps,
+        "processes": processes.size,
+    }
+    run.create(experiment.settings, facts=facts | describe(processes.device))
+
+
+def _epoch(epoch: int, course: Course, processes: Processes, *, shown: Display) -> dict[str, Any]:
+    """Train and test through one epoch, together with the other processes; its line of metrics.jsonl."""
+    trainer, experiment = course.trainer, course.experiment
+    blocks = len(experiment.learner.blocks)
+
+    def watch(step: int, losses: Sequence[float]) -> None:
+        own = dict(zip(trainer.blocks, losses, strict=True))
+        shown.step(epoch, step, [own.get(k) for k in range(blocks)])
+
+    losses = torch.zeros(blocks, dtype=torch.float64)
+    losses[list(trainer.blocks)] = course.epoch(epoch, watch=watch).cpu()
+    held_out, exits = trainer.validate(), trainer.test()
+    record = {
+        "epoch": epoch,
+        "train_loss": (processes.sum(losses) / experiment.settings.replicas).tolist(),
+        "test_accuracy": exits.accuracies,
+        "test_accuracy_all": exits.combined_accuracy,
+        "seconds": round(course.seconds, 3),
+        "peak_memory_mib": round(processes.largest(peak_memory(processes.device)), 1),
+        "borders": trainer.diagnose(epoch),
+    }
+    if held_out is not None:
+        record |= {
+            "validation_accuracy": held_out.accuracies,
+            "validation_accuracy_all": held_out.combined_accuracy,
+            "exit_weights": list(experiment.learner.pool.weights),
+        }
+    if angles := experiment.angles(epoch):
+        record["angles"] = angles
+    shown.epoch(record)
+    return record
+
+
+def _gather(experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[int]) -> None:
+    """The blocks that other processes have trained, from the checkpoint of the end. OSError: it is not there."""
+    end = experiment.settings.epochs * experiment.steps
+    if experiment.settings.shard:
+        unshard(experiment.learner)
+        own = ()
+    others = [k for k in range(len(experiment.learner.blocks)) if k not in own]
+    if others and checkpoints.latest() != end:
+        raise OSError("the last checkpoint is not whole, and with it the other processes' blocks: --resume tries again")
+    load_weights(experiment.learner, checkpoints, minibatch=end, blocks=others)
+
+
+def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, processes: Processes) -> str:
+    settings, dataset = experiment.settings, experiment.dataset
+    channels, (height, width) = dataset.channels, dataset.size
+    model = f"{settings.model} in {plan.blocks} blocks" if plan.blocks > 1 else f"{settings.model} whole"
+    here = ", ".join(map(str, trainer.blocks))
+    part = f" over {processes.size} processes, here {here}" if processes.size > 1 else ""
+    progress = ""
+    if plan.done or plan.rest:
+        inside = f" and {plan.rest} of {plan.steps} steps" if plan.rest else ""
+        rest = "nothing is left to train" if plan.done == plan.epochs else "going on"
+        progress = f"; {plan.done} of {plan.epochs} epochs{inside} are done, {rest}"
+    return (
+        f"{subcommand.title()}{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
+        f"of {channels}x{height}x{width}, {len(dataset.classes)} classes; "
+        f"{model}{part}, rule {settings.rule}, on {processes.device}{progress}"
+    )

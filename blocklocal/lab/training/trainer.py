@@ -1,0 +1,112 @@
+"""A training run in one process: what it does in an epoch, and what is needed to go on after any minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from blocklocal.lab.runs.block_state import (
+    alignment_state,
+    block_state,
+    load_alignment_state,
+    load_block_state,
+    load_random_state,
+    random_state,
+)
+from blocklocal.lab.runs.checkpoint_part import State
+from blocklocal.lab.training.evaluation import Exits
+from blocklocal.lab.training.experiment import Experiment
+from blocklocal.lab.training.optim import descent, set_rate
+
+
+class Trainer(Protocol):
+    """Trains the blocks of this process; every process of a run calls the same methods in the same order."""
+
+    experiment: Experiment
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """Those that this process trains."""
+        ...
+
+    def train(self, epoch: int, *, begin: int) -> Iterator[Tensor]:
+        """Through epoch 1, 2, ... from minibatch `begin` on: now and then the local losses (minibatches, blocks).
+
+        Where it yields, the states of all processes are those after the same minibatch.
+        """
+        ...
+
+    def states(self) -> dict[int, State]:
+        """Of each block that this process keeps for all, what `load` needs to go on."""
+        ...
+
+    def load(self, states: Mapping[int, State]) -> None:
+        """UserError: states of another model."""
+        ...
+
+    def validate(self) -> Exits | None:
+        """See `Experiment.validate`."""
+        ...
+
+    def test(self) -> Exits:
+        """All exits on the test images."""
+        ...
+
+    def diagnose(self, epoch: int) -> list[dict[str, float]]:
+        """Of each border, see `BlockLocal.diagnose`, on the first minibatch of an epoch."""
+        ...
+
+
+class SingleTrainer:
+    """The learner of an experiment and its optimizers, one per block, block after block in this process."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment, self.settings, self.learner = experiment, experiment.settings, experiment.learner
+        self.blocks = range(len(self.learner.blocks))
+        self.optimizers = [descent(self.learner.block_parameters(k), self.settings) for k in self.blocks]
+
+    def train(self, epoch: int, *, begin: int) -> Iterator[Tensor]:
+        steps, accumulate = self.experiment.steps, self.settings.accumulate
+        scale, losses = 1 / accumulate, []
+        self.learner.train()
+        for step, (x, y) in enumerate(self.experiment.training_batches(epoch, begin=begin), start=begin):
+            for optimizer in self.optimizers:
+                set_rate(optimizer, self.settings, minibatch=(epoch - 1) * steps + step, steps=steps)
+            with self.experiment.autocast(), self.experiment.learning.given(y, scale=scale):
+                if accumulate == 1:  # a block's gradients are freed before the next block begins
+                    losses.append(self.learner.backward(x, y, optimizers=self.optimizers))
+                else:
+                    losses.append(self.learner.backward(x, y, scale=scale))
+            if len(losses) == accumulate:
+                if accumulate > 1:
+                    for optimizer in self.optimizers:
+                        optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                yield torch.stack(losses)
+                losses = []
+
+    def states(self) -> dict[int, State]:
+        states = {k: block_state(self.learner, k, self.optimizers[k]) for k in self.blocks}
+        states[0] |= random_state()
+        if self.experiment.learning.alignment:
+            states[0] |= alignment_state(self.experiment.learning.alignment)
+        return states
+
+    def load(self, states: Mapping[int, State]) -> None:
+        for k, state in states.items():
+            load_block_state(self.learner, k, self.optimizers[k], state)
+        if self.experiment.learning.alignment:
+            load_alignment_state(self.experiment.learning.alignment, states[0])
+        load_random_state(states[0])
+
+    def validate(self) -> Exits | None:
+        return self.experiment.validate()
+
+    def test(self) -> Exits:
+        return self.experiment.test()
+
+    def diagnose(self, epoch: int) -> list[dict[str, float]]:
+        return self.learner.diagnose(*next(self.experiment.training_batches(epoch)))

@@ -1,0 +1,143 @@
+"""A model and its learner are tried on a few images, before a run leaves anything on the disk.
+
+Neither parameters, buffers and gradients nor any random state differ afterwards: a run that is tried has the weights of
+one that is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from blocklocal import BlockLocal
+from blocklocal.inputs import check_parameters
+from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.runs.block_state import block_state
+from blocklocal.lab.training.rules import Learning
+
+FEW = 8  # images that a trial takes
+EXTRA = "_extra_state"  # by which torch names what get_extra_state() of a module gives
+
+
+def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: AbstractContextManager) -> None:
+    """A pass in training and one in evaluation mode over images x, in `context`.
+
+    UserError: no parameters to train, or one that shares memory with itself; a pass that fails, or that does not give
+    `classes` finite logits per image.
+    """
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise UserError(f"model {name!r} has parameters without a shape: give its lazy modules their sizes")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"model {name!r} has no parameters to train")
+    try:
+        check_parameters(model)
+    except ValueError as error:
+        raise UserError(f"model {name!r}: {error}") from error
+    with _preserved(model, device=x.device), blame(f"model {name!r} fails on images of shape {(*x.shape,)}"):
+        for training in (True, False):
+            model.train(training)
+            with context, torch.set_grad_enabled(training):
+                logits = model(x)
+            fault = _fault(logits, shape=(len(x), classes), device=x.device)
+            if fault:
+                raise UserError(f"model {name!r} {fault}")
+            if training and not logits.requires_grad:
+                raise UserError(f"model {name!r} cannot learn: its output does not depend on its parameters")
+
+
+def try_learning(learning: Learning, x: Tensor, y: Tensor, *, name: str, context: AbstractContextManager) -> None:
+    """A step without an optimizer on images x with labels y, and a look at all exits.
+
+    UserError: it fails, or a loss or gradient is not finite.
+    """
+    learner, alignment = learning.learner, learning.alignment
+    state = copy.deepcopy(alignment.state_dict()) if alignment else None
+    with _preserved(learner, learner.model, device=x.device), blame(f"model {name!r} fails in a training step"):
+        learner.train()
+        with context, learning.given(y):
+            losses = learner.backward(x, y)
+        for k, loss in enumerate(losses):
+            gradients = [parameter.grad for parameter in learner.block_parameters(k) if parameter.grad is not None]
+            if not all(value.isfinite().all() for value in (loss, *gradients)):
+                raise UserError(f"model {name!r}: the loss of block {k} or its gradient is not finite at the start")
+        learner.eval()
+        with context:
+            learner.exits(x)
+    if alignment and state:
+        alignment.load_state_dict(state)
+
+
+def try_checkpoint(learner: BlockLocal, *, name: str) -> None:
+    """What modules keep beside parameters and buffers is taken for a checkpoint, and given back to them.
+
+    UserError: it is no tensor, or a module does not give it or take it.
+    """
+    device = next(learner.parameters()).device
+    with _preserved(learner, learner.model, device=device), blame(f"model {name!r} fails with its extra state"):
+        for k in range(len(learner.blocks)):
+            try:
+                state = block_state(learner, k, None)
+            except UserError as error:
+                raise UserError(f"model {name!r}: {error}") from error
+            extra = {key: kept for key, kept in state.items() if key.endswith(EXTRA)}
+            for key in learner.load_state_dict(extra, strict=False).unexpected_keys:
+                raise UserError(f"model {name!r}: {key} would not be taken back: its module needs set_extra_state()")
+
+
+def _fault(logits: object, *, shape: tuple[int, int], device: torch.device) -> str:
+    """What is wrong with a model's output, if anything."""
+    images, classes = shape
+    if inspect.iscoroutine(logits):
+        logits.close()
+        return "has an async forward(), which gives no tensor: define it by def alone"
+    if not isinstance(logits, Tensor):
+        return f"gives an object of type {type(logits).__name__}, not a tensor of logits"
+    if logits.dim() == 2 and len(logits) == images and logits.shape[1] != classes:
+        return f"gives {logits.shape[1]} logits per image for {classes} classes"
+    if logits.shape != shape:
+        return (
+            f"gives a tensor of shape {(*logits.shape,)} for {images} images and {classes} classes: needed is {shape}"
+        )
+    if not logits.is_floating_point():
+        return f"gives a tensor of {logits.dtype}: logits are floating-point numbers"
+    if logits.device != device:
+        return f"gives a tensor on {logits.device} from images on {device}: keep it there"
+    if not logits.isfinite().all():
+        return "gives logits that are not finite, with the weights that it begins with"
+    return ""
+
+
+@contextmanager
+def _preserved(*modules: nn.Module, device: torch.device) -> Iterator[None]:
+    """A context after which modules, gradients and random states are what they were, to the bit."""
+    own = {part for module in modules for part in module.modules()}
+    tables = [table for part in own for table in (vars(part), *vars(part).values()) if isinstance(table, dict)]
+    kept = [(table, dict(table)) for table in tables]
+    parameters = {parameter for module in modules for parameter in module.parameters()}
+    gradients = [(parameter, parameter.grad) for parameter in parameters]
+    tensors = parameters | {buffer for module in modules for buffer in module.buffers()}
+    contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for table, before in kept:
+            table.clear()
+            table.update(before)
+        with torch.no_grad():
+            for tensor, before in contents:
+                if not torch.equal(tensor, before):  # one that shares its memory with itself cannot be written
+                    tensor.copy_(before)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

@@ -1,0 +1,1 @@
+"""What schedules take: simulated, and from the records of a run."""
