@@ -15,13 +15,14 @@ from torch.testing import assert_close
 
 from blocklocal import BlockLocal
 from blocklocal.lab.bench import profile, scaling
-from blocklocal.lab.bench.baselines import RULES, Contender, contender
+from blocklocal.lab.bench.baselines import IN_BLOCKS, WHOLE, Contender, contender
 from blocklocal.lab.bench.measure import measure_all, ratio
 from blocklocal.lab.bench.options import Options
 from blocklocal.lab.bench.step_memory import allocated, measure
 from blocklocal.lab.commands import bench
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.models import build
+from blocklocal.lab.training.rules import RULES
 from blocklocal.memory import MemoryTracker
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def test_contenders_that_save_memory_learn_the_same(rule: str, same: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)), "of a copy of the model"
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, *WHOLE, *IN_BLOCKS])
 def test_every_rule_takes_steps(rule: str) -> None:
     model = build("cnn", channels=3, size=(8, 8), classes=10)
     made = after_a_step(rule, model, channels_last=True, dtype="bf16")

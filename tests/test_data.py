@@ -8,7 +8,8 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from blocklocal.lab.data.batches import Augmentation, Normalisation, ordered_batches, training_batches
-from blocklocal.lab.data.dataset import Split, load
+from blocklocal.lab.data.dataset import Split
+from blocklocal.lab.data.load import load
 from blocklocal.lab.errors import UserError
 
 

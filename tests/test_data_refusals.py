@@ -13,7 +13,7 @@ import pyarrow.parquet.encryption as pe
 import pytest
 from data_folders import encode, picture, table, write, write_images
 
-from blocklocal.lab.data.dataset import load
+from blocklocal.lab.data.load import load
 from blocklocal.lab.errors import UserError
 
 GOOD, PIXELS = encode(picture()), picture()

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blocklocal import BLL_PAPER
 from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.pipeline_bench.baselines import learner
@@ -28,7 +27,7 @@ def costs(*blocks: Cost, ranks: int) -> Costs:
 def test_measured_costs_are_those_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 ms forward and 40 ms backward for 64 rows of 4096 numbers, in proportion for fewer rows."""
     chain = CHAINS["devices"](3)
-    model = learner(chain, BLL_PAPER)
+    model = learner(chain, "bll-paper")
     before = [parameter.clone() for parameter in model.parameters()]
     now = [0.0]
     monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))

@@ -13,12 +13,12 @@ import torch
 from blocklocal.lab.bench import step_cost as costs_module
 from blocklocal.lab.bench.step_cost import Cost, costs
 from blocklocal.lab.cli import main
-from blocklocal.lab.commands.study import _with_equal_time
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.lock import is_held
 from blocklocal.lab.settings import CHANGES, Settings
 from blocklocal.lab.sweeps.grid import Row, read_grid
 from blocklocal.lab.sweeps.pareto import Estimate, Point, front
+from blocklocal.lab.sweeps.study import with_equal_time
 from blocklocal.lab.training.rules import Changes
 
 SMALL = Settings(model="mlp", batch_size=16, threads=1)
@@ -116,7 +116,7 @@ def test_backpropagation_gets_the_time_of_the_others():
         *(Row(f"{t}", replace(SMALL, epochs=10)) for t in range(4)),
     ]
     times = {"bp": 1.0, "0": 0.8, "1": 1.32, "2": 1.34, "3": 2.0}
-    more, found = _with_equal_time(rows, {name: Cost(time, 1.1, 0.5) for name, time in times.items()})
+    more, found = with_equal_time(rows, {name: Cost(time, 1.1, 0.5) for name, time in times.items()})
     assert [(row.name, row.settings.epochs) for row in more[5:]] == [("bp, 13 epochs", 13), ("bp, 20 epochs", 20)]
     assert more[5].settings.rule == "bp"
     longer = found["bp, 13 epochs"]

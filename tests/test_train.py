@@ -30,7 +30,7 @@ from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings, encode
 from blocklocal.lab.training.experiment import prepare
-from blocklocal.lab.training.rate import SCHEDULES, cosine, onecycle
+from blocklocal.lab.training.optim import SCHEDULES, cosine, onecycle
 from blocklocal.lab.training.recipes import DIGITS, recipe, settings_from
 from blocklocal.lab.training.rules import RULES
 from blocklocal.lab.training.run import train

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from data_folders import encode, picture, write_images
 
 from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.models import MODELS, refuse_code
+from blocklocal.lab.models import MODELS
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.training.evaluation import Exits
+from blocklocal.lab.training.recipes import refuse_code
+from blocklocal.lab.training.rules import RULES
 
 NET = """
 from pathlib import Path
@@ -109,10 +112,14 @@ def test_code_that_is_trusted_is_run(here, capsys, args):
 
 def test_models_of_known_packages_need_no_trust():
     for name in [*MODELS, "timm:net", "torchvision:net", "resnet19"]:
-        refuse_code(name, run="run", remedy="")
+        refuse_code(Settings(model=name), run=Path("run"))
     for name in ("mine:net", "timm.evil:net", "Timm:net", ":", "os:system"):
         with pytest.raises(UserError, match="'run' has the model"):
-            refuse_code(name, run="run", remedy="")
+            refuse_code(Settings(model=name), run=Path("run"))
+    for name in RULES:
+        refuse_code(Settings(rule=name), run=Path("run"))
+    with pytest.raises(UserError, match="'run' has the rule"):
+        refuse_code(Settings(rule="mine:rule"), run=Path("run"))
 
 
 def test_trust_is_no_setting_of_a_run(here):

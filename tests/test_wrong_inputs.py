@@ -15,10 +15,12 @@ from blocklocal.lab import ranges
 from blocklocal.lab.bench.options import Options as BenchOptions
 from blocklocal.lab.cli import COMMANDS, main
 from blocklocal.lab.commands.launch import Options as LaunchOptions
-from blocklocal.lab.data.dataset import load
+from blocklocal.lab.data.load import load
 from blocklocal.lab.pipeline_bench.options import Options as PipelineOptions
 from blocklocal.lab.settings import Settings
-from blocklocal.lab.training.rules import ALIGNED
+from blocklocal.lab.training.rules import RULES
+
+IN_ONE_PROCESS = [name for name, rule in RULES.items() if not rule.over_processes]
 
 for module, _ in COMMANDS.values():
     importlib.import_module(module)
@@ -322,7 +324,7 @@ BY_HAND = [
     case("bench --pipeline --rounds=0", "--rounds"),
     case("bench --pipeline --interface=nowhere0", "--interface", "nowhere0"),
     # processes and machines
-    *[case(f"launch --rule={rule}", f"--rule {rule}", "bll train") for rule in ALIGNED],
+    *[case(f"launch --rule={rule}", f"--rule {rule}", "bll train") for rule in IN_ONE_PROCESS],
     case("launch --interface=nowhere0", "--interface", "nowhere0"),
     case("launch --interface=", "--interface"),
     case("launch --nnodes=2", "--nnodes", "--rdzv-endpoint"),
@@ -526,7 +528,7 @@ def test_an_environment_that_is_no_group(
     assert files(world) == before
 
 
-@pytest.mark.parametrize("rule", ALIGNED)
+@pytest.mark.parametrize("rule", IN_ONE_PROCESS)
 def test_one_of_several_processes_refuses_feedback_alignment(
     world: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:

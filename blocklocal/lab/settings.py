@@ -26,7 +26,8 @@ class Settings:
     model: str = "cnn"
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     rule: str = "bll"
-    """in blocks: bll, bll-paper, pred, predsim; whole: bp (backprop), fa, usf, brsf, frsf, dfa, drtp"""
+    """in blocks: bll, bll-paper, pred, predsim or package.module:function; whole: bp (backprop), fa, usf, brsf,
+    frsf, dfa, drtp"""
     head: str | None = None
     """what predicts at borders, instead of the rule's own: linear, normalised, mlp, conv, residual, pooled,
     patches, depthwise, evidence"""

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
-from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, Predictive, recompute, split
+from blocklocal import recompute, split
 from blocklocal.lab.errors import UserError, blame, lacks_memory
 from blocklocal.lab.training import rules
-from blocklocal.losses import LocalLoss
 from blocklocal.split import candidates
 
 EXAMPLE = 8  # images by which the blocks are balanced
@@ -74,12 +73,12 @@ class Contender:
 
 
 def contender(rule: str, work: Workload, *, blocks: int) -> Contender:
-    """One of `RULES` on a copy of the model. UserError: a model that the rule does not fit, or that fails in a step."""
+    """A rule, see `find`, on a copy of the model. UserError: a model that it does not fit, or that fails in a step."""
     with work.blamed(f"does not fit rule {rule!r}"):
         work = replace(work, model=copy.deepcopy(work.model))
         torch.manual_seed(0)  # borders begin with the same weights under every rule
         try:
-            made = RULES[rule](rule, work, blocks)
+            made = find(rule)(rule, work, blocks)
         except ValueError as error:
             raise UserError(f"rule {rule!r}: {error}") from error
 
@@ -107,25 +106,19 @@ def accumulation(rule: str, work: Workload, blocks: int) -> Contender:
     return _whole(rule, work, work.model, batches=work.accumulate)
 
 
-def local(loss: LocalLoss, *, checkpointed: bool = False) -> Build:
-    """Blocks that learn from this loss, one after the other."""
+def ruled(rule: str, work: Workload, blocks: int) -> Contender:
+    """A rule of `bll train`; in blocks, one after the other."""
+    return _in_turn(rule, work, _learning(rule, work, work.model, blocks=blocks))
 
-    def build(rule: str, work: Workload, blocks: int) -> Contender:
-        learner = _learner(work, _checkpointed(work.model) if checkpointed else work.model, loss=loss, blocks=blocks)
-        optimizers = [_sgd(learner.block_parameters(k)) for k in range(len(learner.blocks))]
 
-        def step() -> None:
-            with work.autocast():
-                learner.backward(work.x, work.y, optimizers=optimizers)
-
-        return Contender(rule, learner, optimizers, step, list(learner.blocks), learner.compile)
-
-    return build
+def checkpointed_blocks(rule: str, work: Workload, blocks: int) -> Contender:
+    """The default rule, with checkpointing inside blocks."""
+    return _in_turn(rule, work, _learning("bll", work, _checkpointed(work.model), blocks=blocks))
 
 
 def summed(rule: str, work: Workload, blocks: int) -> Contender:
     """One backward pass of the sum of the local losses: the same gradients, and all graphs alive."""
-    learner = _learner(work, work.model, loss=BLL, blocks=blocks)
+    learner = _learning("bll", work, work.model, blocks=blocks).learner
     optimizer = _sgd(learner.parameters())
 
     def step() -> None:
@@ -138,29 +131,21 @@ def summed(rule: str, work: Workload, blocks: int) -> Contender:
     return Contender(rule, learner, [optimizer], step, list(learner.blocks), learner.compile)
 
 
-def other(rule: str, work: Workload, blocks: int) -> Contender:
-    """A rule of `bll train` without borders."""
-    task = rules.Task(classes=work.classes, example=work.x[:EXAMPLE], blocks=1, at=None)
-    learning = rules.apply(rule, work.model, task)
-    learner, optimizer = learning.learner, _sgd(work.model.parameters())
-
-    def step() -> None:
-        with work.autocast(), learning.given(work.y):
-            learner.backward(work.x, work.y, optimizers=[optimizer])
-
-    return Contender(rule, learner, [optimizer], step, list(learner.blocks), learner.compile)
-
-
-IN_BLOCKS: dict[str, Build] = {
-    "bll": local(BLL),
-    "bll-checkpoint": local(BLL, checkpointed=True),
-    "bll-sum": summed,
-    "bll-paper": local(BLL_PAPER),
-    "pred": local(Predictive()),
-    "predsim": local(PRED_SIM),
-}
 WHOLE: dict[str, Build] = {"bp": backpropagation, "bp-checkpoint": checkpointing, "bp-accumulate": accumulation}
-RULES = dict.fromkeys(rules.RULES, other) | WHOLE | IN_BLOCKS
+IN_BLOCKS: dict[str, Build] = {"bll-checkpoint": checkpointed_blocks, "bll-sum": summed}
+
+
+def find(rule: str) -> Build:
+    """One of this benchmark, or any rule of `bll train`. UserError: neither."""
+    special = WHOLE | IN_BLOCKS
+    if rule not in special and not rules.is_own(rule) and rule not in rules.RULES:
+        raise UserError(f"unknown rule {rule!r}: choose {', '.join(dict.fromkeys([*rules.RULES, *special]))}")
+    return special.get(rule, ruled)
+
+
+def in_blocks(rule: str) -> bool:
+    """Whether the number of blocks makes a difference."""
+    return rule in IN_BLOCKS or (rule not in WHOLE and rules.find(rule).in_blocks)
 
 
 def _whole(rule: str, work: Workload, model: nn.Module, *, batches: int = 1) -> Contender:
@@ -181,18 +166,30 @@ def _whole(rule: str, work: Workload, model: nn.Module, *, batches: int = 1) -> 
     return Contender(rule, model, [optimizer], step, [model], compile)
 
 
-def _learner(work: Workload, model: nn.Module, *, loss: LocalLoss, blocks: int) -> BlockLocal:
-    learner = BlockLocal(
-        model,
-        blocks=blocks,
+def _learning(rule: str, work: Workload, model: nn.Module, *, blocks: int) -> rules.Learning:
+    divided = rules.find(rule).in_blocks
+    task = rules.Task(
         classes=work.classes,
         example=work.x[:EXAMPLE],
+        blocks=blocks if divided else 1,
         balance=work.balance,
-        loss=rules.Changes(head=work.head).made(loss),
+        changes=rules.Changes(head=work.head if divided else None),
     )
+    learning = rules.apply(rule, model, task)
     if work.x.is_contiguous(memory_format=torch.channels_last):
-        learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return learner
+        learning.learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return learning
+
+
+def _in_turn(rule: str, work: Workload, learning: rules.Learning) -> Contender:
+    learner = learning.learner
+    optimizers = [_sgd(learner.block_parameters(k)) for k in range(len(learner.blocks))]
+
+    def step() -> None:
+        with work.autocast(), learning.given(work.y):
+            learner.backward(work.x, work.y, optimizers=optimizers)
+
+    return Contender(rule, learner, optimizers, step, list(learner.blocks), learner.compile)
 
 
 def _checkpointed(model: nn.Module) -> nn.Sequential:

@@ -11,7 +11,7 @@ from torch import nn
 from tyro.conf import FlagCreatePairsOff
 
 from blocklocal.lab import ranges
-from blocklocal.lab.bench.baselines import RULES, Workload
+from blocklocal.lab.bench.baselines import Workload, find
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.settings import THREADS
@@ -80,8 +80,10 @@ class Options:
         for k in self.ks:
             Range(least=1).check("--blocks", k)
         for rule in self.rules.split(","):
-            if rule not in RULES:
-                raise UserError(f"--rules {self.rules}: unknown rule {rule!r}: choose {', '.join(RULES)}")
+            try:
+                find(rule)
+            except UserError as error:
+                raise UserError(f"--rules {self.rules}: {error}") from error
         if "bp-accumulate" in self.rules.split(",") and self.batch_size % self.accumulate:
             raise UserError(f"--accumulate {self.accumulate} does not divide the batch of {self.batch_size} images")
         if self.plot is not None and not self.plot.endswith((".png", ".svg")):

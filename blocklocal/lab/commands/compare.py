@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,17 +10,12 @@ from typing import Annotated
 from tyro.conf import Suppress
 
 from blocklocal.lab.arguments import parse
-from blocklocal.lab.errors import UserError
 from blocklocal.lab.ranges import Range
-from blocklocal.lab.report.seed_groups import gather
-from blocklocal.lab.report.table import Reference, print_table, summarise
 from blocklocal.lab.settings import CHANGES, Settings, folder_name, last_name
-from blocklocal.lab.sweeps.sweep import complete
-from blocklocal.lab.terminal import Terminal
+from blocklocal.lab.sweeps.comparison import lay_side_by_side, listed
+from blocklocal.lab.sweeps.sweep import MOST_SEEDS
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.recipes import recipe
-
-SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class Options(Settings):
     trust: Suppress[bool] = False
     rules: str = "bp,bll"
     """rules, with commas between them"""
-    seeds: Annotated[int, Range(least=1, most=SEEDS)] = 3
+    seeds: Annotated[int, Range(least=1, most=MOST_SEEDS)] = 3
     """runs of every rule: the first with --seed, each further one with one more"""
     out: str | None = None
     """folder of all runs (default: runs/compare-DATA-MODEL)"""
@@ -52,7 +46,7 @@ class Options(Settings):
         whole = replace(shared, add_beliefs=False, **{name: getattr(Settings, name) for name in CHANGES})
         return [
             replace(
-                whole if rule in rules.WHOLE else shared,
+                shared if rules.find(rule).in_blocks else whole,
                 rule=rule,
                 seed=seed,
                 out=str(self.home / folder_name(rule, f"seed{seed}")),
@@ -69,30 +63,6 @@ def main(args: Sequence[str]) -> None:
     lay_side_by_side(
         options.series, folder=options.home, title=f"{last_name(options.data)}, {last_name(options.model)}"
     )
-
-
-def lay_side_by_side(
-    series: Sequence[Settings], *, folder: Path, title: str, reference: Reference | None = None
-) -> None:
-    """Complete the series, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
-    finished = complete(series, folder=folder, console=Terminal(stderr=True))
-    rows = summarise(gather(finished), reference=reference)
-    if rows:
-        print_table(rows, title=title)
-        print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
-    if len(finished) < len(series):
-        missing = sorted({str(settings.folder) for settings in series} - {str(run.path) for run in finished})
-        raise UserError(
-            f"{len(missing)} of {len(series)} runs failed: {', '.join(missing)}; the same command tries them again"
-        )
-
-
-def listed(names: str, *, flag: str) -> list[str]:
-    """The names between commas. UserError: none, or one twice."""
-    found = [name.strip() for name in names.split(",")]
-    if not all(found) or len(set(found)) < len(found):
-        raise UserError(f"{flag} {names!r}: name each once, with one comma between two")
-    return found
 
 
 def _default(data: str) -> Options:

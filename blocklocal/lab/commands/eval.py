@@ -17,13 +17,13 @@ from blocklocal import BlockLocal
 from blocklocal.graph import mode
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.models import refuse_code
 from blocklocal.lab.runs.block_state import load_weights
 from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training.evaluation import Exits
 from blocklocal.lab.training.experiment import check_facts, prepare
+from blocklocal.lab.training.recipes import refuse_code
 from blocklocal.operations import operations
 
 
@@ -50,7 +50,7 @@ def main(args: Sequence[str]) -> None:
     run = Run(options.run)
     settings = run.settings()
     if not options.trust:
-        refuse_code(settings.model, run=str(run.path), remedy="add --trust")
+        refuse_code(settings, run=run.path)
     experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
     check_facts(experiment, run.facts())
     learner = experiment.learner

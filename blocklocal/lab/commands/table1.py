@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from blocklocal.lab.arguments import parse
-from blocklocal.lab.commands.compare import SEEDS, lay_side_by_side, listed
 from blocklocal.lab.ranges import Range
 from blocklocal.lab.settings import Settings, folder_name
+from blocklocal.lab.sweeps.comparison import lay_side_by_side, listed
+from blocklocal.lab.sweeps.sweep import MOST_SEEDS
 from blocklocal.lab.sweeps.table1 import DATASETS, PAPER, RULES, SCALES
 
 
@@ -29,7 +30,7 @@ class Options:
     """data sets, with commas between them"""
     data: str | None = None
     """folder that holds one folder per data set (default: the Hugging Face hub)"""
-    seeds: Annotated[int, Range(least=1, most=SEEDS)] = 3
+    seeds: Annotated[int, Range(least=1, most=MOST_SEEDS)] = 3
     """runs of every cell, with seeds 0, 1, ..."""
     epochs: Annotated[int | None, Range(least=1)] = None
     """epochs of every run (default: those of the scale)"""

@@ -15,6 +15,7 @@ from blocklocal.lab.models.resnet import BasicBlock, Bottleneck, ResNet
 from blocklocal.lab.models.small import cnn, mlp
 from blocklocal.lab.models.vgg import vgg8
 from blocklocal.lab.models.vit import VisionTransformer
+from blocklocal.lab.own_code import own_function
 
 
 def _resnet(block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], *, width: int) -> Callable[..., nn.Module]:
@@ -72,7 +73,8 @@ def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> n
             model = _torchvision(function, channels=channels, classes=classes)
         else:
             with chdir("."):  # back after it: relative paths of the command line are those of where it was started
-                model = _own(source, function)(channels=channels, size=size, classes=classes)
+                function = own_function(name, kind="model", keywords=("channels", "size", "classes"))
+                model = function(channels=channels, size=size, classes=classes)
     if inspect.iscoroutine(model):
         model.close()
         raise UserError(f"model {name!r}: its function is async, and gives no module: define it by def alone")
@@ -82,13 +84,10 @@ def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> n
     return model
 
 
-def refuse_code(name: str, *, run: str, remedy: str) -> None:
-    """UserError: the model that a run names is a function, so that any code might be run to build it."""
+def is_own(name: str) -> bool:
+    """Whether the name is that of a function of the user's, package.module:function."""
     source, colon, _ = name.partition(":")
-    if name not in MODELS and colon and source not in ("timm", "torchvision"):
-        raise UserError(
-            f"the run in {run!r} has the model {name!r}, whose code would be run: {remedy} if you know that code"
-        )
+    return name not in MODELS and bool(colon) and source not in ("timm", "torchvision")
 
 
 def _timm(name: str, *, channels: int, classes: int) -> nn.Module:
@@ -114,20 +113,3 @@ def _package(name: str, *, model: str) -> ModuleType:
         if error.name != name:
             raise
         raise UserError(f"model {model!r} needs the package {name}: pip install {name}") from error
-
-
-def _own(module: str, function: str) -> Callable[..., nn.Module]:
-    name = f"{module}:{function}"
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        if not (module == error.name or module.startswith(f"{error.name}.")):
-            raise
-        raise UserError(f"model {name!r}: there is no module {error.name!r}; put its folder on PYTHONPATH") from error
-    if not isinstance(found, Callable):
-        raise UserError(f"model {name!r}: module {module!r} has no function {function!r}")
-    try:
-        inspect.signature(found).bind(channels=1, size=(1, 1), classes=1)
-    except TypeError as error:
-        raise UserError(f"model {name!r} must accept channels=, size=, classes= by name ({error})") from error
-    return found

@@ -19,7 +19,7 @@ from torch.optim import SGD
 
 from blocklocal import BlockLocal
 from blocklocal.lab.pipeline_bench.workloads import CLASSES, Chain
-from blocklocal.losses import LocalLoss
+from blocklocal.lab.training import rules
 from blocklocal.pipeline import Pipeline, Placement
 
 Progress = Iterator[int]
@@ -30,8 +30,9 @@ def optimizer(parameters: list[nn.Parameter]) -> SGD:
     return SGD([{"params": parameters}], lr=0.01, momentum=0.9, fused=True)  # in a group, which may be empty
 
 
-def learner(chain: Chain, loss: LocalLoss) -> BlockLocal:
-    return BlockLocal(chain.blocks, classes=CLASSES, example=chain.x[:8], loss=loss)
+def learner(chain: Chain, rule: str) -> BlockLocal:
+    """Under a rule of `bll train`."""
+    return rules.apply(rule, chain.blocks, rules.Task(classes=CLASSES, example=chain.x[:8])).learner
 
 
 def backpropagation(chain: Chain) -> Progress:
@@ -48,9 +49,9 @@ def _descent(model: nn.Module, x: Tensor, y: Tensor) -> Progress:
         yield 1
 
 
-def blocks_alone(chain: Chain, loss: LocalLoss) -> Progress:
+def blocks_alone(chain: Chain, rule: str) -> Progress:
     """Block after block in one process."""
-    whole = learner(chain, loss)
+    whole = learner(chain, rule)
     whole.share_feedback(False)
     optimizers = [optimizer(whole.block_parameters(k)) for k in range(len(chain.blocks))]
     while True:

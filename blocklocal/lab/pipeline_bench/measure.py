@@ -26,7 +26,7 @@ from blocklocal.lab.pipeline_bench.baselines import (
     learner,
     optimizer,
 )
-from blocklocal.lab.pipeline_bench.options import LOSSES, MESSAGES, SCHEDULES, Options
+from blocklocal.lab.pipeline_bench.options import MESSAGES, SCHEDULES, Options
 from blocklocal.lab.pipeline_bench.workloads import CHAINS, Chain
 from blocklocal.pipeline import Pipeline
 from blocklocal.pipeline.analysis.programs import block_local, data_parallel
@@ -43,10 +43,10 @@ def measure(options: Options) -> dict[str, Any]:
     torch.set_num_threads(1)
     keep_freed_memory()
     torch.manual_seed(0)
-    chain, loss = CHAINS[options.model](options.processes), LOSSES[options.rule]
+    chain = CHAINS[options.model](options.processes)
     message = MESSAGES[options.message]
-    pipeline = Pipeline(learner(chain, loss), optimizer=optimizer, message=message, trace=True)
-    alone = {"backpropagation, alone": backpropagation(chain), ALONE: blocks_alone(chain, loss)}
+    pipeline = Pipeline(learner(chain, options.rule), optimizer=optimizer, message=message, trace=True)
+    alone = {"backpropagation, alone": backpropagation(chain), ALONE: blocks_alone(chain, options.rule)}
     together = {f"{name}, M={m}": EndToEnd(chain, SCHEDULES[name][0], microbatches=m) for name, m in options.end_to_end}
     replicas, trace = iter(Replicas(chain)), pipeline.trace
     assert trace is not None

@@ -9,13 +9,12 @@ import torch
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
 from tyro.conf import FlagCreatePairsOff
 
-from blocklocal import BLL, BLL_PAPER
 from blocklocal.lab.environment import find_interface
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.ranges import Range
+from blocklocal.lab.training import rules
 from blocklocal.pipeline.analysis.programs import gpipe, one_forward_one_backward
 
-LOSSES = {"bll": BLL, "bll-paper": BLL_PAPER}
 MESSAGES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCKS, ROWS = 4, 64  # of a model, and of a minibatch: what all of them can be cut into
 SCHEDULES = {"GPipe": (ScheduleGPipe, gpipe), "1F1B": (Schedule1F1B, one_forward_one_backward)}
@@ -29,8 +28,8 @@ class Options:
     """four blocks of Linear(1024); four of convolutions; or a block per process that sleeps instead of computing"""
     processes: Annotated[int, Range(least=2, most=16)] = 2
     """processes, of one thread each"""
-    rule: Literal["bll", "bll-paper"] = "bll-paper"
-    """local loss at the borders"""
+    rule: str = "bll-paper"
+    """of blocks, as for bll train"""
     message: Literal["fp32", "bf16"] = "fp32"
     """what travels between blocks"""
     microbatches: Annotated[tuple[int, ...], Range(least=1, most=64)] = (2, 4, 8)
@@ -46,6 +45,8 @@ class Options:
 
     def check(self) -> None:
         """UserError: what does not go together."""
+        if not rules.find(self.rule).in_blocks:
+            raise UserError(f"--rule {self.rule} trains the model whole: choose one in blocks, such as bll")
         if self.model != "devices" and self.processes > BLOCKS:
             raise UserError(f"--processes {self.processes}: 2 to 4 for the four blocks of a model, to 16 for devices")
         for m in self.microbatches:

@@ -20,6 +20,7 @@ from blocklocal.lab.settings import Settings, flag
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.recipes import recipe
 
+MOST_SEEDS = 1000
 WAIT = 0.1  # seconds between two looks
 
 

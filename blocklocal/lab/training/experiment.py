@@ -16,7 +16,8 @@ from blocklocal import BlockLocal
 from blocklocal.lab import models
 from blocklocal.lab.data import batches
 from blocklocal.lab.data.batches import Augmentation, Normalisation
-from blocklocal.lab.data.dataset import Dataset, load
+from blocklocal.lab.data.dataset import Dataset
+from blocklocal.lab.data.load import load
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.names import WORD, short

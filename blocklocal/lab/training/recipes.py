@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from blocklocal.lab import models
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.models import refuse_code
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.training import rules
 
 DIGITS = Settings(threads=1)  # on images of 8x8 pixels threads wait for each other more than they compute
 
@@ -40,8 +42,8 @@ def settings_from(args: Sequence[str]) -> Settings:
     if not settings.resume:
         return settings
     stored = replace(Run(settings.folder).settings(), out=settings.out, resume=True, trust=settings.trust)
-    if settings.model != stored.model and not settings.trust:
-        refuse_code(stored.model, run=str(settings.folder), remedy=f"repeat --model {stored.model} or add --trust")
+    if not settings.trust:
+        refuse_code(stored, run=settings.folder, repeated=settings)
     given = parse(Settings, args, prog="bll train", default=stored)
     changed = stored.contradictions(given)
     if changed:
@@ -50,3 +52,17 @@ def settings_from(args: Sequence[str]) -> Settings:
             "resume it with its own settings, or begin another run in another --out"
         )
     return given
+
+
+def refuse_code(stored: Settings, *, run: Path, repeated: Settings | None = None) -> None:
+    """UserError: the model or the rule that a run names is a function, so that any code might be run.
+
+    repeated: settings in which the same name shows that whoever calls the command knows it.
+    """
+    for kind, is_own in (("model", models.is_own), ("rule", rules.is_own)):
+        name = getattr(stored, kind)
+        if is_own(name) and (repeated is None or getattr(repeated, kind) != name):
+            remedy = "add --trust" if repeated is None else f"repeat --{kind} {name} or add --trust"
+            raise UserError(
+                f"the run in {str(run)!r} has the {kind} {name!r}, whose code would be run: {remedy} if you know it"
+            )

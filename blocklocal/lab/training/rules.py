@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, chdir, nullcontext
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ from blocklocal.alignment import (
     SignSymmetry,
 )
 from blocklocal.feedback import Feedback
-from blocklocal.lab.errors import UserError
+from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.own_code import own_function
 from blocklocal.losses import LocalLoss, Posterior, Term, WeightedSum
 from blocklocal.messages import Criterion
 
@@ -69,18 +71,21 @@ class Changes:
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is to learn, and where it may be cut: at submodules, or else into so many blocks.
+    """What a model is to learn, and where it may be cut: at submodules, or else into this number of blocks; a list of
+    modules, with neither, between them.
 
-    example: a batch of images as the model gets them. seed: of what a rule draws beside the model's weights.
+    example: a batch of images as the model gets them. balance: see `split`; memory, unlike time, is the same at every
+    measurement. seed: of what a rule draws beside the model's weights.
     add_beliefs: see `BlockLocal`.
     """
 
     classes: int
     example: Tensor
-    blocks: int
-    at: Sequence[str] | None
+    blocks: int | None = None
+    at: Sequence[str] | None = None
     criterion: Criterion | None = None
     seed: int = 0
+    balance: Literal["time", "memory"] = "memory"
     changes: Changes = Changes()
     add_beliefs: bool = False
 
@@ -97,20 +102,27 @@ class Learning:
         return nullcontext() if self.alignment is None else self.alignment.given(y, scale=scale)
 
 
-Rule = Callable[[nn.Module, Task], Learning]
+@dataclass(frozen=True)
+class Rule:
+    """How a model learns. build: makes its learner. in_blocks: whether borders cut it. over_processes: whether it may
+    train in a pipeline, which places, saves and moves blocks and borders and nothing else."""
+
+    build: Callable[[nn.Module | Sequence[nn.Module], Task], Learning]
+    in_blocks: bool = True
+    over_processes: bool = True
 
 
 def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -> Rule:  # noqa: B008 (frozen settings)
     """Blocks that learn from the same local loss at every border."""
 
-    def build(model: nn.Module, task: Task) -> Learning:
+    def build(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
         learner = BlockLocal(
             model,
             at=task.at,
             blocks=None if task.at else task.blocks,
             classes=task.classes,
             example=task.example,
-            balance="memory",  # which, unlike time, is the same at every measurement
+            balance=task.balance,
             loss=task.changes.made(loss),
             feedback=feedback,
             criterion=task.criterion,
@@ -118,10 +130,10 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
         )
         return Learning(learner)
 
-    return build
+    return Rule(build)
 
 
-def backpropagation(model: nn.Module, task: Task) -> Learning:
+def backpropagation(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
     """One block, no border."""
     if task.changes or task.add_beliefs:
         options = ", ".join(f"--{field.name.replace('_', '-')}" for field in fields(Changes))
@@ -132,13 +144,19 @@ def backpropagation(model: nn.Module, task: Task) -> Learning:
 def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
     """One block, through which other feedback weights take the gradient."""
 
-    def build(model: nn.Module, task: Task) -> Learning:
-        return Learning(backpropagation(model, task).learner, align(model, task))
+    def build(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
+        learner = backpropagation(model, task).learner
+        return Learning(learner, align(learner.model, task))
 
-    return build
+    return Rule(build, in_blocks=False, over_processes=False)
 
 
-ALIGNED: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
+    "bll": block_local(BLL),
+    "bll-paper": block_local(BLL_PAPER, feedback=ClosedFormFeedback(forgetting=0.0)),  # the optimum of each batch alone
+    "pred": block_local(Predictive()),
+    "predsim": block_local(PRED_SIM),
+    "bp": Rule(backpropagation, in_blocks=False),
     "fa": aligned(lambda model, task: FeedbackAlignment(model, seed=task.seed)),
     "usf": aligned(lambda model, task: SignSymmetry(model, magnitude="uniform", seed=task.seed)),
     "brsf": aligned(lambda model, task: SignSymmetry(model, magnitude="batchwise", seed=task.seed)),
@@ -146,39 +164,58 @@ ALIGNED: dict[str, Rule] = {
     "dfa": aligned(lambda model, task: DirectFeedbackAlignment(model, example=task.example, seed=task.seed)),
     "drtp": aligned(lambda model, task: DirectRandomTargetProjection(model, example=task.example, seed=task.seed)),
 }
+"""The rules of every command. One of the user's own is package.module:function, see `own`."""
 
-RULES: dict[str, Rule] = {
-    "bll": block_local(BLL),
-    "bll-paper": block_local(BLL_PAPER, feedback=ClosedFormFeedback(forgetting=0.0)),  # the optimum of each batch alone
-    "pred": block_local(Predictive()),
-    "predsim": block_local(PRED_SIM),
-    "bp": backpropagation,
-    **ALIGNED,
-}
-WHOLE = {"bp", *ALIGNED}  # without borders
+OWN_ARGUMENTS = ("classes", "blocks", "at", "example", "criterion", "seed")
+
+
+def is_own(name: str) -> bool:
+    """Whether the name is that of a function of the user's, package.module:function."""
+    return name not in RULES and ":" in name
+
+
+def own(name: str) -> Rule:
+    """A rule that is a function of the user's: called with the model and `OWN_ARGUMENTS`, it gives a BlockLocal.
+
+    UserError: see `own_function`.
+    """
+
+    def build(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
+        if task.changes or task.add_beliefs:
+            raise ValueError("it is a function, which sets its own local loss: leave --head and such options out")
+        with blame(f"rule {name!r} cannot be applied"), chdir("."):
+            learner = function(model, **{argument: getattr(task, argument) for argument in OWN_ARGUMENTS})
+        if not isinstance(learner, BlockLocal) or (isinstance(model, nn.Module) and learner.model is not model):
+            raise ValueError("its function must return a bll.BlockLocal of the model that it is given")
+        return Learning(learner)
+
+    with blame(f"rule {name!r} cannot be imported"), chdir("."):
+        function = own_function(name, kind="rule", positional=1, keywords=OWN_ARGUMENTS)
+    return Rule(build)
 
 
 def find(name: str) -> Rule:
     """UserError: no such rule."""
+    if is_own(name):
+        return own(name)
     if name not in RULES:
-        raise UserError(f"unknown rule {name!r}: choose {', '.join(RULES)}")
+        raise UserError(f"unknown rule {name!r}: choose {', '.join(RULES)}, or package.module:function")
     return RULES[name]
 
 
 def check_over_processes(name: str, *, lookahead: str) -> None:
     """UserError: no such rule, or one of feedback alignment, whose feedback no pipeline places, saves or moves; heads
     that copy from the next block, against the stream."""
-    find(name)
-    if name in ALIGNED:
+    if not find(name).over_processes:
         raise UserError(f"--rule {name} trains the model whole, in one process: use bll train")
     if lookahead != "none":
         raise UserError(f"--lookahead {lookahead} copies from the next block, in one process: use bll train")
 
 
-def apply(name: str, model: nn.Module, task: Task) -> Learning:
+def apply(name: str, model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
     """The model under the rule of that name. UserError: no such rule, or a model that it does not fit."""
     rule = find(name)
     try:
-        return rule(model, task)
+        return rule.build(model, task)
     except ValueError as error:  # the library's own, for arguments that do not fit the model
         raise UserError(f"rule {name!r}: {error}") from error

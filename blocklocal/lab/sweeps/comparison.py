@@ -1,0 +1,39 @@
+"""Several runs laid side by side: trained where they are missing, then as one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.report.seed_groups import gather
+from blocklocal.lab.report.table import Reference, print_table, summarise
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.sweeps.sweep import complete
+from blocklocal.lab.terminal import Terminal
+
+
+def lay_side_by_side(
+    series: Sequence[Settings], *, folder: Path, title: str, reference: Reference | None = None
+) -> None:
+    """Complete the series, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
+    finished = complete(series, folder=folder, console=Terminal(stderr=True))
+    rows = summarise(gather(finished), reference=reference)
+    if rows:
+        print_table(rows, title=title)
+        print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
+    if len(finished) < len(series):
+        missing = sorted({str(settings.folder) for settings in series} - {str(run.path) for run in finished})
+        raise UserError(
+            f"{len(missing)} of {len(series)} runs failed: {', '.join(missing)}; the same command tries them again"
+        )
+
+
+def listed(names: str, *, flag: str) -> list[str]:
+    """The names between commas. UserError: none, or one twice."""
+    found = [name.strip() for name in names.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise UserError(f"{flag} {names!r}: name each once, with one comma between two")
+    return found
