@@ -11,7 +11,7 @@ from blocklocal.arguments import describe, passes, require_module, require_scala
 from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback
 from blocklocal.graph import mode
 from blocklocal.losses import LocalLoss, PredictiveTerm, VariationalTerm
-from blocklocal.messages import Message, Site, Statistic
+from blocklocal.messages import BorderInput, BorderSpec, Statistic
 
 
 class Border(nn.Module):
@@ -21,18 +21,18 @@ class Border(nn.Module):
     Where no gradients are recorded, as in torch.no_grad(), nothing learns: the feedback stays as it is.
     """
 
-    def __init__(self, site: Site, *, loss: LocalLoss, feedback: Feedback, statistic: Statistic) -> None:
+    def __init__(self, spec: BorderSpec, *, loss: LocalLoss, feedback: Feedback, statistic: Statistic) -> None:
         super().__init__()
-        self.site, self.statistic = replace(site, following=None), statistic  # what heads copy from is not the border's
-        if getattr(statistic, "reads_map", False) and site.reduces and not site.is_map:
+        self.spec, self.statistic = replace(spec, following=None), statistic  # what heads copy from is not the border's
+        if getattr(statistic, "reads_map", False) and spec.reduces and not spec.is_map:
             raise ValueError(
                 f"statistic={statistic} reads feature maps (B, C, H, W), and a sample at this border has shape "
-                f"{site.shape} ({site.layout}): pass another, such as bll.SpatialMoments()"
+                f"{spec.shape} ({spec.layout}): pass another, such as bll.SpatialMoments()"
             )
         self.weights = [weight for weight, _ in loss.terms]
-        self.terms = nn.ModuleList(term.build(site) for _, term in loss.terms)
+        self.terms = nn.ModuleList(term.build(spec) for _, term in loss.terms)
         reads_feedback = any(getattr(module, "reads_feedback", False) for module in self.terms.modules())
-        self.feedback = feedback.build(site.targets, channels=site.statistics) if reads_feedback else None
+        self.feedback = feedback.build(spec.targets, channels=spec.statistics) if reads_feedback else None
         if reads_feedback:
             require_module(self.feedback, name="feedback: what it builds")
         learns = self.feedback is not None and any(True for _ in self.feedback.parameters())
@@ -42,14 +42,14 @@ class Border(nn.Module):
                 "add it to the local loss, or use bll.ClosedFormFeedback()"
             )
 
-    def forward(self, message: Message, y: Tensor) -> Tensor:
+    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
         """The local loss, a scalar, of a message and targets y."""
         parts = self.parts(message, y)
         return torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True)]).sum()
 
-    def parts(self, message: Message, y: Tensor) -> list[Tensor]:
+    def parts(self, message: BorderInput, y: Tensor) -> list[Tensor]:
         """The terms of the local loss, unweighted."""
-        self.site.targets.match(y, message.alpha, what="alpha at this border")
+        self.spec.targets.match(y, message.alpha, what="alpha at this border")
         if self.training and torch.is_grad_enabled() and isinstance(self.feedback, LinearFeedback):
             self.feedback.update(y, message.alpha.detach())
         parts = [term(message, y) for term in self.terms]
@@ -60,26 +60,26 @@ class Border(nn.Module):
     @torch.no_grad()
     def check(self, h: Tensor) -> None:
         """ValueError: on an example of h, the statistic, the feedback or a head does not give what it should."""
-        message, n = self.message(h), self.site.targets.size
-        rows = h.shape[:-1] if self.site.tokens else h.shape[:1]
+        message, n = self.message(h), self.spec.targets.size
+        rows = h.shape[:-1] if self.spec.tokens else h.shape[:1]
         with passes(h, name="h", through="statistic="):
-            _require_reals(message.statistics, (*rows, self.site.statistics), h.device, name="statistic")
+            _require_reals(message.statistics, (*rows, self.spec.statistics), h.device, name="statistic")
         with mode(self, training=False):
             if self.feedback is not None:
-                labels = self.site.targets.labels
+                labels = self.spec.targets.labels
                 y = torch.zeros(
                     rows if labels else (*rows, n), dtype=torch.int64 if labels else h.dtype, device=h.device
                 )
                 with passes(y, name="y", through="feedback="):
-                    _require_reals(self.feedback(y), (*rows, self.site.statistics), h.device, name="feedback")
+                    _require_reals(self.feedback(y), (*rows, self.spec.statistics), h.device, name="feedback")
             for term in self.terms:
                 if isinstance(term, PredictiveTerm):
                     with passes(h, name="h", through="head="):
                         _require_reals(term.head(message), (*rows, n), h.device, name="head")
 
-    def message(self, h: Tensor, belief: Tensor | None = None) -> Message:
+    def message(self, h: Tensor, belief: Tensor | None = None) -> BorderInput:
         """From the block's output, and the belief of the exits before it where that has come along."""
-        return Message(h, site=self.site, statistic=self.statistic, feedback=self.feedback, belief=belief)
+        return BorderInput(h, spec=self.spec, statistic=self.statistic, feedback=self.feedback, belief=belief)
 
     @property
     def head(self) -> nn.Module:
@@ -90,7 +90,7 @@ class Border(nn.Module):
         raise ValueError("this border predicts nothing: add bll.Predictive() to its local loss")
 
     @torch.no_grad()
-    def diagnose(self, message: Message, y: Tensor) -> dict[str, float]:
+    def diagnose(self, message: BorderInput, y: Tensor) -> dict[str, float]:
         """What one batch shows of the border.
 
         Every loss term by its name, with its index where the name recurs; `agreement`: the mean cosine between alpha
@@ -99,15 +99,15 @@ class Border(nn.Module):
         where the block's output collapses. Agreement and ratio are those of the samples that are finite.
         """
         parts, alpha = self.parts(message, y), message.alpha.flatten(0, -2)
-        targets = y.flatten() if self.site.targets.labels else y.flatten(0, -2)
+        targets = y.flatten() if self.spec.targets.labels else y.flatten(0, -2)
         finite = alpha.isfinite().all(1) & targets.view(len(alpha), -1).isfinite().all(1)
         alpha, targets = alpha[finite], targets[finite]
         beta = None if self.feedback is None else self.feedback(targets)
         floor = 1e-6 * alpha.square().sum(-1).mean()
         alpha = alpha - alpha.mean(0)
-        if not self.site.targets.labels:
+        if not self.spec.targets.labels:
             targets = targets - targets.to(alpha).mean(0)
-        fit = ClosedFormFeedback(ridge=1e-6, forgetting=0.0).build(self.site.targets, channels=alpha.shape[-1])
+        fit = ClosedFormFeedback(ridge=1e-6, forgetting=0.0).build(self.spec.targets, channels=alpha.shape[-1])
         fit.to(alpha).update(targets, alpha)
         explained = fit(targets)
         between, within = explained.square().sum(-1).mean(), (alpha - explained).square().sum(-1).mean()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blocklocal.border import Border
 from blocklocal.feedback import at_least_single
-from blocklocal.messages import Criterion, Message, add_belief
+from blocklocal.messages import BorderInput, Criterion, add_belief
 
 RIDGE = 1e-3
 """Pull of the weights towards 1/K: it decides where all exits are right about all samples."""
@@ -82,11 +82,11 @@ class Exit(nn.Module):
 
     def __init__(self, border: Border) -> None:
         super().__init__()
-        self.site, self.statistic, self.head = border.site, border.statistic, border.head
+        self.spec, self.statistic, self.head = border.spec, border.statistic, border.head
         self.feedback = border.feedback if getattr(self.head, "reads_feedback", False) else None
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.head(Message(h, site=self.site, statistic=self.statistic, feedback=self.feedback))
+        return self.head(BorderInput(h, spec=self.spec, statistic=self.statistic, feedback=self.feedback))
 
 
 class Predictor(nn.Module):

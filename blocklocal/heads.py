@@ -1,4 +1,4 @@
-"""Prediction at a border: modules that map a Message to logits (B, n), or (B, T, n) per token.
+"""Prediction at a border: modules that map a BorderInput to logits (B, n), or (B, T, n) per token.
 
 `linear`, `normalised` and `mlp` read the channel statistics; `conv` and `residual` the feature map itself, through two
 strided stages that end in its mean; `pooled` the map at half its resolution, `patches` its quarters one by one;
@@ -17,43 +17,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocklocal.families import Family, Gaussian
-from blocklocal.messages import Message, Site, spatial_mean
+from blocklocal.messages import BorderInput, BorderSpec, spatial_mean
 from blocklocal.operations import operations
 
-Head = Callable[[Site], nn.Module]
+Head = Callable[[BorderSpec], nn.Module]
 
 
 class LinearHead(nn.Module):
     """One linear layer on the statistics (as in Nokland and Eidnes, 2019)."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, spec: BorderSpec) -> None:
         super().__init__()
-        self.linear = nn.Linear(site.statistics, site.targets.size)
+        self.linear = nn.Linear(spec.statistics, spec.targets.size)
 
-    def forward(self, message: Message) -> Tensor:
+    def forward(self, message: BorderInput) -> Tensor:
         return self.linear(message.statistics)
 
 
 class NormalisedHead(nn.Module):
     """Layer normalisation of the statistics, then one linear layer: the read-out of a transformer."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, spec: BorderSpec) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(site.statistics), nn.Linear(site.statistics, site.targets.size))
+        self.layers = nn.Sequential(nn.LayerNorm(spec.statistics), nn.Linear(spec.statistics, spec.targets.size))
 
-    def forward(self, message: Message) -> Tensor:
+    def forward(self, message: BorderInput) -> Tensor:
         return self.layers(message.statistics)
 
 
 class MLPHead(nn.Module):
     """Two linear layers on the statistics, as wide inside as there are statistics, at least 64."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, spec: BorderSpec) -> None:
         super().__init__()
-        width = max(site.statistics, 64)
-        self.layers = nn.Sequential(nn.Linear(site.statistics, width), nn.ReLU(), nn.Linear(width, site.targets.size))
+        width = max(spec.statistics, 64)
+        self.layers = nn.Sequential(nn.Linear(spec.statistics, width), nn.ReLU(), nn.Linear(width, spec.targets.size))
 
-    def forward(self, message: Message) -> Tensor:
+    def forward(self, message: BorderInput) -> Tensor:
         return self.layers(message.statistics)
 
 
@@ -63,19 +63,19 @@ class MapHead(nn.Module):
     features: nn.Module
     linear: nn.Linear
 
-    def forward(self, message: Message) -> Tensor:
+    def forward(self, message: BorderInput) -> Tensor:
         return self.linear(self.features(message.map).mean((2, 3)))
 
 
 class ConvHead(MapHead):
     """Two strided 3x3 convolutions with batch normalisation, the mean over space, one linear layer."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, spec: BorderSpec) -> None:
         super().__init__()
-        _require_map(site, head="conv")
-        width = min(site.channels, 128)
-        self.features = nn.Sequential(_conv(site.channels, width, stride=2), _conv(width, width, stride=2))
-        self.linear = nn.Linear(width, site.targets.size)
+        _require_map(spec, head="conv")
+        width = min(spec.channels, 128)
+        self.features = nn.Sequential(_conv(spec.channels, width, stride=2), _conv(width, width, stride=2))
+        self.linear = nn.Linear(width, spec.targets.size)
 
 
 class ResidualHead(MapHead):
@@ -83,14 +83,14 @@ class ResidualHead(MapHead):
 
     name = "residual"
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, spec: BorderSpec) -> None:
         super().__init__()
-        _require_map(site, head=self.name)
-        inner, outer = min(2 * site.channels, 128), min(4 * site.channels, 256)
+        _require_map(spec, head=self.name)
+        inner, outer = min(2 * spec.channels, 128), min(4 * spec.channels, 256)
         self.features = nn.Sequential(
-            ResidualUnit(site.channels, inner, stride=2), ResidualUnit(inner, outer, stride=2)
+            ResidualUnit(spec.channels, inner, stride=2), ResidualUnit(inner, outer, stride=2)
         )
-        self.linear = nn.Linear(outer, site.targets.size)
+        self.linear = nn.Linear(outer, spec.targets.size)
 
 
 class PooledResidualHead(ResidualHead):
@@ -98,7 +98,7 @@ class PooledResidualHead(ResidualHead):
 
     name = "pooled"
 
-    def forward(self, message: Message) -> Tensor:
+    def forward(self, message: BorderInput) -> Tensor:
         return self.linear(self.features(halved(message.map)).mean((2, 3)))
 
 
@@ -107,7 +107,7 @@ class PatchHead(ResidualHead):
 
     name = "patches"
 
-    def forward(self, message: Message) -> Tensor:
+    def forward(self, message: BorderInput) -> Tensor:
         halves = [[slice(size - size // 2), slice(size // 2, None)] for size in message.map.shape[2:]]
         quarters = torch.cat([message.map[:, :, rows, columns] for rows, columns in product(*halves)])
         return self.linear(self.features(quarters).mean((2, 3))).unflatten(0, (4, -1)).mean(0)
@@ -117,12 +117,12 @@ class DepthwiseHead(MapHead):
     """Three strided depth-wise separable convolutions, each with twice the channels of the one before, mean and linear
     (as in SEDONA; Pyeon et al., 2021)."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, spec: BorderSpec) -> None:
         super().__init__()
-        _require_map(site, head="depthwise")
-        widths = [site.channels * 2**k for k in range(4)]
+        _require_map(spec, head="depthwise")
+        widths = [spec.channels * 2**k for k in range(4)]
         self.features = nn.Sequential(*(_separable(inputs, outputs) for inputs, outputs in pairwise(widths)))
-        self.linear = nn.Linear(widths[-1], site.targets.size)
+        self.linear = nn.Linear(widths[-1], spec.targets.size)
 
 
 class ResidualUnit(nn.Module):
@@ -191,40 +191,40 @@ class EvidenceHead(nn.Module):
 
     reads_feedback = True
 
-    def __init__(self, site: Site, *, family: Family = Gaussian()) -> None:  # noqa: B008 (frozen settings)
+    def __init__(self, spec: BorderSpec, *, family: Family = Gaussian()) -> None:  # noqa: B008 (frozen settings)
         super().__init__()
-        if not site.targets.labels:
+        if not spec.targets.labels:
             raise ValueError('head="evidence" compares classes: it needs labels (classes=), not dense targets')
-        self.family, self.classes = family, site.targets.size
+        self.family, self.classes = family, spec.targets.size
 
-    def forward(self, message: Message) -> Tensor:
+    def forward(self, message: BorderInput) -> Tensor:
         assert message.feedback is not None
         classes = torch.arange(self.classes, device=message.alpha.device)
         beta = message.feedback(classes).detach().to(message.alpha.dtype)
         return self.family.evidence_matrix(message.alpha, beta)
 
 
-def default_head(site: Site) -> Head:
-    return PooledResidualHead if site.is_map else NormalisedHead
+def default_head(spec: BorderSpec) -> Head:
+    return PooledResidualHead if spec.is_map else NormalisedHead
 
 
-def affordable_head(site: Site, *, budget: float) -> Head:
+def affordable_head(spec: BorderSpec, *, budget: float) -> Head:
     """The best head that takes at most `budget` times the operations of the block before it, or else the cheapest.
 
     Two heads are none of them: residual units on the whole map take four times the operations of "pooled", and
     depth-wise convolutions are slow on a CPU, few as their operations are.
     """
-    assert site.operations is not None
-    for head in (PooledResidualHead, ConvHead) if site.is_map else ():
-        if _operations(head, site) <= budget * site.operations:
+    assert spec.operations is not None
+    for head in (PooledResidualHead, ConvHead) if spec.is_map else ():
+        if _operations(head, spec) <= budget * spec.operations:
             return head
     return NormalisedHead
 
 
-def _operations(head: Head, site: Site) -> float:
+def _operations(head: Head, spec: BorderSpec) -> float:
     with torch.device("meta"):  # where nothing is computed, and no random number drawn
-        module, h = head(site).eval(), torch.empty(1, *site.shape)
-    return operations(lambda h: module(Message(h, site=site, statistic=spatial_mean, feedback=None)), h)
+        module, h = head(spec).eval(), torch.empty(1, *spec.shape)
+    return operations(lambda h: module(BorderInput(h, spec=spec, statistic=spatial_mean, feedback=None)), h)
 
 
 HEADS: dict[str, Head] = {
@@ -257,9 +257,9 @@ def _separable(inputs: int, outputs: int) -> nn.Sequential:
     )
 
 
-def _require_map(site: Site, *, head: str) -> None:
-    if not site.is_map:
+def _require_map(spec: BorderSpec, *, head: str) -> None:
+    if not spec.is_map:
         raise ValueError(
-            f'head="{head}" needs feature maps (B, C, H, W), and a sample at this border has shape {site.shape} '
-            f'({site.layout}): use "normalised", "mlp" or "linear"'
+            f'head="{head}" needs feature maps (B, C, H, W), and a sample at this border has shape {spec.shape} '
+            f'({spec.layout}): use "normalised", "mlp" or "linear"'
         )

@@ -44,10 +44,10 @@ from blocklocal.inputs import (
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.losses import BLL, LocalLoss, Predictive
-from blocklocal.messages import Criterion, Message, Statistic, add_belief, dense, spatial_mean
+from blocklocal.messages import BorderInput, Criterion, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
 from blocklocal.replicas import Group, processes
-from blocklocal.shape_probe import check_prediction, site_of, survey
+from blocklocal.shape_probe import border_spec, check_prediction, probe_shapes
 from blocklocal.split import split
 
 Features = Tensor | tuple[Tensor, Tensor]
@@ -122,9 +122,9 @@ class BlockLocal(Convertible):
             raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
 
         def build(h: Tensor, prediction: Tensor, layout: Layout | None, **place: Any) -> Border:
-            site = site_of(h, layout=layout, prediction=prediction, targets=self.targets, criterion=self.criterion)
-            site = replace(site, per_channel=getattr(statistic, "per_channel", 1), **place)
-            return Border(site, loss=loss, feedback=feedback, statistic=statistic).to(h)
+            spec = border_spec(h, layout=layout, prediction=prediction, targets=self.targets, criterion=self.criterion)
+            spec = replace(spec, per_channel=getattr(statistic, "per_channel", 1), **place)
+            return Border(spec, loss=loss, feedback=feedback, statistic=statistic).to(h)
 
         def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
             (chosen,) = given_layouts(layout, borders=1)
@@ -135,7 +135,7 @@ class BlockLocal(Convertible):
         self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
         self._outline = Outline(model, self.blocks)
         count = any(isinstance(term, Predictive) and term.budget is not None for _, term in loss.terms)
-        seen = survey(model, self.blocks, example, size=self.targets.size, count=count)
+        seen = probe_shapes(model, self.blocks, example, size=self.targets.size, count=count)
         self._writes_input = seen.writes_input
         layouts = given_layouts(layout, borders=len(self.blocks) - 1)
         self.borders = nn.ModuleList(
@@ -432,7 +432,7 @@ class BlockLocal(Convertible):
             require_tensor(part, name="h")
         return h
 
-    def _handed_on(self, k: int, message: Message, *, detached: bool = False) -> Features:
+    def _handed_on(self, k: int, message: BorderInput, *, detached: bool = False) -> Features:
         """What block k gives to the next one."""
         h = message.h.detach() if detached else message.h
         if not self.adds_beliefs:

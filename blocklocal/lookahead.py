@@ -18,7 +18,7 @@ from blocklocal.arguments import require, require_whole
 from blocklocal.graph import mode
 from blocklocal.heads import Head
 from blocklocal.losses import Predictive
-from blocklocal.messages import Message, Site
+from blocklocal.messages import BorderInput, BorderSpec
 from blocklocal.split import candidates, cut, places
 
 
@@ -48,15 +48,15 @@ class Lookahead:
             require_whole(self.refresh, name="refresh", least=1)
         require(self.trainable, bool, name="trainable", needed="pass True or False")
 
-    def __call__(self, site: Site) -> nn.Module:
+    def __call__(self, spec: BorderSpec) -> nn.Module:
         """ValueError: the output of the next unit is of another kind than its input, or one number for each channel."""
-        if site.following is None:  # while cuts are looked for
-            return self._inner(site)
-        weight = next(site.following.parameters(), None)
+        if spec.following is None:  # while cuts are looked for
+            return self._inner(spec)
+        weight = next(spec.following.parameters(), None)
         if weight is None:
             raise ValueError("Lookahead() copies a unit with weights, and the next block has none: use another head")
-        example, shapes = torch.zeros(2, *site.shape, device=weight.device, dtype=weight.dtype), []
-        for unit in _units(site.following):
+        example, shapes = torch.zeros(2, *spec.shape, device=weight.device, dtype=weight.dtype), []
+        for unit in _units(spec.following):
             output = _output(unit, example)
             shapes.append(tuple(output.shape))
             if output.dim() == example.dim() and (output[0, 0].numel() > 1 or example[0, 0].numel() == 1):
@@ -66,11 +66,11 @@ class Lookahead:
                 f"Lookahead() looks through a unit that keeps the layout, and the next one makes {shapes[0]} of "
                 f"{tuple(example.shape)}: leave more of the model in the next block, or use another head"
             )
-        behind = replace(site, shape=tuple(output.shape[1:]), following=None)
-        return LookaheadHead(unit, site.following, self._inner(behind), site=behind, settings=self)
+        behind = replace(spec, shape=tuple(output.shape[1:]), following=None)
+        return LookaheadHead(unit, spec.following, self._inner(behind), spec=behind, settings=self)
 
-    def _inner(self, site: Site) -> nn.Module:
-        return Predictive(self.head).build(site).head
+    def _inner(self, spec: BorderSpec) -> nn.Module:
+        return Predictive(self.head).build(spec).head
 
 
 class LookaheadHead(nn.Module):
@@ -78,24 +78,26 @@ class LookaheadHead(nn.Module):
 
     reads_next_block = True
 
-    def __init__(self, unit: nn.Module, block: nn.Module, head: nn.Module, *, site: Site, settings: Lookahead) -> None:
+    def __init__(
+        self, unit: nn.Module, block: nn.Module, head: nn.Module, *, spec: BorderSpec, settings: Lookahead
+    ) -> None:
         super().__init__()
-        self.head, self.site, self.refresh = head, site, settings.refresh
+        self.head, self.spec, self.refresh = head, spec, settings.refresh
         self._next = unit, block  # in a tuple, since they are not this border's
         frozen = settings.refresh is not None
         self.frozen = copy.deepcopy(unit).requires_grad_(False) if frozen else None
         self.trained = copy.deepcopy(unit) if settings.trainable or not frozen else None
         self.steps = 0
 
-    def forward(self, message: Message) -> Tensor:
+    def forward(self, message: BorderInput) -> Tensor:
         if self.frozen is not None and self.training and torch.is_grad_enabled():
             if self.steps % (self.refresh or 1) == 0:
                 self._refresh()
             self.steps += 1
         seen = [through(message.h) for through in (self.frozen, self.trained) if through is not None]
-        behind = Message(
+        behind = BorderInput(
             seen[0] if len(seen) == 1 else (seen[0] + seen[1]) / 2,
-            site=self.site,
+            spec=self.spec,
             statistic=message.statistic,
             feedback=None,
         )

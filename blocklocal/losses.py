@@ -1,6 +1,6 @@
 """The local loss of one border, as settings that add and scale: 0.1 * Variational() + Predictive(head="conv").
 
-A term's settings are frozen and know nothing of a model; `build(site)` makes the module of one border, which maps
+A term's settings are frozen and know nothing of a model; `build(spec)` makes the module of one border, which maps
 (message, y) to a scalar: the mean over samples (and tokens) of the loss in nats.
 """
 
@@ -16,7 +16,7 @@ from blocklocal.arguments import describe, loss_of, require, require_number
 from blocklocal.families import Family, Gaussian
 from blocklocal.feedback import at_least_single
 from blocklocal.heads import HEADS, Head, LinearHead, affordable_head, default_head
-from blocklocal.messages import Message, Site, spatial_std
+from blocklocal.messages import BorderInput, BorderSpec, spatial_std
 
 
 class LocalLoss:
@@ -62,7 +62,7 @@ class Term(LocalLoss):
     def terms(self) -> tuple[tuple[float, Term], ...]:
         return ((1.0, self),)
 
-    def build(self, site: Site) -> nn.Module:
+    def build(self, spec: BorderSpec) -> nn.Module:
         """The term's module at one border: forward(message, y) -> scalar."""
         raise NotImplementedError
 
@@ -96,8 +96,8 @@ class Variational(Term):
         if self.estimate_variance and not isinstance(self.family, Gaussian):
             raise ValueError(f"estimate_variance=True is for bll.Gaussian(), and the family is {self.family}")
 
-    def build(self, site: Site) -> nn.Module:
-        self.family.natural(torch.zeros(1, site.statistics))  # refuses channels that do not fit
+    def build(self, spec: BorderSpec) -> nn.Module:
+        self.family.natural(torch.zeros(1, spec.statistics))  # refuses channels that do not fit
         return VariationalTerm(self)
 
 
@@ -108,7 +108,7 @@ class VariationalTerm(nn.Module):
         super().__init__()
         self.settings = settings
 
-    def forward(self, message: Message, y: Tensor) -> Tensor:
+    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
         assert message.feedback is not None
         family, alpha = self.settings.family, message.alpha
         beta, log_scale = message.feedback(y).to(alpha.dtype), None
@@ -130,10 +130,11 @@ class Predictive(Term):
     """The criterion of the model on a prediction made at the border (paper, section 3).
 
     head: one of "linear", "normalised", "mlp", "conv", "residual", "pooled", "patches", "depthwise", "evidence", or a
-    function Site -> nn.Module that maps a Message to logits. By default "pooled" at feature maps and "normalised" at
-    vectors and tokens. budget: choose the head by what it costs, the first of "pooled", "conv" that takes at most so
-    many times the operations of its own block, 0.1 being a tenth, and where none does, "normalised"; it is chosen once
-    the cuts are known, which are looked for with the default. A torch that cannot count operations gets the default.
+    function BorderSpec -> nn.Module that maps a BorderInput to logits. By default "pooled" at feature maps and
+    "normalised" at vectors and tokens. budget: choose the head by what it costs, the first of "pooled", "conv" that
+    takes at most this share of its own block's operations (0.1: a tenth), and where none does, "normalised"; it is
+    chosen once the cuts are known, which are found with the default. A torch that cannot count operations gets the
+    default.
     """
 
     head: str | Head | None = None
@@ -151,27 +152,29 @@ class Predictive(Term):
         if self.head not in HEADS:
             raise ValueError(f"head={self.head!r} is unknown: {allowed}")
 
-    def build(self, site: Site) -> PredictiveTerm:
-        if self.budget is not None and site.operations is not None:
-            head = affordable_head(site, budget=self.budget)
+    def build(self, spec: BorderSpec) -> PredictiveTerm:
+        if self.budget is not None and spec.operations is not None:
+            head = affordable_head(spec, budget=self.budget)
         elif self.head is None:
-            head = default_head(site)
+            head = default_head(spec)
         else:
             head = self.head if callable(self.head) else HEADS[self.head]
         try:
-            module = head(site)
+            module = head(spec)
         except TypeError as error:
-            raise TypeError(f"head cannot be made of a site ({error}): pass a function Site -> nn.Module") from error
-        require(module, nn.Module, name="head: what it makes", needed="a function Site -> nn.Module is needed")
-        return PredictiveTerm(module, site=site)
+            raise TypeError(
+                f"head cannot be made of a spec ({error}): pass a function BorderSpec -> nn.Module"
+            ) from error
+        require(module, nn.Module, name="head: what it makes", needed="a function BorderSpec -> nn.Module is needed")
+        return PredictiveTerm(module, spec=spec)
 
 
 class PredictiveTerm(nn.Module):
-    def __init__(self, head: nn.Module, *, site: Site) -> None:
+    def __init__(self, head: nn.Module, *, spec: BorderSpec) -> None:
         super().__init__()
-        self.head, self.criterion = head, site.criterion
+        self.head, self.criterion = head, spec.criterion
 
-    def forward(self, message: Message, y: Tensor) -> Tensor:
+    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
         return loss_of(self.criterion, message.predict(self.head), y)
 
 
@@ -201,19 +204,19 @@ class Posterior(Predictive):
         if self.power < 1 and self.softness == 0:
             raise ValueError(f"power={self.power} has no effect with softness=0, where labels decide alone: raise it")
 
-    def build(self, site: Site) -> PosteriorTerm:
-        if not site.targets.labels:
+    def build(self, spec: BorderSpec) -> PosteriorTerm:
+        if not spec.targets.labels:
             raise ValueError("Posterior() compares distributions over classes: it needs labels (classes=)")
-        return PosteriorTerm(super().build(site).head, site=site, settings=self)
+        return PosteriorTerm(super().build(spec).head, spec=spec, settings=self)
 
 
 class PosteriorTerm(PredictiveTerm):
-    def __init__(self, head: nn.Module, *, site: Site, settings: Posterior) -> None:
-        super().__init__(head, site=site)
-        self.classes, self.power = site.targets.size, settings.power
-        self.softness = settings.softness * (1 - site.depth)
+    def __init__(self, head: nn.Module, *, spec: BorderSpec, settings: Posterior) -> None:
+        super().__init__(head, spec=spec)
+        self.classes, self.power = spec.targets.size, settings.power
+        self.softness = settings.softness * (1 - spec.depth)
 
-    def forward(self, message: Message, y: Tensor) -> Tensor:
+    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
         prediction = message.predict(self.head)
         prediction = prediction.to(at_least_single(prediction.dtype))
         target = self._target(message.belief, y, dtype=prediction.dtype)
@@ -237,26 +240,26 @@ class Similarity(Term):
     Pred-Sim is 0.99 * Similarity() + 0.01 * Predictive(head="linear").
     """
 
-    def build(self, site: Site) -> nn.Module:
-        return SimilarityTerm(site)
+    def build(self, spec: BorderSpec) -> nn.Module:
+        return SimilarityTerm(spec)
 
 
 class SimilarityTerm(nn.Module):
-    def __init__(self, site: Site) -> None:
+    def __init__(self, spec: BorderSpec) -> None:
         super().__init__()
-        if site.tokens:
+        if spec.tokens:
             raise ValueError("Similarity() compares samples: it does not apply to targets per token")
-        if site.targets.size < 2 or site.channels < 2:
+        if spec.targets.size < 2 or spec.channels < 2:
             raise ValueError(
-                f"Similarity() compares patterns, and there are {site.targets.size} targets and {site.channels} "
+                f"Similarity() compares patterns, and there are {spec.targets.size} targets and {spec.channels} "
                 "channels: at least two of each are needed"
             )
-        self.targets = site.targets
-        c = site.channels
-        self.transform = nn.Conv2d(c, c, 3, padding=1, bias=False) if site.is_map else nn.Linear(c, c, bias=False)
+        self.targets = spec.targets
+        c = spec.channels
+        self.transform = nn.Conv2d(c, c, 3, padding=1, bias=False) if spec.is_map else nn.Linear(c, c, bias=False)
 
-    def forward(self, message: Message, y: Tensor) -> Tensor:
-        if message.site.is_map:
+    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
+        if message.spec.is_map:
             features = spatial_std(self.transform(message.map).flatten(2).to(message.alpha.dtype))
         else:
             features = self.transform(message.statistics).to(message.alpha.dtype)

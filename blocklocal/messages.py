@@ -107,7 +107,7 @@ def add_belief(belief: Tensor | None, evidence: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Site:
+class BorderSpec:
     """Where a border stands: the shape and layout of one sample of h, and what to predict there.
 
     shape: (D,) of a vector, (T, D) or (H, W, D) of tokens, (C, L) of a signal, (C, H, W) of a map. tokens: there is one
@@ -157,7 +157,7 @@ class Site:
         return len(self.shape) == 3 and not self.tokens
 
 
-class Message:
+class BorderInput:
     """The forward message of one batch at one border.
 
     h: the block's output. statistics: its channel statistics, (B, C) or per token (B, T, C), which heads read. alpha:
@@ -170,12 +170,12 @@ class Message:
         self,
         h: Tensor,
         *,
-        site: Site,
+        spec: BorderSpec,
         statistic: Statistic,
         feedback: nn.Module | None,
         belief: Tensor | None = None,
     ) -> None:
-        self.h, self.site, self.statistic, self.feedback, self.belief = h, site, statistic, feedback, belief
+        self.h, self.spec, self.statistic, self.feedback, self.belief = h, spec, statistic, feedback, belief
         self._predictions: dict[nn.Module, Tensor] = {}
         self._statistics: Tensor | None = None
         self._alpha: Tensor | None = None
@@ -193,19 +193,19 @@ class Message:
         return self._statistics
 
     def _reduced(self) -> Tensor:
-        if not self.site.reduces:
-            return self.h.movedim(1, -1) if self.site.channels_first else self.h
+        if not self.spec.reduces:
+            return self.h.movedim(1, -1) if self.spec.channels_first else self.h
         if getattr(self.statistic, "reads_map", False):
             return self.statistic(self.map)
-        if self.site.channels_first:
+        if self.spec.channels_first:
             return self.statistic(self.h.flatten(2))
         return self.statistic(self.h.flatten(1, -2).transpose(1, 2))
 
     @property
     def map(self) -> Tensor:
-        """The features as a map (B, C, H, W), where the site `is_map`."""
-        assert self.site.is_map
-        return self.h if self.site.channels_first else self.h.permute(0, 3, 1, 2)
+        """The features as a map (B, C, H, W), where the spec `is_map`."""
+        assert self.spec.is_map
+        return self.h if self.spec.channels_first else self.h.permute(0, 3, 1, 2)
 
     @property
     def alpha(self) -> Tensor:

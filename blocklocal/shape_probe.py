@@ -13,7 +13,7 @@ from blocklocal.feedback import Targets
 from blocklocal.graph import mode
 from blocklocal.internals import UnsupportedTorch, version_of
 from blocklocal.layout import Layout, Reading, find_layouts
-from blocklocal.messages import Criterion, Site
+from blocklocal.messages import BorderSpec, Criterion
 from blocklocal.operations import operations
 
 DIMENSIONS = {"vector": range(2, 3), "tokens": range(3, 9), "signal": range(3, 4), "map": range(4, 9)}
@@ -21,7 +21,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 
 @dataclass(frozen=True)
-class Survey:
+class ShapeProbe:
     """The blocks' outputs, the layouts found at the borders, which blocks write into their input, and where they were
     counted, the operations of each block for one sample."""
 
@@ -32,16 +32,16 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(
+def probe_shapes(
     model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, size: int, count: bool = False
-) -> Survey:
+) -> ShapeProbe:
     """What the blocks cut from `model` do on `example` in evaluation mode.
 
     Nothing for a chain of one block, which has no border. ValueError: no example, a block that gives no features, a
     prediction of another size, or another prediction than the model's.
     """
     if len(blocks) == 1:
-        return Survey([], [], [False], [None])
+        return ShapeProbe([], [], [False], [None])
     if example is None:
         raise ValueError("pass example=, a batch of inputs: the borders take their shapes from it")
     check_example(model, example)
@@ -80,7 +80,7 @@ def survey(
         inputs = [example, *outputs]
         with mode(blocks, training=False), torch.random.fork_rng(devices=devices), suppress(UnsupportedTorch):
             counts = [operations(block, h.clone()) for block, h in zip(blocks, inputs, strict=False)]
-    return Survey(outputs, find_layouts(outputs, readings), writes_input, counts)
+    return ShapeProbe(outputs, find_layouts(outputs, readings), writes_input, counts)
 
 
 def check_example(model: nn.Module, example: Tensor) -> None:
@@ -104,8 +104,10 @@ def check_prediction(prediction: object, *, size: int) -> None:
         )
 
 
-def site_of(h: Tensor, *, layout: Layout | None, prediction: Tensor, targets: Targets, criterion: Criterion) -> Site:
-    """The site of a border at h, in a model that gives this prediction: per token where it has three dimensions."""
+def border_spec(
+    h: Tensor, *, layout: Layout | None, prediction: Tensor, targets: Targets, criterion: Criterion
+) -> BorderSpec:
+    """The spec of a border at h, in a model that gives this prediction: per token where it has three dimensions."""
     if h.dim() == 2:
         layout = "vector"
     if layout is None:
@@ -115,14 +117,16 @@ def site_of(h: Tensor, *, layout: Layout | None, prediction: Tensor, targets: Ta
         )
     if h.dim() not in DIMENSIONS[layout]:
         raise ValueError(f"a block gives {_describe(h)}, which is no {layout}: pass another layout=")
-    site = Site(tuple(h.shape[1:]), layout=layout, targets=targets, tokens=prediction.dim() > 2, criterion=criterion)
-    rows = h.movedim(1, -1) if site.channels_first else h
-    if site.tokens and rows.shape[:-1] != prediction.shape[:-1]:
+    spec = BorderSpec(
+        tuple(h.shape[1:]), layout=layout, targets=targets, tokens=prediction.dim() > 2, criterion=criterion
+    )
+    rows = h.movedim(1, -1) if spec.channels_first else h
+    if spec.tokens and rows.shape[:-1] != prediction.shape[:-1]:
         raise ValueError(
             f"a block gives {_describe(h)}, and the model predicts per token, {_describe(prediction)}: "
             "cut where the features are one vector per token"
         )
-    return site
+    return spec
 
 
 def _require_own_gradient(output: Tensor, *, blocks: nn.ModuleList, k: int) -> None:

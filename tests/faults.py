@@ -274,9 +274,9 @@ def slow_down(folder: Path, whole: Path, *, epochs: int, processes: int) -> str:
     return "the others wait for it, no restart; weights of the undisturbed run"
 
 
-def stop(folder: Path, whole: Path, *, epochs: int, patience: float, processes: int) -> str:
+def stop(folder: Path, whole: Path, *, epochs: int, timeout: float, processes: int) -> str:
     """A rank stops for good: it computes nothing, reads nothing, and does not end."""
-    run = Launched(folder / "stopped", f"--epochs={epochs}", f"--patience={patience}", processes=processes)
+    run = Launched(folder / "stopped", f"--epochs={epochs}", f"--timeout={timeout}", processes=processes)
     run.wait_until_training()
     run.until(run.cuts)
     begin = time.monotonic()
@@ -288,7 +288,7 @@ def stop(folder: Path, whole: Path, *, epochs: int, patience: float, processes: 
     assert "restart 1" in said
     assert same(run.out, whole)
     return (
-        f"noticed after `--patience` {patience:g} s; training again {seconds:.1f} s after the stop; "
+        f"noticed after `--timeout` {timeout:g} s; training again {seconds:.1f} s after the stop; "
         "weights of the undisturbed run"
     )
 
@@ -332,10 +332,10 @@ def change_processes(folder: Path, whole: Path, *, epochs: int, numbers: tuple[i
 def cut_cable(folder: Path, whole: Path, *, epochs: int, seconds: float) -> str:
     """Two machines, here network namespaces, whose link is down for a while."""
     with two_machines() as (here, there):
-        meeting = ("--nnodes=2", "--rdzv-endpoint=10.78.0.1:29400", f"--epochs={epochs}")
+        rendezvous = ("--nnodes=2", "--rdzv-endpoint=10.78.0.1:29400", f"--epochs={epochs}")
         out = folder / "cable"
-        first = Launched(out, *meeting, "--interface=bllA", processes=1, before=here)
-        second = Launched(out, *meeting, "--interface=bllB", processes=1, before=there)
+        first = Launched(out, *rendezvous, "--interface=bllA", processes=1, before=here)
+        second = Launched(out, *rendezvous, "--interface=bllB", processes=1, before=there)
         first.processes = 2  # ranks 0 and 1 write their logs into the same folder
         first.wait_until_training()
         first.until(first.cuts)
@@ -356,10 +356,10 @@ def cut_cable(folder: Path, whole: Path, *, epochs: int, seconds: float) -> str:
 def lose_a_machine(folder: Path, whole: Path, *, epochs: int) -> str:
     """Two machines, one of which is lost for good: kill -9 of all that runs there."""
     with two_machines() as (here, there):
-        meeting = ("--nnodes=1:2", "--rdzv-endpoint=10.78.0.1:29400", f"--epochs={epochs}")
+        rendezvous = ("--nnodes=1:2", "--rdzv-endpoint=10.78.0.1:29400", f"--epochs={epochs}")
         out = folder / "lost"
-        first = Launched(out, *meeting, "--interface=bllA", processes=1, before=here)
-        second = Launched(out, *meeting, "--interface=bllB", processes=1, before=there)
+        first = Launched(out, *rendezvous, "--interface=bllA", processes=1, before=here)
+        second = Launched(out, *rendezvous, "--interface=bllB", processes=1, before=there)
         first.processes = 2
         first.wait_until_training()
         first.until(lambda: len(first.cuts()) > 1)
@@ -391,7 +391,7 @@ def main() -> None:
             lambda: fill_disk(folder, whole, epochs=epochs, processes=4),
             lambda: keep_disk_full(folder, whole, epochs=epochs, processes=4),
             lambda: slow_down(folder, whole, epochs=epochs, processes=4),
-            lambda: stop(folder, whole, epochs=epochs, patience=5, processes=4),
+            lambda: stop(folder, whole, epochs=epochs, timeout=5, processes=4),
             lambda: interrupt(folder, whole, epochs=epochs, processes=4),
             lambda: change_processes(folder, whole, epochs=epochs, numbers=(4, 2, 3, 1)),
             lambda: cut_cable(folder, whole, epochs=epochs, seconds=5),

@@ -16,7 +16,7 @@ import faults
 import pytest
 
 from blocklocal.lab.distributed import elastic_agent, process_group, workers
-from blocklocal.lab.distributed.elastic_agent import Agent, describe_failure
+from blocklocal.lab.distributed.elastic_agent import ElasticAgent, describe_failure
 from blocklocal.lab.distributed.rank_log import REPORT
 from blocklocal.lab.distributed.rendezvous import Alone, Endpoint, within
 from blocklocal.lab.distributed.workers import Children
@@ -38,10 +38,10 @@ class Launch:
         start += "open(f'{folder}/pid{rank}', 'w').write(str(os.getpid()))\n"
         self.folder, self.processes = folder, processes
         (folder / "reports").mkdir()
-        self.agent = Agent(
+        self.agent = ElasticAgent(
             [sys.executable, "-S", "-c", start + program, "-"],
             processes=processes,
-            meeting=Alone(processes=processes, folder=folder),
+            rendezvous=Alone(processes=processes, folder=folder),
             restarts=restarts,
             run=Run(folder / "run"),
             folder=folder / "reports",
@@ -173,12 +173,12 @@ def test_machines_meet_count_their_processes_and_leave_together():
     endpoint = f"127.0.0.1:{free_port()}"
 
     def machine(own: int) -> tuple[int, int, str, bool, bool]:
-        meeting = Endpoint(endpoint, processes=own, machines=(2, 2), address="127.0.0.1", hosts=own == 3)
-        place = meeting.join()
-        changed = meeting.changed()
-        alone = own == 2 and meeting.done()
+        rendezvous = Endpoint(endpoint, processes=own, machines=(2, 2), address="127.0.0.1", hosts=own == 3)
+        place = rendezvous.join()
+        changed = rendezvous.changed()
+        alone = own == 2 and rendezvous.done()
         end = time.monotonic() + 30
-        while not meeting.done() and time.monotonic() < end:
+        while not rendezvous.done() and time.monotonic() < end:
             time.sleep(0.01)
         return place.first, place.size, place.environment["MASTER_PORT"], changed, alone
 
@@ -214,7 +214,7 @@ import sys
 from datetime import timedelta
 from blocklocal.lab.distributed import process_group
 process_group.START = timedelta(seconds=float(sys.argv[1]))
-with process_group.joined(device="cpu", patience=0.5) as joined:
+with process_group.joined(device="cpu", timeout=0.5) as joined:
     joined.meet()
 """
 

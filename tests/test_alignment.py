@@ -32,7 +32,7 @@ def test_gradients_change_and_nothing_else(rule):
     alignment = RULES[rule](model, x, 0)
     assert list(model.state_dict()) == keys
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    with alignment.given(y):
+    with alignment.with_targets(y):
         aligned = model(x)
     assert torch.equal(aligned.view(torch.int32), prediction.view(torch.int32)), "to the bit"
     found = gradients(model, x, y, alignment)
@@ -50,7 +50,7 @@ def test_gradients_change_and_nothing_else(rule):
 def test_usual_loop_and_scale(rule):
     model, (x, y) = Residual(), batch()
     alignment = RULES[rule](model, x, 0)
-    with alignment.given(y):
+    with alignment.with_targets(y):
         loss = F.cross_entropy(model(x), y)
     loss.backward()
     usual = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -183,7 +183,7 @@ def test_compiled_equals_eager(rule):
     for _ in range(2):
         expected = gradients(model, x, y, alignment)
         copied.zero_grad()
-        with other.given(y):
+        with other.with_targets(y):
             F.cross_entropy(compiled(x), y).backward()
         for name, p in copied.named_parameters():
             assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import blocklocal as bll
 from blocklocal.balance import FREE, IMPOSSIBLE, Cost, Profile, measure, partition
 from blocklocal.memory import MemoryTracker
-from blocklocal.messages import Message, Site
+from blocklocal.messages import BorderInput, BorderSpec
 from blocklocal.split import candidates, cut
 
 SCALARS = 8  # a sum and its gradient
@@ -157,12 +157,12 @@ def test_a_dear_head_moves_the_cut() -> None:
     assert chosen[0] != chosen[1]
 
 
-def dear(site: Site) -> nn.Module:
+def dear(spec: BorderSpec) -> nn.Module:
     """A head that takes 64 times the memory of its input."""
 
     class Dear(nn.Module):
-        def forward(self, message: Message) -> Tensor:
-            return message.statistics.repeat(1, 64).tanh()[:, : site.targets.size]
+        def forward(self, message: BorderInput) -> Tensor:
+            return message.statistics.repeat(1, 64).tanh()[:, : spec.targets.size]
 
     return Dear()
 

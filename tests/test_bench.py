@@ -1,4 +1,4 @@
-"""`bll bench`: contenders do the work they are named for, and what is reported is what can be measured by hand."""
+"""`bll bench`: baselines do the work they are named for, and what is reported is what can be measured by hand."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from blocklocal import BlockLocal
 from blocklocal.lab.bench import profile, scaling
-from blocklocal.lab.bench.baselines import IN_BLOCKS, WHOLE, Contender, contender
+from blocklocal.lab.bench.baselines import IN_BLOCKS, WHOLE, Baseline, baseline
 from blocklocal.lab.bench.measure import measure_all, ratio
 from blocklocal.lab.bench.options import Options
 from blocklocal.lab.bench.step_memory import allocated, measure
@@ -29,9 +29,9 @@ CPU = torch.device("cpu")
 FAST = {"size": 8, "batch_size": 4, "steps": 1, "warmup": 0, "device": "cpu"}
 
 
-def after_a_step(rule: str, model: nn.Module, **options: Any) -> Contender:
+def after_a_step(rule: str, model: nn.Module, **options: Any) -> Baseline:
     work = Options(**{**FAST, **options}).workload(model, batch_size=4, device=CPU)
-    made = contender(rule, work, blocks=2)
+    made = baseline(rule, work, blocks=2)
     made.step()
     return made
 
@@ -75,7 +75,7 @@ def test_heads_are_those_of_the_option() -> None:
 def test_memory_and_state_are_those_of_a_plain_loop() -> None:
     model = build("resnet20", channels=3, size=(8, 8), classes=10)
     work = Options(**FAST).workload(model, batch_size=4, device=CPU)
-    found = measure_all({"bp": contender("bp", work, blocks=1)}, device=CPU, rounds=2, warmup=1)["bp"]
+    found = measure_all({"bp": baseline("bp", work, blocks=1)}, device=CPU, rounds=2, warmup=1)["bp"]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
     peak = 0
     for _ in range(2):
@@ -84,7 +84,7 @@ def test_memory_and_state_are_those_of_a_plain_loop() -> None:
             optimizer.step()
             optimizer.zero_grad()
         peak = tracker.timeline.peak
-    assert peak <= found.footprint.alive <= peak + 4  # its loss is divided by the number of parts, which is 1
+    assert peak <= found.step_memory.alive <= peak + 4  # its loss is divided by the number of parts, which is 1
     assert peak <= found.allocated < 2 * peak  # with the workspace of its convolutions
     parameters = sum(parameter.nbytes for parameter in model.parameters())
     assert found.state_bytes == 2 * parameters + sum(buffer.nbytes for buffer in model.buffers())
@@ -179,7 +179,7 @@ def test_dearest_operations() -> None:
             torch.mm(large, large)
             torch.exp(small)
 
-    first, *rest = profile.dearest(step, device=CPU)
+    first, *rest = profile.most_expensive(step, device=CPU)
     assert (first["name"], first["calls"]) == ("aten::mm", 3)
     assert first["share"] > 0.5
     assert "aten::exp" in {found["name"] for found in rest}
@@ -210,7 +210,7 @@ def test_compilation_is_reported_apart() -> None:
     """A step that takes half a second once after it was compiled: none of it is in the steps that count."""
     delays: list[float] = []
     module = nn.Linear(1, 1)
-    slow = Contender(
+    slow = Baseline(
         "slow",
         module,
         [],

@@ -13,17 +13,17 @@ from blocklocal.border import Border
 from blocklocal.feedback import LinearFeedback
 from blocklocal.learner import cross_entropy
 from blocklocal.losses import LocalLoss
-from blocklocal.messages import Site
+from blocklocal.messages import BorderSpec
 
 CLASSES, CHANNELS, BATCH = 3, 6, 30
 
 
-def site(*shape: int, labels: bool = True, tokens: bool = False) -> Site:
+def spec(*shape: int, labels: bool = True, tokens: bool = False) -> BorderSpec:
     criterion = cross_entropy if labels else F.mse_loss
-    return zoo.site(*shape, classes=CLASSES, labels=labels, tokens=tokens, criterion=criterion)
+    return zoo.spec(*shape, classes=CLASSES, labels=labels, tokens=tokens, criterion=criterion)
 
 
-def border(at: Site, loss: LocalLoss = bll.BLL, **options) -> Border:
+def border(at: BorderSpec, loss: LocalLoss = bll.BLL, **options) -> Border:
     settings = {"feedback": bll.ClosedFormFeedback(), "statistic": bll.spatial_mean} | options
     return Border(at, loss=loss, **settings)
 
@@ -35,16 +35,16 @@ def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def test_loss_is_the_weighted_sum_of_its_parts() -> None:
     h, y = batch()
-    both = border(site(CHANNELS), 0.3 * bll.Variational() + 2 * bll.Predictive("linear")).eval()
+    both = border(spec(CHANNELS), 0.3 * bll.Variational() + 2 * bll.Predictive("linear")).eval()
     variational, predictive = both.parts(both.message(h), y)
     assert_close(both(both.message(h), y), 0.3 * variational + 2 * predictive)
     assert_close(predictive, F.cross_entropy(both.message(h).predict(both.head), y))
-    alone = border(site(CHANNELS), bll.Variational()).eval()
+    alone = border(spec(CHANNELS), bll.Variational()).eval()
     assert_close(variational, alone(alone.message(h), y))  # neither has seen a batch: beta is 0
 
 
 def test_feedback_is_fitted_before_its_message_in_training_only() -> None:
-    (h, y), one = batch(), border(site(CHANNELS))
+    (h, y), one = batch(), border(spec(CHANNELS))
     assert isinstance(one.feedback, LinearFeedback)
     one.eval()
     one(one.message(h), y)
@@ -58,20 +58,20 @@ def test_feedback_is_fitted_before_its_message_in_training_only() -> None:
 
 
 def test_feedback_is_made_where_a_term_reads_it() -> None:
-    assert border(site(CHANNELS), bll.Predictive()).feedback is None
-    assert border(site(CHANNELS), bll.Similarity() + bll.Predictive("linear")).feedback is None
-    assert border(site(CHANNELS), bll.Predictive("evidence")).feedback is not None
-    assert border(site(CHANNELS), bll.Variational()).feedback is not None
+    assert border(spec(CHANNELS), bll.Predictive()).feedback is None
+    assert border(spec(CHANNELS), bll.Similarity() + bll.Predictive("linear")).feedback is None
+    assert border(spec(CHANNELS), bll.Predictive("evidence")).feedback is not None
+    assert border(spec(CHANNELS), bll.Variational()).feedback is not None
 
 
 def test_feedback_that_no_loss_trains_is_refused() -> None:
     with pytest.raises(ValueError, match=r"GradientFeedback\(.*\) would never learn: only bll.Variational\(\) trains"):
-        border(site(CHANNELS), bll.Predictive("evidence"), feedback=bll.GradientFeedback())
-    border(site(CHANNELS), bll.Predictive("evidence") + bll.Variational(), feedback=bll.GradientFeedback())
+        border(spec(CHANNELS), bll.Predictive("evidence"), feedback=bll.GradientFeedback())
+    border(spec(CHANNELS), bll.Predictive("evidence") + bll.Variational(), feedback=bll.GradientFeedback())
 
 
 def test_evidence_learns_from_the_class_means() -> None:
-    (h, y), one = batch(), border(site(CHANNELS), bll.Predictive("evidence"))
+    (h, y), one = batch(), border(spec(CHANNELS), bll.Predictive("evidence"))
     one(one.message(h), y)
     means = torch.stack([h[y == c].mean(0) for c in range(CLASSES)])
     assert torch.equal(one.message(h).predict(one.head).argmax(1), torch.cdist(h, means).argmin(1))
@@ -79,7 +79,7 @@ def test_evidence_learns_from_the_class_means() -> None:
 
 def test_prediction_needs_a_head() -> None:
     with pytest.raises(ValueError, match=r"predicts nothing: add bll.Predictive\(\)"):
-        _ = border(site(CHANNELS), bll.Variational()).head
+        _ = border(spec(CHANNELS), bll.Variational()).head
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_prediction_needs_a_head() -> None:
     ],
 )
 def test_targets_of_the_wrong_shape_are_refused(h: tuple, y: tuple, tokens: bool, message: str) -> None:
-    one = border(site(*h[1:], tokens=tokens), bll.BLL)
+    one = border(spec(*h[1:], tokens=tokens), bll.BLL)
     with pytest.raises(ValueError, match=message):
         one(one.message(torch.randn(h)), torch.zeros(y, dtype=torch.long))
 
@@ -105,7 +105,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 def test_report_of_labels() -> None:
     h, y = batch()
     h = h + 2.0 * F.one_hot(y, CHANNELS)
-    one = border(site(CHANNELS), bll.Variational() + bll.Predictive("linear"))
+    one = border(spec(CHANNELS), bll.Variational() + bll.Predictive("linear"))
     one(one.message(h), y)
     one.eval()
     report = one.diagnose(one.message(h), y)
@@ -125,7 +125,7 @@ def test_report_of_dense_targets() -> None:
     h, _ = batch()
     y = torch.randn(BATCH, CLASSES) + 1
     h = h + y @ torch.randn(CLASSES, CHANNELS) + 5  # a mean that no multiple of the targets explains
-    one = border(site(CHANNELS, labels=False), bll.Predictive("linear")).eval()
+    one = border(spec(CHANNELS, labels=False), bll.Predictive("linear")).eval()
     report = one.diagnose(one.message(h), y)
     rows, targets = h.numpy(), np.hstack([y.numpy(), np.ones((BATCH, 1))])
     fit = targets @ np.linalg.lstsq(targets, rows, rcond=None)[0]
@@ -135,21 +135,21 @@ def test_report_of_dense_targets() -> None:
 
 
 def test_report_of_tokens_and_maps() -> None:
-    tokens = border(site(7, CHANNELS, tokens=True)).eval()
-    flat = border(site(CHANNELS)).eval()
+    tokens = border(spec(7, CHANNELS, tokens=True)).eval()
+    flat = border(spec(CHANNELS)).eval()
     flat.load_state_dict(tokens.state_dict())
     h, y = torch.randn(4, 7, CHANNELS), torch.randint(CLASSES, (4, 7))
     assert tokens.diagnose(tokens.message(h), y) == pytest.approx(
         flat.diagnose(flat.message(h.flatten(0, 1)), y.flatten()), rel=1e-4
     )
-    maps, vectors = (border(site(*shape), bll.Variational()).eval() for shape in [(CHANNELS, 3, 3), (CHANNELS,)])
+    maps, vectors = (border(spec(*shape), bll.Variational()).eval() for shape in [(CHANNELS, 3, 3), (CHANNELS,)])
     h, y = torch.randn(8, CHANNELS, 3, 3), torch.randint(CLASSES, (8,))
     assert maps.diagnose(maps.message(h), y) == pytest.approx(vectors.diagnose(vectors.message(h.mean((2, 3))), y))
 
 
 def test_equal_terms_are_all_reported() -> None:
     h, y = batch()
-    one = border(site(CHANNELS), bll.Predictive("linear") + bll.Predictive("mlp") + bll.Variational()).eval()
+    one = border(spec(CHANNELS), bll.Predictive("linear") + bll.Predictive("mlp") + bll.Variational()).eval()
     names = "predictive0", "predictive1", "variational"
     report, parts = one.diagnose(one.message(h), y), one.parts(one.message(h), y)
     assert [report[name] for name in names] == [part.item() for part in parts]
@@ -158,5 +158,5 @@ def test_equal_terms_are_all_reported() -> None:
 @pytest.mark.parametrize("collapsed", [torch.zeros(BATCH, CHANNELS), torch.full((BATCH, CHANNELS), 3.7)])
 def test_collapse_shows_as_no_variance_between_classes(collapsed: Tensor) -> None:
     _, y = batch()
-    one = border(site(CHANNELS)).eval()
+    one = border(spec(CHANNELS)).eval()
     assert one.diagnose(one.message(collapsed), y)["variance_ratio"] < 1e-3

@@ -113,7 +113,7 @@ def test_small_scales_are_cut_into_four_blocks(scale):
 
 
 def test_table_begins_with_all_cells_of_the_first_seed():
-    runs = Options(scale="tiny", seeds=2, epochs=7, data="images").series
+    runs = Options(scale="tiny", seeds=2, epochs=7, data="images").sweep
     assert [run.seed for run in runs] == [0] * 15 + [1] * 15
     assert len({run.out for run in runs}) == 30
     assert {run.data for run in runs} == {f"images/{name}" for name in DATASETS}

@@ -27,22 +27,22 @@ from blocklocal.heads import (
     halved,
 )
 from blocklocal.memory import MemoryTracker
-from blocklocal.messages import Message, Site
+from blocklocal.messages import BorderInput, BorderSpec
 from blocklocal.operations import operations
 
 CLASSES, CHANNELS, BATCH = 4, 6, 5
-site = partial(zoo.site, classes=CLASSES)
+spec = partial(zoo.spec, classes=CLASSES)
 
 
-def message(h: Tensor, at: Site, feedback: Feedback | None = None) -> Message:
+def message(h: Tensor, at: BorderSpec, feedback: Feedback | None = None) -> BorderInput:
     built = feedback.build(at.targets, channels=at.channels) if feedback else None
-    return Message(h, site=at, statistic=bll.spatial_mean, feedback=built)
+    return BorderInput(h, spec=at, statistic=bll.spatial_mean, feedback=built)
 
 
 @pytest.mark.parametrize("head", [name for name in HEADS if name != "evidence"])
 @pytest.mark.parametrize("shape", [(CHANNELS, 8, 8), (CHANNELS, 1, 1), (CHANNELS,), (7, CHANNELS)], ids=str)
 def test_heads_give_logits_and_every_parameter_learns(head: str, shape: tuple[int, ...]) -> None:
-    at = site(*shape)
+    at = spec(*shape)
     if head not in ("linear", "normalised", "mlp") and len(shape) < 3:
         with pytest.raises(ValueError, match=f'head="{head}" needs feature maps .* has shape .*"normalised"'):
             HEADS[head](at)
@@ -60,15 +60,15 @@ def test_heads_give_logits_and_every_parameter_learns(head: str, shape: tuple[in
 
 @pytest.mark.parametrize("head", ["linear", "normalised", "mlp"])
 def test_tokens_are_predicted_one_by_one(head: str) -> None:
-    at = site(7, CHANNELS, tokens=True)
+    at = spec(7, CHANNELS, tokens=True)
     module, h = HEADS[head](at), torch.randn(BATCH, 7, CHANNELS)
     logits = module(message(h, at))
-    single = site(CHANNELS)
+    single = spec(CHANNELS)
     assert_close(logits, torch.stack([module(message(h[:, t], single)) for t in range(7)], 1))
 
 
 def test_linear_head_reads_the_statistics() -> None:
-    at = site(CHANNELS, 3, 3)
+    at = spec(CHANNELS, 3, 3)
     module, h = LinearHead(at), torch.randn(BATCH, CHANNELS, 3, 3)
     assert_close(module(message(h, at)), h.mean((2, 3)) @ module.linear.weight.T + module.linear.bias)
 
@@ -112,14 +112,14 @@ def test_residual_units_make_one_map_in_the_backward_pass() -> None:
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_heads_in_other_precisions(head: str, dtype: torch.dtype) -> None:
-    at = site(CHANNELS, 4, 4)
+    at = spec(CHANNELS, 4, 4)
     given = message(torch.randn(BATCH, CHANNELS, 4, 4, dtype=dtype), at, bll.ClosedFormFeedback())
     assert HEADS[head](at).to(dtype)(given).shape == (BATCH, CLASSES)
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 1)], ids=str)
 def test_patches_are_predicted_one_by_one(size: tuple[int, int]) -> None:
-    at = site(CHANNELS, *size)
+    at = spec(CHANNELS, *size)
     head, h = HEADS["patches"](at).eval(), torch.randn(BATCH, CHANNELS, *size)
     whole = ResidualHead(at).eval()
     whole.load_state_dict(head.state_dict())
@@ -131,7 +131,7 @@ def test_patches_are_predicted_one_by_one(size: tuple[int, int]) -> None:
 
 
 def test_depthwise_layers_look_at_one_channel_and_then_at_one_pixel() -> None:
-    head, h = HEADS["depthwise"](site(CHANNELS, 8, 8)).eval(), torch.randn(BATCH, CHANNELS, 8, 8)
+    head, h = HEADS["depthwise"](spec(CHANNELS, 8, 8)).eval(), torch.randn(BATCH, CHANNELS, 8, 8)
     for layer in head.get_submodule("features").children():
         assert isinstance(layer, torch.nn.Sequential)
         own, norm, _, across, last, _ = layer
@@ -147,7 +147,7 @@ def test_depthwise_layers_look_at_one_channel_and_then_at_one_pixel() -> None:
 
 @pytest.mark.parametrize("s2", [0.5, 1.0])
 def test_evidence_is_minus_the_squared_distance_to_the_prototypes(s2: float) -> None:
-    at = site(CHANNELS)
+    at = spec(CHANNELS)
     head, h = EvidenceHead(at, family=bll.Gaussian(s2)), torch.randn(BATCH, CHANNELS)
     given = message(h, at, bll.GradientFeedback())
     assert given.feedback is not None
@@ -159,7 +159,7 @@ def test_evidence_is_minus_the_squared_distance_to_the_prototypes(s2: float) -> 
 
 
 def test_evidence_leaves_feedback_to_its_own_fit() -> None:
-    at = site(CHANNELS)
+    at = spec(CHANNELS)
     h = torch.randn(BATCH, CHANNELS, requires_grad=True)
     given = message(h, at, bll.GradientFeedback())
     HEADS["evidence"](at)(given).sum().backward()
@@ -169,10 +169,10 @@ def test_evidence_leaves_feedback_to_its_own_fit() -> None:
 
 
 def test_evidence_per_token() -> None:
-    at = site(7, CHANNELS, tokens=True)
+    at = spec(7, CHANNELS, tokens=True)
     head, h = HEADS["evidence"](at), torch.randn(BATCH, 7, CHANNELS)
     given = message(h, at, bll.GradientFeedback())
-    flat = Message(h.flatten(0, 1), site=site(CHANNELS), statistic=bll.spatial_mean, feedback=given.feedback)
+    flat = BorderInput(h.flatten(0, 1), spec=spec(CHANNELS), statistic=bll.spatial_mean, feedback=given.feedback)
     assert_close(head(given).flatten(0, 1), head(flat))
 
 
@@ -220,8 +220,8 @@ def test_evidence_never_holds_all_pairs(family: Family, monkeypatch: pytest.Monk
 
 def test_evidence_needs_labels() -> None:
     with pytest.raises(ValueError, match=r"evidence.*needs labels"):
-        HEADS["evidence"](site(CHANNELS, labels=False))
-    assert not HEADS["evidence"](site(CHANNELS)).state_dict()
+        HEADS["evidence"](spec(CHANNELS, labels=False))
+    assert not HEADS["evidence"](spec(CHANNELS)).state_dict()
 
 
 @pytest.mark.parametrize(
@@ -235,10 +235,10 @@ def test_a_budget_buys_the_best_head_that_it_pays_for(budget: float, chosen: typ
     learner = bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=bll.Predictive(budget=budget))
     border = learner._border(0)
     assert type(border.head) is chosen
-    assert border.site.operations == 2 * 2 * 9 * 16**2 * 16**2
+    assert border.spec.operations == 2 * 2 * 9 * 16**2 * 16**2
     with torch.no_grad():
         message = border.message(learner.blocks[0](x))
-    assert operations(lambda h: border.head(message), x) <= budget * border.site.operations
+    assert operations(lambda h: border.head(message), x) <= budget * border.spec.operations
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 6), (2, 3, 7, 6), (1, 1, 1, 1)], ids=str)

@@ -19,7 +19,7 @@ import blocklocal as bll
 from blocklocal import internals
 
 PACKAGE = Path(bll.__file__).parent
-PLACE = Path(internals.__file__)
+NOT_STORED = Path(internals.__file__)
 
 
 def is_private(name: str) -> bool:
@@ -56,9 +56,9 @@ def foreign(tree: ast.Module, *, own: set[str]) -> Iterator[str]:
 
 def test_private_names_of_others_stand_in_one_place() -> None:
     trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
-    own = own_names([tree for path, tree in trees.items() if path != PLACE])
+    own = own_names([tree for path, tree in trees.items() if path != NOT_STORED])
     found = {path: set(filter(is_private, foreign(tree, own=own))) for path, tree in trees.items()}
-    assert found.pop(PLACE) == {"_python_dispatch", "_apply"}, "they are found where they are"
+    assert found.pop(NOT_STORED) == {"_python_dispatch", "_apply"}, "they are found where they are"
     assert {str(path): names for path, names in found.items() if names} == {}
 
 

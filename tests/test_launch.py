@@ -133,7 +133,7 @@ def test_a_killed_process_changes_nothing(tmp_path, whole):
 
 @pytest.mark.long
 def test_a_stopped_process_is_noticed(tmp_path, whole):
-    faults.stop(tmp_path, whole, epochs=EPOCHS, patience=3, processes=2)
+    faults.stop(tmp_path, whole, epochs=EPOCHS, timeout=3, processes=2)
 
 
 @pytest.mark.long
@@ -265,7 +265,7 @@ def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, mon
         (["--nnodes=2", "--rdzv-endpoint=nowhere", "--interface=lo"], "HOST:PORT is needed"),
         (["--speed=3"], "--speed"),
         (["--lr=-1"], "--lr -1.0 is out of range"),
-        (["--patience=0"], "--patience 0.0 is out of range"),
+        (["--timeout=0"], "--timeout 0.0 is out of range"),
         (["--shard"], "--shard has an effect only with --replicas"),
         (["--replicas=3"], "--replicas 3 is not a divisor of --batch-size"),
     ],
@@ -301,6 +301,6 @@ def test_unusable_settings_leave_no_folder(tmp_path):
 
 
 def test_what_is_for_processes_needs_them(tmp_path, capsys):
-    for option, value in (("--trace", ()), ("--message", ("bf16",)), ("--replicas", ("2",))):
+    for option, value in (("--trace", ()), ("--message-dtype", ("bf16",)), ("--replicas", ("2",))):
         assert main(["train", option, *value, f"--out={tmp_path / 'run'}"]) == 2
         assert f"{option} is for blocks over processes: start with bll launch" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import blocklocal as bll
 from blocklocal.border import Border
 from blocklocal.layout import Layout
-from blocklocal.messages import Site
+from blocklocal.messages import BorderSpec
 
 CLASSES, BATCH = 3, 4
 
@@ -73,12 +73,12 @@ def pooled_signal() -> nn.Sequential:
     return read_out(nn.AdaptiveAvgPool1d(1), nn.Flatten())
 
 
-def sites(learner: bll.BlockLocal) -> list[Site]:
-    return [border.site for border in learner.borders if isinstance(border, Border)]
+def specs(learner: bll.BlockLocal) -> list[BorderSpec]:
+    return [border.spec for border in learner.borders if isinstance(border, Border)]
 
 
-def first(blocks: Sequence[nn.Module], x: Tensor, **options) -> Site:
-    return sites(bll.BlockLocal(blocks, classes=CLASSES, example=x, **options))[0]
+def first(blocks: Sequence[nn.Module], x: Tensor, **options) -> BorderSpec:
+    return specs(bll.BlockLocal(blocks, classes=CLASSES, example=x, **options))[0]
 
 
 def exponential() -> Do:
@@ -140,13 +140,13 @@ def test_the_layout_is_found_or_asked_for(case: str) -> None:
         with pytest.raises(ValueError, match=r'no layer beside the border tells .* pass layout="tokens" if it is the'):
             first(blocks, x, **options)
         layout = "tokens"
-        site = first(blocks, x, layout=layout, **options)
+        spec = first(blocks, x, layout=layout, **options)
     else:
-        site = first(blocks, x, **options)
+        spec = first(blocks, x, **options)
     h = blocks[0](x)
-    assert site.layout == layout
-    assert site.shape == h.shape[1:]
-    assert site.channels == (h.shape[1] if layout in ("signal", "map") else h.shape[-1])
+    assert spec.layout == layout
+    assert spec.shape == h.shape[1:]
+    assert spec.channels == (h.shape[1] if layout in ("signal", "map") else h.shape[-1])
 
 
 def test_zoo() -> None:
@@ -154,7 +154,7 @@ def test_zoo() -> None:
     for make, layouts in expected.items():
         model, x = make()
         learner = bll.BlockLocal(model, blocks=5, classes=4, example=x, loss=bll.Predictive("linear"))
-        assert {site.layout for site in sites(learner)} <= layouts
+        assert {spec.layout for spec in specs(learner)} <= layouts
 
 
 @pytest.mark.parametrize("length", [8, 20])
@@ -176,7 +176,7 @@ def test_maps_with_channels_last_are_those_with_channels_first(loss) -> None:
         bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=loss)
         for blocks in zip((stem, turned), ends, strict=True)
     ]
-    assert [sites(learner)[0].layout for learner in learners] == ["map", "tokens"]
+    assert [specs(learner)[0].layout for learner in learners] == ["map", "tokens"]
     learners[1].borders.load_state_dict(learners[0].borders.state_dict())
     losses, gradients = [], []
     for learner in learners:
@@ -202,13 +202,13 @@ def test_layouts_are_given() -> None:
     options: dict = {"loss": bll.Predictive("linear")}
     one_and_each: list[Layout | list[Layout]] = ["signal", ["signal", "tokens"]]
     given = [
-        [site.layout for site in sites(bll.BlockLocal(blocks, classes=3, example=x, layout=layout, **options))]
+        [spec.layout for spec in specs(bll.BlockLocal(blocks, classes=3, example=x, layout=layout, **options))]
         for layout in one_and_each
     ]
     assert given == [["signal", "signal"], ["signal", "tokens"]]
     chain = nn.Sequential(*blocks, nn.Linear(3, 3), nn.Linear(3, 3))
     learner = bll.BlockLocal(chain, blocks=2, classes=3, example=x, layout="tokens", **options)
-    assert sites(learner)[0].layout == "vector"  # two dimensions leave no choice
+    assert specs(learner)[0].layout == "vector"  # two dimensions leave no choice
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_layers_with_parametrized_weights() -> None:
     weight_norm, spectral_norm = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm
     blocks = [weight_norm(nn.Conv1d(2, 8, 3)), spectral_norm(nn.Conv1d(8, 8, 3)), pooled_signal()]
     learner = bll.BlockLocal(nn.Sequential(*blocks), at=["0", "1"], classes=CLASSES, example=signals(8))
-    assert [site.layout for site in sites(learner)] == ["signal", "signal"]
+    assert [spec.layout for spec in specs(learner)] == ["signal", "signal"]
     learner.backward(signals(8), torch.tensor([0, 1, 2, 0]))
     assert all(p.grad is not None for p in learner.model.parameters())
     assert torch.equal(learner.eval().predict(SIGNALS), learner.model(SIGNALS))

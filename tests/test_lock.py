@@ -42,7 +42,7 @@ def test_the_second_is_told_who_the_first_is(held):
     folder, process = held
     assert is_held(folder)
     words = rf"^'{folder}' is in use by process {process.pid} on .*--out$"
-    with pytest.raises(UserError, match=words), alone(folder, patience=0.05):
+    with pytest.raises(UserError, match=words), alone(folder, timeout=0.05):
         pass
     assert is_held(folder)
 
@@ -50,7 +50,7 @@ def test_the_second_is_told_who_the_first_is(held):
 def test_a_kill_lets_go(held):
     folder, process = held
     process.kill()
-    with alone(folder, patience=30):
+    with alone(folder, timeout=30):
         assert holder(folder).startswith(f"process {os.getpid()} on ")
     assert not is_held(folder)
     assert not list(folder.iterdir())
@@ -89,7 +89,7 @@ def test_never_two_at_once(tmp_path):
     def enter() -> None:
         nonlocal inside, most, entries
         for _ in range(30):
-            with alone(folder, patience=60):
+            with alone(folder, timeout=60):
                 inside += 1
                 most, entries = max(most, inside), entries + 1
                 time.sleep(0.0002)

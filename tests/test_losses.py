@@ -19,10 +19,10 @@ import blocklocal as bll
 from blocklocal.families import Family
 from blocklocal.heads import NormalisedHead, PooledResidualHead
 from blocklocal.losses import Term, similarity
-from blocklocal.messages import Message
+from blocklocal.messages import BorderInput
 
 CLASSES, CHANNELS, BATCH = 3, 6, 5
-site = partial(zoo.site, classes=CLASSES)
+spec = partial(zoo.spec, classes=CLASSES)
 
 
 class Fixed(nn.Module):
@@ -37,8 +37,8 @@ class Fixed(nn.Module):
 
 
 def variational(loss: bll.Variational, alpha: Tensor, beta: Tensor, *, tokens: bool = False) -> Tensor:
-    at = site(*alpha.shape[1:], tokens=tokens)
-    message = Message(alpha, site=at, statistic=bll.spatial_mean, feedback=Fixed(beta))
+    at = spec(*alpha.shape[1:], tokens=tokens)
+    message = BorderInput(alpha, spec=at, statistic=bll.spatial_mean, feedback=Fixed(beta))
     return loss.build(at)(message, torch.zeros(alpha.shape[:-1], dtype=torch.long))
 
 
@@ -106,8 +106,8 @@ def test_feedback_with_parameters_gets_the_gradient_of_the_divergence_alone(
 ) -> None:
     alpha, beta = random(BATCH, CHANNELS).requires_grad_(), random(BATCH, CHANNELS, seed=1)
     settings, feedback = bll.Variational(family, fixed_posterior=fixed_posterior), Fixed(beta.clone().requires_grad_())
-    message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=feedback)
-    loss = settings.build(site(CHANNELS))(message, torch.zeros(BATCH, dtype=torch.long))
+    message = BorderInput(alpha, spec=spec(CHANNELS), statistic=bll.spatial_mean, feedback=feedback)
+    loss = settings.build(spec(CHANNELS))(message, torch.zeros(BATCH, dtype=torch.long))
     constant = variational(settings, alpha, beta)
     assert_close(loss, constant)  # a beta without gradient gives the block the same loss and the same gradient
     to_alpha, to_beta = torch.autograd.grad(loss, [alpha, *feedback.parameters()])
@@ -130,7 +130,7 @@ def test_tokens_are_averaged_like_samples() -> None:
 
 def test_family_must_fit_the_channels() -> None:
     with pytest.raises(ValueError, match="divisible by 4, and the border has 6"):
-        bll.Variational(bll.Categorical(4)).build(site(CHANNELS))
+        bll.Variational(bll.Categorical(4)).build(spec(CHANNELS))
 
 
 def test_terms_add_and_scale() -> None:
@@ -143,32 +143,32 @@ def test_terms_add_and_scale() -> None:
 
 
 def test_default_heads_follow_the_shape() -> None:
-    assert isinstance(bll.Predictive().build(site(CHANNELS, 8, 8)).head, PooledResidualHead)
-    assert isinstance(bll.Predictive().build(site(CHANNELS)).head, NormalisedHead)
-    assert isinstance(bll.Predictive().build(site(7, CHANNELS)).head, NormalisedHead)
+    assert isinstance(bll.Predictive().build(spec(CHANNELS, 8, 8)).head, PooledResidualHead)
+    assert isinstance(bll.Predictive().build(spec(CHANNELS)).head, NormalisedHead)
+    assert isinstance(bll.Predictive().build(spec(7, CHANNELS)).head, NormalisedHead)
 
 
 def test_predictive_is_the_criterion_of_the_head() -> None:
     class Double(nn.Module):
-        def forward(self, message: Message) -> Tensor:
+        def forward(self, message: BorderInput) -> Tensor:
             return 2 * message.alpha[:, :CLASSES]
 
     alpha, y = random(BATCH, CHANNELS), torch.tensor([0, 1, 2, 1, 0])
-    message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=None)
-    loss = bll.Predictive(lambda at: Double()).build(site(CHANNELS))(message, y)
+    message = BorderInput(alpha, spec=spec(CHANNELS), statistic=bll.spatial_mean, feedback=None)
+    loss = bll.Predictive(lambda at: Double()).build(spec(CHANNELS))(message, y)
     assert_close(loss, -torch.log_softmax(2 * alpha[:, :CLASSES], 1)[torch.arange(BATCH), y].mean())
     with pytest.raises(ValueError, match="head='fancy' is unknown: choose linear, normalised, mlp, conv, residual"):
-        bll.Predictive("fancy").build(site(CHANNELS))
+        bll.Predictive("fancy").build(spec(CHANNELS))
 
 
 @pytest.mark.parametrize("power", [1.0, 0.7])
 @pytest.mark.parametrize("depth", [0.0, 0.5])
 def test_posterior_is_the_product_of_powers(power: float, depth: float) -> None:
-    at = replace(site(CHANNELS), depth=depth)
+    at = replace(spec(CHANNELS), depth=depth)
     term = bll.Posterior("linear", power=power, softness=0.3).build(at).double()
     h, belief = random(BATCH, CHANNELS).requires_grad_(), random(BATCH, CLASSES).requires_grad_()
     y = torch.tensor([0, 1, 2, 1, 0])
-    message = Message(h, site=at, statistic=bll.spatial_mean, feedback=None, belief=belief.detach())
+    message = BorderInput(h, spec=at, statistic=bll.spatial_mean, feedback=None, belief=belief.detach())
     loss = term(message, y)
     own, before = message.predict(term.head).detach().softmax(-1), belief.softmax(-1).detach()
     expected = 0.0
@@ -183,14 +183,14 @@ def test_posterior_is_the_product_of_powers(power: float, depth: float) -> None:
 
 def test_a_posterior_without_softness_or_belief_is_the_label() -> None:
     torch.manual_seed(0)
-    term = bll.Posterior("linear").build(site(CHANNELS)).double()
+    term = bll.Posterior("linear").build(spec(CHANNELS)).double()
     h, y = random(BATCH, CHANNELS), torch.tensor([0, 1, 2, 1, 0])
-    message = Message(h, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=None)
+    message = BorderInput(h, spec=spec(CHANNELS), statistic=bll.spatial_mean, feedback=None)
     assert_close(term(message, y), F.cross_entropy(term.head(message), y))
     with pytest.raises(ValueError, match=r"power=0\.5 has no effect with softness=0"):
         bll.Posterior(power=0.5)
     with pytest.raises(ValueError, match="needs labels"):
-        bll.Posterior().build(zoo.site(CHANNELS, classes=3, labels=False))
+        bll.Posterior().build(zoo.spec(CHANNELS, classes=3, labels=False))
 
 
 def test_estimated_variance_is_the_m_step() -> None:
@@ -198,10 +198,10 @@ def test_estimated_variance_is_the_m_step() -> None:
     variance explains the batch better."""
     y, alpha = torch.tensor([0, 1, 2, 1, 0]), random(BATCH, CHANNELS)
     alpha.requires_grad_()
-    feedback = bll.ClosedFormFeedback().build(site(CHANNELS).targets, channels=CHANNELS).double()
+    feedback = bll.ClosedFormFeedback().build(spec(CHANNELS).targets, channels=CHANNELS).double()
     feedback.update(y, alpha.detach())
-    message = Message(alpha, site=site(CHANNELS), statistic=bll.spatial_mean, feedback=feedback)
-    loss = bll.Variational(estimate_variance=True).build(site(CHANNELS))(message, y)
+    message = BorderInput(alpha, spec=spec(CHANNELS), statistic=bll.spatial_mean, feedback=feedback)
+    loss = bll.Variational(estimate_variance=True).build(spec(CHANNELS))(message, y)
     beta = feedback(y)
     variance = (alpha - beta).detach().square().mean(0)
     expected = torch.stack(
@@ -225,9 +225,9 @@ def test_similarity_is_the_correlation_between_samples() -> None:
 
 
 def similarity_loss(term: Term, h: Tensor, y: Tensor) -> tuple[nn.Module, Tensor]:
-    at = site(*h.shape[1:], labels=not y.is_floating_point())
+    at = spec(*h.shape[1:], labels=not y.is_floating_point())
     module = term.build(at).to(h.dtype)
-    return module, module(Message(h, site=at, statistic=bll.spatial_mean, feedback=None), y)
+    return module, module(BorderInput(h, spec=at, statistic=bll.spatial_mean, feedback=None), y)
 
 
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "dense"])
@@ -255,7 +255,7 @@ def test_similarity_of_single_positions_and_dead_maps_is_finite() -> None:
 
 def test_similarity_compares_samples_only() -> None:
     with pytest.raises(ValueError, match="does not apply to targets per token"):
-        bll.Similarity().build(site(4, CHANNELS, tokens=True))
+        bll.Similarity().build(spec(4, CHANNELS, tokens=True))
 
 
 @pytest.mark.parametrize(
@@ -265,12 +265,12 @@ def test_similarity_compares_samples_only() -> None:
 )
 def test_statistics_of_maps_and_sequences(statistic, by_numpy) -> None:
     h = random(BATCH, CHANNELS, 3, 4)
-    alpha = Message(h, site=site(CHANNELS, 3, 4), statistic=statistic, feedback=None).alpha
+    alpha = BorderInput(h, spec=spec(CHANNELS, 3, 4), statistic=statistic, feedback=None).alpha
     np.testing.assert_allclose(alpha.numpy(), by_numpy(h.numpy(), axis=(2, 3)))
     h = random(BATCH, 9, CHANNELS)
-    alpha = Message(h, site=site(9, CHANNELS), statistic=statistic, feedback=None).alpha
+    alpha = BorderInput(h, spec=spec(9, CHANNELS), statistic=statistic, feedback=None).alpha
     np.testing.assert_allclose(alpha.numpy(), by_numpy(h.numpy(), axis=1))
-    tokens = Message(h, site=site(9, CHANNELS, tokens=True), statistic=statistic, feedback=None).alpha
+    tokens = BorderInput(h, spec=spec(9, CHANNELS, tokens=True), statistic=statistic, feedback=None).alpha
     assert tokens is h
 
 
@@ -288,7 +288,7 @@ def test_alpha_is_at_least_in_single_precision() -> None:
         (torch.float64, torch.float64),
     ]:
         h = torch.zeros(2, CHANNELS, 3, 3, dtype=dtype)
-        message = Message(h, site=site(CHANNELS, 3, 3), statistic=bll.spatial_mean, feedback=None)
+        message = BorderInput(h, spec=spec(CHANNELS, 3, 3), statistic=bll.spatial_mean, feedback=None)
         assert (message.statistics.dtype, message.alpha.dtype) == (dtype, wide)
 
 

@@ -259,8 +259,8 @@ def test_names_of_things_do_not_lead_out_of_a_folder(tmp_path, name):
     home = tmp_path / "home"
     folders = [
         home / folder_name(name, "seed0"),
-        *(run.folder for run in Table(datasets=f"{name or 'x'}", seeds=1, out=str(home)).series),
-        *(run.folder for run in Compare(rules=name or "x", seeds=1, out=str(home)).series),
+        *(run.folder for run in Table(datasets=f"{name or 'x'}", seeds=1, out=str(home)).sweep),
+        *(run.folder for run in Compare(rules=name or "x", seeds=1, out=str(home)).sweep),
     ]
     for path in folders:
         assert Path(os.path.abspath(path)).parent == home

@@ -1,4 +1,4 @@
-"""The pipeline benchmark: every contender trains, and its numbers are those of the work that it is given."""
+"""The pipeline benchmark: every baseline trains, and its numbers are those of the work that it is given."""
 
 import json
 

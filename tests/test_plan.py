@@ -130,7 +130,8 @@ def test_links_unheard_of(text: str) -> None:
 
 
 def test_the_command_shows_the_placement(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["blocks", "cnn", "--size=8", "--batch-size=8", "--plan=2", "--link=100mbit", "--message=bf16"]) == 0
+    args = ["blocks", "cnn", "--size=8", "--batch-size=8", "--plan=2", "--link=100mbit", "--message-dtype=bf16"]
+    assert main(args) == 0
     *_, last = out = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in out if line.startswith("│")]
     blocks, ways = [row for row in cells if len(row) == 6], {row[0]: row[1:] for row in cells if len(row) == 3}

@@ -130,8 +130,8 @@ def test_settings_and_versions_are_there(report):
 
 
 def test_lines_are_the_records(runs):
-    findings = compose([read(path) for path in find(runs)])
-    plots = {plot.name: plot.figure for plot in findings.plots}
+    content = compose([read(path) for path in find(runs)])
+    plots = {plot.name: plot.figure for plot in content.plots}
     files = [runs / f"bll{seed}" / "metrics.jsonl" for seed in (0, 1)]
     records = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     exits = 100 * np.array([[record["test_accuracy"] for record in run] for run in records])  # seed, epoch, exit
@@ -163,8 +163,8 @@ def test_angles_are_drawn_where_records_have_them(tmp_path):
         write_run(tmp_path / f"fa{seed}", rule="fa", seed=seed, accuracies=accuracies, blocks=1, angles=angles)
     write_run(tmp_path / "bp", rule="bp", accuracies=[0.5, 0.6], blocks=1)
     assert cli.main(["report", str(tmp_path)]) == 0
-    findings = compose([read(path) for path in find(tmp_path)])
-    (plot,) = (plot for plot in findings.plots if plot.name.startswith("angles"))
+    content = compose([read(path) for path in find(tmp_path)])
+    (plot,) = (plot for plot in content.plots if plot.name.startswith("angles"))
     assert plot.name == "angles-cifar10-resnet20-fa"
     (axes,) = plot.figure.axes
     *layers, mark = axes.get_lines()

@@ -344,8 +344,8 @@ case(
     names="ScriptModule",
 )
 cases([*NOT_FINITE, "1", None, torch.ones(2)], lambda c, v: c.fa.backward(X, Y, scale=v), names="scale")
-cases([math.nan, "1", None], lambda c, v: c.drtp.given(Y, scale=v).__enter__(), names="scale")
-cases([None, Y.tolist(), Y.numpy()], lambda c, v: c.drtp.given(v).__enter__(), names="y")
+cases([math.nan, "1", None], lambda c, v: c.drtp.with_targets(Y, scale=v).__enter__(), names="scale")
+cases([None, Y.tolist(), Y.numpy()], lambda c, v: c.drtp.with_targets(v).__enter__(), names="y")
 cases([Y + 1, X[:, :3], X[:, :1], F.one_hot(Y)], lambda c, v: c.drtp.backward(X, v), names="y")
 cases([None, [], "state", {}, {"rule": "FeedbackAlignment"}], lambda c, v: c.fa.load_state_dict(v), names="state")
 case(lambda c: c.fa.load_state_dict({"rule": "FeedbackAlignment", "feedback": [X]}), names="state")

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from blocklocal.feedback import Targets
 from blocklocal.layout import Layout
-from blocklocal.messages import Criterion, Site
+from blocklocal.messages import BorderSpec, Criterion
 
 
 class Residual(nn.Module):
@@ -176,9 +176,9 @@ MODELS = [perceptron, residual, preactivation, inception, nested, branching, tra
 LAYOUTS: dict[int, Layout] = {1: "vector", 2: "tokens", 3: "map"}
 
 
-def site(
+def spec(
     *shape: int, classes: int, labels: bool = True, tokens: bool = False, criterion: Criterion = F.cross_entropy
-) -> Site:
+) -> BorderSpec:
     """A border where a sample has that shape: a vector, tokens or a map."""
     targets = Targets(classes, labels=labels)
-    return Site(shape, layout=LAYOUTS[len(shape)], targets=targets, tokens=tokens, criterion=criterion)
+    return BorderSpec(shape, layout=LAYOUTS[len(shape)], targets=targets, tokens=tokens, criterion=criterion)

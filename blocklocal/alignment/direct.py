@@ -98,7 +98,8 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
 
     Targets are labels (batch,), as one-hot vectors, or dense (batch, n). They are divided by the batch size, the scale
     at which a mean criterion has its error. The last layer learns from its true error. Train with
-    `alignment.backward(x, y)`, or call the model in `with alignment.given(y):`; a factor on the loss goes to either.
+    `alignment.backward(x, y)`, or call the model in
+    `with alignment.with_targets(y):`; a factor on the loss goes to either.
     Targets never fade as errors do: hidden activations must be bounded or normalised (tanh, batch norm), since plain
     ReLU layers run away.
     """
@@ -108,7 +109,7 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
         super().__init__(model, example=example, seed=seed, gain=gain)
 
     @contextmanager
-    def given(self, y: Tensor, *, scale: float | Tensor = 1.0) -> Iterator[None]:
+    def with_targets(self, y: Tensor, *, scale: float | Tensor = 1.0) -> Iterator[None]:
         require_tensor(y, name="y")
         require_factor(scale, name="scale")
         self.targets = y, scale
@@ -121,7 +122,7 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
         if self.targets is None:
             raise ValueError(
                 "DirectRandomTargetProjection needs the targets: train with alignment.backward(x, y), "
-                "or call the model in `with alignment.given(y):`"
+                "or call the model in `with alignment.with_targets(y):`"
             )
         y, scale = self.targets
         with passes(y, name="y", through=f"one_hot, of {prediction.shape[1]} classes"):

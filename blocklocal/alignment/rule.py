@@ -74,7 +74,7 @@ class Alignment(ABC):
             if forward is not None:
                 vars(module)["forward"] = forward
 
-    def given(self, y: Tensor, *, scale: float | Tensor = 1.0) -> AbstractContextManager[None]:
+    def with_targets(self, y: Tensor, *, scale: float | Tensor = 1.0) -> AbstractContextManager[None]:
         """A context for the forward pass of a batch with targets y, whose loss will be multiplied by `scale`.
 
         Only rules that project targets need it.
@@ -88,7 +88,7 @@ class Alignment(ABC):
         require_gradients("backward")
         self._check(x, y, criterion)
         require_factor(scale, name="scale")
-        with self.given(y, scale=scale):
+        with self.with_targets(y, scale=scale):
             loss = self._loss(self.model, x, y, criterion)
         with torch.autocast(loss.device.type, enabled=False):
             (loss * scale).backward()
@@ -192,7 +192,7 @@ class Alignment(ABC):
     ) -> tuple[Tensor | None, ...]:
         self.measuring = True
         try:
-            with torch.enable_grad(), self.given(y):
+            with torch.enable_grad(), self.with_targets(y):
                 loss = self._loss(partial(rehearse, self.model), x, y, criterion)
                 return torch.autograd.grad(loss, weights, allow_unused=True)
         finally:

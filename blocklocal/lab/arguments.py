@@ -17,6 +17,7 @@ from blocklocal.lab.errors import UserError
 
 Arguments = TypeVar("Arguments")
 
+RENAMED = {"--patience": "--timeout", "--message": "--message-dtype"}
 HELP = {"-h", "--help"}
 WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
 DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan", re.ASCII | re.IGNORECASE)
@@ -28,6 +29,7 @@ def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arg
 
     UserError: unusable ones, what `ranges` refuses among them.
     """
+    _refuse_renamed(args)
     _refuse_misused(kind, args, prog=prog)
     with _in_one_line(args, prog=prog):
         found = tyro.cli(
@@ -38,10 +40,18 @@ def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arg
 
 def parse_known(kind: type[Arguments], args: Sequence[str], *, prog: str) -> tuple[Arguments, list[str]]:
     """The arguments that `kind` knows, and the others. UserError: as for `parse`."""
+    _refuse_renamed(args)
     _refuse_misused(kind, args, prog=prog)
     with _in_one_line(args, prog=prog):
         found, others = tyro.cli(kind, args=args, prog=prog, return_unknown_args=True, registry=NUMBERS)
     return _checked(found), others
+
+
+def _refuse_renamed(args: Sequence[str]) -> None:
+    for arg in args:
+        name = arg.partition("=")[0]
+        if name in RENAMED:
+            raise UserError(f"{name} is called {RENAMED[name]} since version 0.2")
 
 
 def _checked(options: Arguments) -> Arguments:

@@ -76,7 +76,7 @@ def main(args: Sequence[str]) -> int:
 def _fail(message: str, *, code: int) -> int:
     """Say it once: what has started this process says it, and of the processes of torchrun the first."""
     report(message)
-    told = subcommand.tell(sentence(message))
+    told = subcommand.report_to_parent(sentence(message))
     if LAUNCHED in os.environ:
         told = True
     elif "TORCHELASTIC_RUN_ID" in os.environ:

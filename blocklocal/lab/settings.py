@@ -97,13 +97,13 @@ class Settings:
     """over processes: copies of every block, each of which learns from its share of a minibatch"""
     shard: Annotated[bool, Needs("replicas")] = False
     """with --replicas: each copy keeps a share of the block's weights and optimizer state (FSDP2)"""
-    message: Literal["fp32", "bf16"] = "fp32"
+    message_dtype: Literal["fp32", "bf16"] = "fp32"
     """over processes: what travels from block to block"""
     seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 0
     """of initial weights, order and augmentation"""
     save_every: Annotated[int, Range(least=1)] = 500
     """minibatches between two checkpoints, besides those at the end of every epoch"""
-    patience: Annotated[float, Range(above=0, most=PATIENCE)] = 300.0
+    timeout: Annotated[float, Range(above=0, most=PATIENCE)] = 300.0
     """over processes: seconds without an answer after which another one is given up"""
     trace: bool = False
     """over processes: record what each does when, for bll timeline"""
@@ -146,16 +146,16 @@ class Settings:
 
     def contradictions(self, other: Settings) -> list[str]:
         """The settings, as flags, in which `other` would be another run."""
-        names = [field.name for field in fields(self) if field.name not in PLACE]
+        names = [field.name for field in fields(self) if field.name not in NOT_STORED]
         return [flag(name) for name in names if getattr(self, name) != getattr(other, name)]
 
 
 # Of a rule's own local loss, see `rules.Changes`.
 CHANGES = ("head", "budget", "lookahead", "refresh", "variational", "estimate_variance", "softness", "power")
-OVER_PROCESSES = ("trace", "message", "replicas", "patience")  # and with replicas, shard
+OVER_PROCESSES = ("trace", "message_dtype", "replicas", "timeout")  # and with replicas, shard
 
 # They say where a run is, how it was called and watched, not what it computes.
-PLACE = ("out", "resume", "trust", "save_every", "patience", "trace")
+NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace")
 
 LONGEST = 60  # characters of a name in the name of a folder
 
@@ -177,4 +177,4 @@ def flag(name: str) -> str:
 
 def encode(settings: Settings) -> dict[str, Any]:
     """For config.json: what a run computes."""
-    return {name: value for name, value in asdict(settings).items() if name not in PLACE}
+    return {name: value for name, value in asdict(settings).items() if name not in NOT_STORED}

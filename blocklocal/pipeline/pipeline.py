@@ -26,7 +26,7 @@ from blocklocal.border import Border
 from blocklocal.feedback import at_least_single, share_feedback
 from blocklocal.inputs import check_closure, stepped_by
 from blocklocal.learner import BlockLocal, Features
-from blocklocal.messages import Site
+from blocklocal.messages import BorderSpec
 from blocklocal.pipeline.executor import Executor, Minibatch
 from blocklocal.pipeline.materialize import materialize
 from blocklocal.pipeline.replicas import DataParallel, dimensions, replicate, share_buffers
@@ -280,8 +280,8 @@ def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: Local
     return made
 
 
-def _site(learner: BlockLocal, k: int) -> Site:
+def _site(learner: BlockLocal, k: int) -> BorderSpec:
     """Where border k stands."""
     border = learner.borders[k]
     assert isinstance(border, Border)
-    return border.site
+    return border.spec

@@ -23,7 +23,7 @@ EXAMPLE = 8  # images by which the blocks are balanced
 
 @dataclass(frozen=True)
 class Workload:
-    """What every contender does: train this model on this batch.
+    """What every baseline does: train this model on this batch.
 
     head: of all predictions at borders, None for that of the rule. accumulate: parts of the batch for `bp-accumulate`.
     name: of the model, in messages.
@@ -48,7 +48,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Baseline:
     """A rule at work. step: one training step, from the batch to changed weights. module: what is trained, borders
     among it. parts: the modules that follow each other in a step, blocks where there are some."""
 
@@ -72,7 +72,7 @@ class Contender:
                 yield from (value for value in kept.values() if isinstance(value, Tensor))
 
 
-def contender(rule: str, work: Workload, *, blocks: int) -> Contender:
+def baseline(rule: str, work: Workload, *, blocks: int) -> Baseline:
     """A rule, see `find`, on a copy of the model. UserError: a model that it does not fit, or that fails in a step."""
     with work.blamed(f"does not fit rule {rule!r}"):
         work = replace(work, model=copy.deepcopy(work.model))
@@ -89,34 +89,34 @@ def contender(rule: str, work: Workload, *, blocks: int) -> Contender:
     return replace(made, step=step)
 
 
-Build = Callable[[str, Workload, int], Contender]
+Build = Callable[[str, Workload, int], Baseline]
 
 
-def backpropagation(rule: str, work: Workload, blocks: int) -> Contender:
+def backpropagation(rule: str, work: Workload, blocks: int) -> Baseline:
     return _whole(rule, work, work.model)
 
 
-def checkpointing(rule: str, work: Workload, blocks: int) -> Contender:
+def checkpointing(rule: str, work: Workload, blocks: int) -> Baseline:
     return _whole(rule, work, _checkpointed(work.model))
 
 
-def accumulation(rule: str, work: Workload, blocks: int) -> Contender:
+def accumulation(rule: str, work: Workload, blocks: int) -> Baseline:
     if len(work.x) % work.accumulate:
         raise UserError(f"--accumulate {work.accumulate} does not divide the batch of {len(work.x)} images")
     return _whole(rule, work, work.model, batches=work.accumulate)
 
 
-def ruled(rule: str, work: Workload, blocks: int) -> Contender:
+def ruled(rule: str, work: Workload, blocks: int) -> Baseline:
     """A rule of `bll train`; in blocks, one after the other."""
     return _in_turn(rule, work, _learning(rule, work, work.model, blocks=blocks))
 
 
-def checkpointed_blocks(rule: str, work: Workload, blocks: int) -> Contender:
+def checkpointed_blocks(rule: str, work: Workload, blocks: int) -> Baseline:
     """The default rule, with checkpointing inside blocks."""
     return _in_turn(rule, work, _learning("bll", work, _checkpointed(work.model), blocks=blocks))
 
 
-def summed(rule: str, work: Workload, blocks: int) -> Contender:
+def summed(rule: str, work: Workload, blocks: int) -> Baseline:
     """One backward pass of the sum of the local losses: the same gradients, and all graphs alive."""
     learner = _learning("bll", work, work.model, blocks=blocks).learner
     optimizer = _sgd(learner.parameters())
@@ -128,7 +128,7 @@ def summed(rule: str, work: Workload, blocks: int) -> Contender:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contender(rule, learner, [optimizer], step, list(learner.blocks), learner.compile)
+    return Baseline(rule, learner, [optimizer], step, list(learner.blocks), learner.compile)
 
 
 WHOLE: dict[str, Build] = {"bp": backpropagation, "bp-checkpoint": checkpointing, "bp-accumulate": accumulation}
@@ -148,7 +148,7 @@ def in_blocks(rule: str) -> bool:
     return rule in IN_BLOCKS or (rule not in WHOLE and rules.find(rule).in_blocks)
 
 
-def _whole(rule: str, work: Workload, model: nn.Module, *, batches: int = 1) -> Contender:
+def _whole(rule: str, work: Workload, model: nn.Module, *, batches: int = 1) -> Baseline:
     optimizer = _sgd(model.parameters())
     called: list[Callable[[Tensor], Tensor]] = [model]
 
@@ -163,7 +163,7 @@ def _whole(rule: str, work: Workload, model: nn.Module, *, batches: int = 1) -> 
     def compile() -> None:
         called[0] = torch.compile(model)
 
-    return Contender(rule, model, [optimizer], step, [model], compile)
+    return Baseline(rule, model, [optimizer], step, [model], compile)
 
 
 def _learning(rule: str, work: Workload, model: nn.Module, *, blocks: int) -> rules.Learning:
@@ -181,15 +181,15 @@ def _learning(rule: str, work: Workload, model: nn.Module, *, blocks: int) -> ru
     return learning
 
 
-def _in_turn(rule: str, work: Workload, learning: rules.Learning) -> Contender:
+def _in_turn(rule: str, work: Workload, learning: rules.Learning) -> Baseline:
     learner = learning.learner
     optimizers = [_sgd(learner.block_parameters(k)) for k in range(len(learner.blocks))]
 
     def step() -> None:
-        with work.autocast(), learning.given(work.y):
+        with work.autocast(), learning.with_targets(work.y):
             learner.backward(work.x, work.y, optimizers=optimizers)
 
-    return Contender(rule, learner, optimizers, step, list(learner.blocks), learner.compile)
+    return Baseline(rule, learner, optimizers, step, list(learner.blocks), learner.compile)
 
 
 def _checkpointed(model: nn.Module) -> nn.Sequential:

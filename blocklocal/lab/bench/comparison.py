@@ -11,7 +11,7 @@ import torch
 
 from blocklocal.lab import models
 from blocklocal.lab.bench import profile
-from blocklocal.lab.bench.baselines import contender, in_blocks
+from blocklocal.lab.bench.baselines import baseline, in_blocks
 from blocklocal.lab.bench.measure import Measurement, Watch, measure_all, ratio
 from blocklocal.lab.bench.memory_plot import plot
 from blocklocal.lab.bench.options import Options
@@ -34,24 +34,24 @@ def bench(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
     size = (options.size, options.size)
     model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
     work = options.workload(model, batch_size=options.batch_size, device=device)
-    contenders = {}
+    baselines = {}
     for rule in dict.fromkeys(["bp", *options.rules.split(",")]):
         for k in options.ks if in_blocks(rule) else [1]:
             label = f"{rule}/{k}" if in_blocks(rule) and len(options.ks) > 1 else rule
             watch(f"blocks of {label}")
-            contenders[label] = contender(rule, work, blocks=k)
+            baselines[label] = baseline(rule, work, blocks=k)
     measured = measure_all(
-        contenders, device=device, rounds=options.steps, warmup=options.warmup, compiled=options.compile, watch=watch
+        baselines, device=device, rounds=options.steps, warmup=options.warmup, compiled=options.compile, watch=watch
     )
     records = {label: record(m, bp=measured["bp"], images=options.batch_size) for label, m in measured.items()}
-    shown = [label for label, made in contenders.items() if made.rule in ("bp", "bll")]
+    shown = [label for label, made in baselines.items() if made.rule in ("bp", "bll")]
     if options.plot:
-        footprints = {label: measured[label].footprint for label in shown}
-        plot(footprints, Path(options.plot), title=f"{options.model}, {options.batch_size} images")
+        step_memories = {label: measured[label].step_memory for label in shown}
+        plot(step_memories, Path(options.plot), title=f"{options.model}, {options.batch_size} images")
     if options.operations:
         for label in shown:
             watch(f"operations of {label}")
-            records[label]["operations"] = profile.dearest(contenders[label].step, device=device)
+            records[label]["operations"] = profile.most_expensive(baselines[label].step, device=device)
     return {"options": asdict(options), **describe(device), "rules": records}
 
 
@@ -60,14 +60,15 @@ def record(measurement: Measurement, *, bp: Measurement, images: int) -> dict[st
 
     time_ratio: the median over rounds of the quotient within a round, so that a machine which is slow for a while is so
     for both. memory_bytes, allocated_bytes: what a step adds to what is there before it, as tensors alive and as bytes
-    of the allocator, see `footprint`. state_bytes: parameters, buffers, optimizer state. total_ratio: of memory_bytes +
+    of the allocator, see `step_memory`. state_bytes: parameters, buffers, optimizer state. total_ratio: of
+    memory_bytes +
     state_bytes.
     """
-    footprint = measurement.footprint
-    memory, reference = footprint.alive, bp.footprint.alive
+    step_memory = measurement.step_memory
+    memory, reference = step_memory.alive, bp.step_memory.alive
     return {
-        "rule": measurement.contender.rule,
-        "blocks": measurement.contender.blocks,
+        "rule": measurement.baseline.rule,
+        "blocks": measurement.baseline.blocks,
         "seconds_per_step": measurement.median,
         "seconds_min": min(measurement.seconds),
         "seconds_max": max(measurement.seconds),
@@ -84,6 +85,6 @@ def record(measurement: Measurement, *, bp: Measurement, images: int) -> dict[st
         "allocated_ratio": measurement.allocated / bp.allocated,
         "state_bytes": measurement.state_bytes,
         "total_ratio": (memory + measurement.state_bytes) / (reference + bp.state_bytes),
-        "resident_peak_bytes": footprint.resident_peak,
-        "resident_growth_bytes": footprint.resident_growth,
+        "resident_peak_bytes": step_memory.resident_peak,
+        "resident_growth_bytes": step_memory.resident_growth,
     }

@@ -1,4 +1,4 @@
-"""Steps of several contenders measured in turn, so that what slows the machine for a while slows all of them."""
+"""Steps of several baselines measured in turn, so that what slows the machine for a while slows all of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from blocklocal.lab.bench.baselines import Contender
-from blocklocal.lab.bench.step_memory import Footprint, allocated, measure
+from blocklocal.lab.bench.baselines import Baseline
+from blocklocal.lab.bench.step_memory import StepMemory, allocated, measure
 from blocklocal.lab.environment import keep_freed_memory
 from blocklocal.lab.errors import UserError
 
@@ -22,17 +22,17 @@ Watch = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender: the seconds of its steps, round by round, by the clock and of the processor; its memory.
+    """One baseline: the seconds of its steps, round by round, by the clock and of the processor; its memory.
 
-    footprint: before compilation, since no operation shows what compiled code takes. allocated: see there, after it.
+    step_memory: before compilation, since no operation shows what compiled code takes. allocated: see there, after it.
     flops: operations of the matrix products and convolutions in a step. state_bytes: parameters, buffers and optimizer
     state. compile_seconds: its first compiled step less a later one.
     """
 
-    contender: Contender
+    baseline: Baseline
     seconds: tuple[float, ...]
     processor_seconds: tuple[float, ...]
-    footprint: Footprint
+    step_memory: StepMemory
     allocated: int
     flops: int
     state_bytes: int
@@ -44,7 +44,7 @@ class Measurement:
 
 
 def measure_all(
-    contenders: Mapping[str, Contender],
+    baselines: Mapping[str, Baseline],
     *,
     device: torch.device,
     rounds: int,
@@ -52,43 +52,43 @@ def measure_all(
     compiled: bool = False,
     watch: Watch = lambda _: None,
 ) -> dict[str, Measurement]:
-    """Memory of each contender, then `rounds` rounds of one step each, after `warmup` rounds that do not count."""
-    footprints, peaks, flops, first_seconds = {}, {}, {}, {}
-    for label, contender in contenders.items():
+    """Memory of each baseline, then `rounds` rounds of one step each, after `warmup` rounds that do not count."""
+    step_memories, peaks, flops, first_seconds = {}, {}, {}, {}
+    for label, baseline in baselines.items():
         watch(f"memory of {label}")
         with FlopCounterMode(display=False) as counter:
             try:
-                contender.step()  # and the optimizers make their state
+                baseline.step()  # and the optimizers make their state
             except ValueError as error:  # of a layer, such as one that needs more images than there are in a part
                 raise UserError(f"{label} cannot take a step: {error}") from error
         flops[label] = counter.get_total_flops()
-        footprints[label] = measure(contender.step, parts=contender.parts)
+        step_memories[label] = measure(baseline.step, parts=baseline.parts)
         if compiled:
             watch(f"compilation of {label}")
-            contender.compile()
-            first_seconds[label], _ = _take(contender, device)
-        peaks[label] = allocated(contender.step, device=device)
-    times: dict[str, list[tuple[float, float]]] = {label: [] for label in contenders}
-    keep_freed_memory(largest=2**30)  # no contender shall have page faults that another is spared
+            baseline.compile()
+            first_seconds[label], _ = _take(baseline, device)
+        peaks[label] = allocated(baseline.step, device=device)
+    times: dict[str, list[tuple[float, float]]] = {label: [] for label in baselines}
+    keep_freed_memory(largest=2**30)  # no baseline shall have page faults that another is spared
     with _collector_off():
         for turn in range(-warmup, rounds):
             watch(f"time, round {max(turn + 1, 0)} of {rounds}")
-            for label in _rotated(list(contenders), turn):
-                taken = _take(contenders[label], device)
+            for label in _rotated(list(baselines), turn):
+                taken = _take(baselines[label], device)
                 if turn >= 0:
                     times[label].append(taken)
     measurements = {}
-    for label, contender in contenders.items():
+    for label, baseline in baselines.items():
         seconds, processor = zip(*times[label], strict=True)
         compile_seconds = first_seconds[label] - statistics.median(seconds) if compiled else None
         measurements[label] = Measurement(
-            contender,
+            baseline,
             seconds,
             processor,
-            footprints[label],
+            step_memories[label],
             peaks[label],
             flops[label],
-            state_bytes=sum(tensor.nbytes for tensor in contender.state()),
+            state_bytes=sum(tensor.nbytes for tensor in baseline.state()),
             compile_seconds=compile_seconds,
         )
     return measurements
@@ -99,11 +99,11 @@ def ratio(numerator: tuple[float, ...], denominator: tuple[float, ...]) -> float
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def _take(contender: Contender, device: torch.device) -> tuple[float, float]:
+def _take(baseline: Baseline, device: torch.device) -> tuple[float, float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start, processor_start = time.perf_counter(), time.process_time()
-    contender.step()
+    baseline.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start, time.process_time() - processor_start

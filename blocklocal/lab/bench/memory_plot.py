@@ -10,21 +10,21 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from blocklocal.lab import outputs
-from blocklocal.lab.bench.step_memory import Footprint
+from blocklocal.lab.bench.step_memory import StepMemory
 from blocklocal.lab.names import plain, short
 
 
 @matplotlib.rc_context({"text.parse_math": False})
-def plot(footprints: Mapping[str, Footprint], file: Path, *, title: str) -> None:
-    """One panel per contender, on a common scale; where there are blocks, every second one is shaded."""
-    figure = Figure(figsize=(1.5 + 3 * len(footprints), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(footprints), sharey=True, squeeze=False)[0]
-    for panel, (label, footprint) in zip(panels, footprints.items(), strict=True):
-        timeline = footprint.timeline
+def plot(step_memories: Mapping[str, StepMemory], file: Path, *, title: str) -> None:
+    """One panel per baseline, on a common scale; where there are blocks, every second one is shaded."""
+    figure = Figure(figsize=(1.5 + 3 * len(step_memories), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(step_memories), sharey=True, squeeze=False)[0]
+    for panel, (label, step_memory) in zip(panels, step_memories.items(), strict=True):
+        timeline = step_memory.timeline
         end = timeline.seconds[-1]
         shares = [seconds / end for seconds in timeline.seconds]
         panel.fill_between(shares, [size / 2**20 for size in timeline.bytes], step="post", linewidth=0)
-        borders = [mark / end for mark in footprint.marks[1:]] + [1.0]
+        borders = [mark / end for mark in step_memory.marks[1:]] + [1.0]
         for first, last in list(pairwise(borders))[::2]:
             panel.axvspan(first, last, color="0.9", zorder=0)
         panel.axhline(timeline.peak / 2**20, color="black", linewidth=0.8, linestyle=":")

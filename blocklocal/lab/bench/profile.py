@@ -10,7 +10,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 
-def dearest(step: Callable[[], None], *, device: torch.device, count: int = 10) -> list[dict[str, Any]]:
+def most_expensive(step: Callable[[], None], *, device: torch.device, count: int = 10) -> list[dict[str, Any]]:
     """name, calls, seconds and share of the step's total for the `count` dearest operations of one step.
 
     Time is that of the operation itself, without those that it calls; on CUDA that of the device.

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from blocklocal.lab import models
-from blocklocal.lab.bench.baselines import contender
+from blocklocal.lab.bench.baselines import baseline
 from blocklocal.lab.bench.measure import Watch, measure_all
 from blocklocal.lab.bench.options import Options
 from blocklocal.lab.environment import describe, find_device
@@ -35,12 +35,12 @@ def scale(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     cases = {(axis, size, rule): case for axis, size, case in _cases(options) for rule in RULES}
-    contenders = {}
+    baselines = {}
     for (axis, size, rule), (model, batch_size) in cases.items():
         work = options.workload(model, batch_size=batch_size, device=device)
-        contenders[f"{rule} at {axis} {size}"] = contender(rule, work, blocks=options.ks[0])
+        baselines[f"{rule} at {axis} {size}"] = baseline(rule, work, blocks=options.ks[0])
     measured = measure_all(
-        contenders, device=device, rounds=options.steps, warmup=options.warmup, compiled=options.compile, watch=watch
+        baselines, device=device, rounds=options.steps, warmup=options.warmup, compiled=options.compile, watch=watch
     )
     axes: dict[str, dict[str, Any]] = {}
     for axis in dict.fromkeys(axis for axis, _, _ in cases):
@@ -49,7 +49,7 @@ def scale(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
             found = [measured[f"{rule} at {axis} {size}"] for size in sizes]
             seconds = [min(measurement.seconds) for measurement in found]
             processor = [min(measurement.processor_seconds) for measurement in found]
-            memory = [measurement.footprint.alive for measurement in found]
+            memory = [measurement.step_memory.alive for measurement in found]
             axes.setdefault(axis, {})[rule] = {
                 "sizes": sizes,
                 "seconds_min": seconds,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blocklocal.lab import outputs
-from blocklocal.lab.bench.baselines import Contender
+from blocklocal.lab.bench.baselines import Baseline
 from blocklocal.lab.bench.measure import Measurement, Watch, measure_all, ratio
 from blocklocal.lab.bench.step_memory import measure
 from blocklocal.lab.environment import find_device
@@ -17,7 +17,6 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.schema import convert_to, read
 from blocklocal.lab.settings import Settings, encode
 from blocklocal.lab.training.experiment import prepare
-from blocklocal.lab.training.optim import descent
 
 ROUNDS, WARMUP = 10, 2
 
@@ -47,12 +46,12 @@ def costs(settings: Mapping[str, Settings], *, file: Path, watch: Watch = lambda
     reference = next((name for name, one in settings.items() if one.rule == "bp"), None)
     if reference is None:
         raise UserError('a study compares with backpropagation: add {"rule": "bp"} to the grid')
-    contenders = {}
+    baselines = {}
     for name, one in settings.items():
         watch(f"preparing {name}")
-        contenders[name] = contender(one)
+        baselines[name] = baseline(one)
     device = find_device(settings[reference].device)
-    measured = measure_all(contenders, device=device, rounds=ROUNDS, warmup=WARMUP, watch=watch)
+    measured = measure_all(baselines, device=device, rounds=ROUNDS, warmup=WARMUP, watch=watch)
     result = {name: _cost(measurement, bp=measured[reference]) for name, measurement in measured.items()}
     content = json.dumps({"settings": wanted, "costs": {name: asdict(cost) for name, cost in result.items()}}, indent=2)
     outputs.write(file, lambda part: part.write_text(content))
@@ -61,7 +60,7 @@ def costs(settings: Mapping[str, Settings], *, file: Path, watch: Watch = lambda
 
 def step_memory(settings: Settings) -> float:
     """Bytes of tensors that a training step with these settings adds at most."""
-    made = contender(settings)
+    made = baseline(settings)
     made.step()  # and the optimizers make their state
     return measure(made.step, parts=made.parts).alive
 
@@ -70,22 +69,22 @@ def _cost(measurement: Measurement, *, bp: Measurement) -> Cost:
     return Cost(
         time=ratio(measurement.processor_seconds, bp.processor_seconds),
         operations=measurement.flops / bp.flops,
-        memory=measurement.footprint.alive / bp.footprint.alive,
+        memory=measurement.step_memory.alive / bp.step_memory.alive,
     )
 
 
-def contender(settings: Settings) -> Contender:
+def baseline(settings: Settings) -> Baseline:
     """The step of a run with these settings, on its first minibatch."""
     experiment = prepare(_small(settings))
     learner, learning = experiment.learner, experiment.learning
     x, y = next(experiment.training_batches(1))
-    optimizers = [descent(learner.block_parameters(k), settings) for k in range(len(learner.blocks))]
+    optimizers = [experiment.optimizer(learner.block_parameters(k)) for k in range(len(learner.blocks))]
 
     def step() -> None:
-        with experiment.autocast(), learning.given(y):
+        with experiment.autocast(), learning.with_targets(y):
             learner.backward(x, y, optimizers=optimizers)
 
-    return Contender(settings.rule, learner, optimizers, step, list(learner.blocks), learner.compile)
+    return Baseline(settings.rule, learner, optimizers, step, list(learner.blocks), learner.compile)
 
 
 def _small(settings: Settings) -> Settings:

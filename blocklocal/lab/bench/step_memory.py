@@ -21,7 +21,7 @@ from blocklocal.memory import MemoryTracker, Timeline
 
 
 @dataclass(frozen=True)
-class Footprint:
+class StepMemory:
     """What one step adds to the memory that is taken before it: parameters, buffers, optimizer state and the batch.
 
     timeline: bytes of the tensors alive, see `MemoryTracker`. marks: the second in which each part of the model began
@@ -40,8 +40,8 @@ class Footprint:
         return self.timeline.peak
 
 
-def measure(step: Callable[[], None], *, parts: Sequence[nn.Module]) -> Footprint:
-    """The footprint of `step`, which is taken twice. What only a first step does must be done before."""
+def measure(step: Callable[[], None], *, parts: Sequence[nn.Module]) -> StepMemory:
+    """The step_memory of `step`, which is taken twice. What only a first step does must be done before."""
     resident_peak, resident_growth = _resident(step)
     gc.collect()
     marks: list[float] = []
@@ -50,13 +50,13 @@ def measure(step: Callable[[], None], *, parts: Sequence[nn.Module]) -> Footprin
         step()
     for hook in hooks:
         hook.remove()
-    return Footprint(tracker.timeline, tuple(marks), resident_peak=resident_peak, resident_growth=resident_growth)
+    return StepMemory(tracker.timeline, tuple(marks), resident_peak=resident_peak, resident_growth=resident_growth)
 
 
 def allocated(step: Callable[[], None], *, device: torch.device) -> int:
     """The most bytes that the allocator has given out at once during `step`, less those before it.
 
-    Unlike `Footprint.alive` with the workspace inside operations, and also in compiled code. On CUDA
+    Unlike `StepMemory.alive` with the workspace inside operations, and also in compiled code. On CUDA
     torch.cuda.max_memory_allocated; on a CPU the sum of what the profiler records of the allocator.
     """
     if device.type != "cuda":

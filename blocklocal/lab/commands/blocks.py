@@ -52,7 +52,7 @@ class Options:
     """with --plan: how fast each rank is, this process being 1; without, all are as fast as this process"""
     link: Annotated[str, Needs("plan")] = ""
     """with --plan: between ranks, such as 100mbit or 100mbit,0.5ms (latency); without, messages take no time"""
-    message: Annotated[Literal["fp32", "bf16"], Needs("plan")] = "fp32"
+    message_dtype: Annotated[Literal["fp32", "bf16"], Needs("plan")] = "fp32"
     """with --plan: what travels between blocks"""
 
 
@@ -78,7 +78,7 @@ def main(args: Sequence[str]) -> None:
     with blame(f"model {options.model!r} does not fit rule {options.rule!r}"):
         learning = rules.apply(options.rule, model, task)
     try_learning(learning, x[:FEW], y[:FEW], name=options.model, context=nullcontext())
-    with learning.given(y):
+    with learning.with_targets(y):
         _show(learning.learner, x, y, options)
 
 
@@ -97,5 +97,5 @@ def _show(learner: BlockLocal, x: Tensor, y: Tensor, options: Options) -> None:
         ranks=options.plan,
         speeds=options.speeds,
         link=options.link,
-        message=options.message,
+        message_dtype=options.message_dtype,
     )

@@ -40,8 +40,8 @@ class Options(Settings):
         return Path(self.out or Path("runs", folder_name("compare", self.data, self.model)))
 
     @property
-    def series(self) -> list[Settings]:
-        """All rules with the first seed, then with the next: a series that is stopped compares what it has."""
+    def sweep(self) -> list[Settings]:
+        """All rules with the first seed, then with the next: a sweep that is stopped compares what it has."""
         shared = self.shared
         whole = replace(shared, add_beliefs=False, **{name: getattr(Settings, name) for name in CHANGES})
         return [
@@ -60,9 +60,7 @@ def main(args: Sequence[str]) -> None:
     unhelped = [arg for arg in args if arg not in ("-h", "--help")]
     data = parse(Options, unhelped, prog="bll compare", default=_default("digits")).data
     options = parse(Options, args, prog="bll compare", default=_default(data))
-    lay_side_by_side(
-        options.series, folder=options.home, title=f"{last_name(options.data)}, {last_name(options.model)}"
-    )
+    lay_side_by_side(options.sweep, folder=options.home, title=f"{last_name(options.data)}, {last_name(options.model)}")
 
 
 def _default(data: str) -> Options:

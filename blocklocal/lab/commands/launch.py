@@ -16,15 +16,15 @@ from typing import Annotated
 
 from blocklocal.lab import outputs
 from blocklocal.lab.arguments import parse_known
-from blocklocal.lab.distributed.elastic_agent import Agent, Terminated, describe_failure
+from blocklocal.lab.distributed.elastic_agent import ElasticAgent, Terminated, describe_failure
 from blocklocal.lab.distributed.process_group import loopback
 from blocklocal.lab.distributed.rank_log import diverted
-from blocklocal.lab.distributed.rendezvous import Alone, Endpoint, Meeting
+from blocklocal.lab.distributed.rendezvous import Alone, Endpoint, Rendezvous
 from blocklocal.lab.environment import find_interface
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.runs import lock
-from blocklocal.lab.runs.checkpoints import kept
+from blocklocal.lab.runs.checkpoints import resume_hint
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.training import rules
@@ -109,18 +109,18 @@ def main(args: Sequence[str]) -> None:
         folder = Path(name)
         try:
             with diverted(folder / "below.log") as console:
-                meeting = _meeting(options, processes=processes, folder=folder)
-                failure = Agent(
+                rendezvous = _rendezvous(options, processes=processes, folder=folder)
+                failure = ElasticAgent(
                     command,
                     processes=processes,
-                    meeting=meeting,
+                    rendezvous=rendezvous,
                     restarts=options.restarts,
                     run=run,
                     folder=folder,
                     console=console,
                 ).run()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(kept(run) if run.exists else "") from None
+            raise KeyboardInterrupt(resume_hint(run) if run.exists else "") from None
         except Terminated as error:
             sys.exit(128 + error.number)
         finally:
@@ -129,7 +129,7 @@ def main(args: Sequence[str]) -> None:
         raise UserError(failure.message)
     if failure:
         sys.stderr.write(failure.trace)
-        raise OSError(f"{describe_failure(failure, run)}; {kept(run) if run.exists else 'nothing was begun'}")
+        raise OSError(f"{describe_failure(failure, run)}; {resume_hint(run) if run.exists else 'nothing was begun'}")
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def _set_environment(options: Options, *, processes: int) -> None:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a process ends when another is gone
 
 
-def _meeting(options: Options, *, processes: int, folder: Path) -> Meeting:
+def _rendezvous(options: Options, *, processes: int, folder: Path) -> Rendezvous:
     """UserError: nobody answers at the endpoint."""
     if options.machines == (1, 1):
         return Alone(processes=processes, folder=folder)

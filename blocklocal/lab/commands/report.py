@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from blocklocal.lab import outputs
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.report.content import Findings, compose
+from blocklocal.lab.report.content import ReportContent, compose
 from blocklocal.lab.report.render import html, markdown
 from blocklocal.lab.report.table import print_table
 from blocklocal.lab.runs.history import find, read
@@ -46,12 +46,12 @@ def main(args: Sequence[str]) -> None:
     paths = list({path.resolve(): path for name in options.runs for path in find(Path(name))}.values())
     page = Path(options.html) if options.html else options.home / "report.html"
     check(folder=options.home, page=page)
-    findings = compose([read(path) for path in paths])
-    write(findings, folder=options.home, page=page)
-    print_table(findings.rows, title=findings.title)
-    for line in findings.unfinished:
+    content = compose([read(path) for path in paths])
+    write(content, folder=options.home, page=page)
+    print_table(content.rows, title=content.title)
+    for line in content.unfinished:
         Terminal().print(f"unfinished: {line}", soft_wrap=True)
-    told = {"runs": len(paths), "unfinished": len(findings.unfinished), "out": str(options.home), "html": str(page)}
+    told = {"runs": len(paths), "unfinished": len(content.unfinished), "out": str(options.home), "html": str(page)}
     print(json.dumps(told), flush=True)
 
 
@@ -62,13 +62,13 @@ def check(*, folder: Path, page: Path) -> None:
         outputs.check_file(page, flag="--html")
 
 
-def write(findings: Findings, *, folder: Path, page: Path) -> None:
+def write(content: ReportContent, *, folder: Path, page: Path) -> None:
     """report.md and plots/ into the folder, and the page."""
     pictures = folder / PLOTS
     pictures.mkdir(parents=True, exist_ok=True)
     page.parent.mkdir(parents=True, exist_ok=True)
-    contents = {page: html(findings).encode(), folder / MARKDOWN: markdown(findings).encode()}
-    for plot in findings.plots:
+    contents = {page: html(content).encode(), folder / MARKDOWN: markdown(content).encode()}
+    for plot in content.plots:
         contents |= {pictures / f"{plot.name}.png": plot.png, pictures / f"{plot.name}.svg": plot.svg}
-    for file, content in contents.items():
-        outputs.write(file, lambda part, content=content: part.write_bytes(content))
+    for file, data in contents.items():
+        outputs.write(file, lambda part, data=data: part.write_bytes(data))

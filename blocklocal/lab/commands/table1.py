@@ -42,8 +42,8 @@ class Options:
         return Path(self.out or f"runs/table1-{self.scale}")
 
     @property
-    def series(self) -> list[Settings]:
-        """All cells with the first seed, then with the next: a series that is stopped has a table of what it has."""
+    def sweep(self) -> list[Settings]:
+        """All cells with the first seed, then with the next: a sweep that is stopped has a table of what it has."""
         return [
             self._run(dataset, rule=rule, seed=seed)
             for seed in range(self.seeds)
@@ -61,6 +61,6 @@ class Options:
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll table1")
-    series = options.series
-    title = f"Table 1, {options.scale}: {series[0].model}; the paper: resnet50"
-    lay_side_by_side(series, folder=options.home, title=title, reference=PAPER)
+    sweep = options.sweep
+    title = f"Table 1, {options.scale}: {sweep[0].model}; the paper: resnet50"
+    lay_side_by_side(sweep, folder=options.home, title=title, reference=PAPER)

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from blocklocal.lab.distributed.process_group import AGAIN, FIRST
 from blocklocal.lab.distributed.rank_log import LOGS
-from blocklocal.lab.distributed.rendezvous import Meeting
+from blocklocal.lab.distributed.rendezvous import Rendezvous
 from blocklocal.lab.distributed.workers import Children, Failure
 from blocklocal.lab.runs.folder import Run
 
@@ -27,7 +27,7 @@ class Terminated(Exception):
         self.number = signal.Signals(number)
 
 
-class Agent:
+class ElasticAgent:
     """Starts `command` on this machine as often as there are processes, and again when something breaks.
 
     restarts: number of times that a failure is answered by another start. folder: for what the processes report.
@@ -39,13 +39,13 @@ class Agent:
         command: Sequence[str],
         *,
         processes: int,
-        meeting: Meeting,
+        rendezvous: Rendezvous,
         restarts: int,
         run: Run,
         folder: Path,
         console: TextIO | None = None,
     ) -> None:
-        self._command, self._processes, self._meeting = command, processes, meeting
+        self._command, self._processes, self._rendezvous = command, processes, rendezvous
         self._restarts, self._run, self._folder = restarts, run, folder
         self._failed, self._starts = 0, 0
         self._console = console
@@ -53,13 +53,13 @@ class Agent:
     def run(self) -> Failure | None:
         """Until all processes of all machines have ended well, or one has failed for good: that failure.
 
-        OSError: see `Meeting`. Terminated, KeyboardInterrupt: a signal; no process is left behind, whatever happens.
+        OSError: see `Rendezvous`. Terminated, KeyboardInterrupt: a signal; no process is left behind, whatever happens.
         """
         with _signals():
             while True:
                 failure = self._start()
                 if failure is None or failure.code == 2 or self._failed == self._restarts:  # 2: unusable settings
-                    self._meeting.close()
+                    self._rendezvous.close()
                     return failure
                 self._failed += 1
                 self._say(f"{describe_failure(failure, self._run)}; restart {self._failed} of {self._restarts}")
@@ -67,7 +67,7 @@ class Agent:
     def _start(self) -> Failure | None:
         """The processes from a start to their end, or to that of one; None where all have ended well."""
         while True:
-            place = self._meeting.join()
+            place = self._rendezvous.join()
             with Children(
                 self._command,
                 ranks=range(place.first, place.first + self._processes),
@@ -87,9 +87,9 @@ class Agent:
         while True:
             time.sleep(POLL)
             codes = children.codes()
-            if any(codes) or (all(code == 0 for code in codes) and self._meeting.done()):
+            if any(codes) or (all(code == 0 for code in codes) and self._rendezvous.done()):
                 return True
-            if self._meeting.changed():
+            if self._rendezvous.changed():
                 return False
 
     def _say(self, line: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from blocklocal.internals import UnsupportedTorch
-from blocklocal.lab.distributed.rank_log import LAUNCHED, Journal
+from blocklocal.lab.distributed.rank_log import LAUNCHED, RankLog
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.ranges import Range
@@ -43,7 +43,7 @@ class Processes:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    journal: Journal | None = None
+    rank_log: RankLog | None = None
 
     @property
     def distributed(self) -> bool:
@@ -67,18 +67,18 @@ class Processes:
             value = values.item()
         return value
 
-    def first(self, value: int) -> int:
+    def broadcast(self, value: int) -> int:
         """The number that rank 0 has."""
         return int(self.sum(torch.tensor(value if self.rank == 0 else 0)))
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all."""
         self.sum(torch.zeros(()))
 
     def log_to(self, run: Path) -> None:
         """From now on what a process says that is not the first goes to its file in the folder of the run."""
-        if self.journal:
-            self.journal.open(run)
+        if self.rank_log:
+            self.rank_log.open(run)
 
 
 # What torchrun, `bll launch` and others that start processes say to each, and the numbers that it may be.
@@ -113,31 +113,31 @@ def environment() -> tuple[int, int] | None:
 
 
 @contextmanager
-def joined(*, device: str, patience: float) -> Iterator[Processes]:
+def joined(*, device: str, timeout: float) -> Iterator[Processes]:
     """This process in its group, if it was started as one of several; they end together, whatever happens.
 
-    device: by name, as for `find_device`. patience: seconds after which a process that does not answer is given up.
+    device: by name, as for `find_device`. timeout: seconds after which a process that does not answer is given up.
     """
     place = environment()
     if place is None:
         yield Processes(find_device(device))
         return
     rank, size = place
-    journal = Journal(rank, size=size)
+    rank_log = RankLog(rank, size=size)
     try:
         _die_with_parent()
-        own, timeout = _own_device(device), timedelta(seconds=patience)
-        _join(rank, size, device=own, timeout=timeout)
-        group = dist.new_group(backend="gloo", timeout=timeout)
+        own, limit = _own_device(device), timedelta(seconds=timeout)
+        _join(rank, size, device=own, timeout=limit)
+        group = dist.new_group(backend="gloo", timeout=limit)
         assert isinstance(group, dist.ProcessGroup)
-        yield Processes(own, rank, size, group, journal)
+        yield Processes(own, rank, size, group, rank_log)
         dist.destroy_process_group()
     except (UserError, UnsupportedTorch) as error:
-        journal.end(error, code=2)
+        rank_log.end(error, code=2)
     except KeyboardInterrupt as error:
-        journal.end(error, code=130)
+        rank_log.end(error, code=130)
     except Exception as error:
-        journal.end(error, code=1)
+        rank_log.end(error, code=1)
 
 
 def loopback() -> str:
@@ -149,23 +149,23 @@ def _join(rank: int, size: int, *, device: torch.device, timeout: timedelta) -> 
     alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
     if alone and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = loopback()
-    store = _gathered(rank, size, patience=max(timeout, START))
+    store = _gathered(rank, size, timeout=max(timeout, START))
     store.set_timeout(timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-def _gathered(rank: int, size: int, *, patience: timedelta) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+def _gathered(rank: int, size: int, *, timeout: timedelta) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     """Where the processes find each other, once all have come there. OSError: one did not."""
     try:
         if STORE in os.environ:
             store = dist.FileStore(os.environ[STORE], size)  # pyright: ignore[reportPrivateImportUsage]
         else:
-            store, _, _ = next(rendezvous("env://", rank, size, timeout=patience))
+            store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
         store.set(f"came{rank}", "")
-        store.wait([f"came{other}" for other in range(size)], patience)
+        store.wait([f"came{other}" for other in range(size)], timeout)
     except RuntimeError as error:
-        raise OSError(f"the {size} processes did not all start within {patience.total_seconds():g} s") from error
+        raise OSError(f"the {size} processes did not all start within {timeout.total_seconds():g} s") from error
     return store
 
 

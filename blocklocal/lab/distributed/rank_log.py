@@ -29,7 +29,7 @@ def report(message: str, *, trace: str = "") -> None:
         )
 
 
-class Journal:
+class RankLog:
     """Of one process. What a rank above 0 says before there is a file is kept for it.
 
     Under `bll launch` this is also where the libraries below Python write their own lines, beside what is said here.

@@ -30,7 +30,7 @@ class Place:
     environment: dict[str, str]
 
 
-class Meeting(Protocol):
+class Rendezvous(Protocol):
     def join(self) -> Place:
         """Meet, once before every start of the processes. OSError: the machines cannot."""
         ...
@@ -56,8 +56,12 @@ class Alone:
 
     def join(self) -> Place:
         self._starts += 1
-        meeting = {STORE: str(self._folder / f"meeting{self._starts}"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        return Place(0, self._processes, meeting)
+        rendezvous = {
+            STORE: str(self._folder / f"meeting{self._starts}"),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
+        return Place(0, self._processes, rendezvous)
 
     def changed(self) -> bool:
         return False

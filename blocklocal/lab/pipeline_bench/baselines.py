@@ -37,10 +37,10 @@ def learner(chain: Chain, rule: str) -> BlockLocal:
 
 def backpropagation(chain: Chain) -> Progress:
     """The whole chain in one process."""
-    return _descent(nn.Sequential(*chain.blocks), chain.x, chain.y)
+    return _backpropagate(nn.Sequential(*chain.blocks), chain.x, chain.y)
 
 
-def _descent(model: nn.Module, x: Tensor, y: Tensor) -> Progress:
+def _backpropagate(model: nn.Module, x: Tensor, y: Tensor) -> Progress:
     stepper = optimizer(list(model.parameters()))
     while True:
         cross_entropy(model(x), y).backward()
@@ -76,7 +76,7 @@ class Replicas:
         return cross_entropy(self.model(x), self.y)
 
     def __iter__(self) -> Progress:
-        return _descent(DistributedDataParallel(self.model), self.x, self.y)
+        return _backpropagate(DistributedDataParallel(self.model), self.x, self.y)
 
 
 class ClockedStage(PipelineStage):

@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def bench(options: Options) -> dict[str, Any]:
-    """Seconds per minibatch, round by round, and what the simulator says, by contender.
+    """Seconds per minibatch, round by round, and what the simulator says, by baseline.
 
     Where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, this is one of the processes, and there may be a
     network between them; otherwise it starts them all.

@@ -1,6 +1,6 @@
-"""What a round of the pipeline benchmark measures: seconds per minibatch of every contender, and what costs them.
+"""What a round of the pipeline benchmark measures: seconds per minibatch of every baseline, and what costs them.
 
-The contenders take turns, round after round, so that a machine which is slow for a while is so for all; what counts is
+The baselines take turns, round after round, so that a machine which is slow for a while is so for all; what counts is
 the median. Times are those of a full pipeline.
 """
 
@@ -44,7 +44,7 @@ def measure(options: Options) -> dict[str, Any]:
     keep_freed_memory()
     torch.manual_seed(0)
     chain = CHAINS[options.model](options.processes)
-    message = MESSAGES[options.message]
+    message = MESSAGES[options.message_dtype]
     pipeline = Pipeline(learner(chain, options.rule), optimizer=optimizer, message=message, trace=True)
     alone = {"backpropagation, alone": backpropagation(chain), ALONE: blocks_alone(chain, options.rule)}
     together = {f"{name}, M={m}": EndToEnd(chain, SCHEDULES[name][0], microbatches=m) for name, m in options.end_to_end}
@@ -61,10 +61,10 @@ def measure(options: Options) -> dict[str, Any]:
         trace.records.clear()
         seconds[BLOCKS].append(_turn(blocks_in_a_pipeline(pipeline, chain), minibatches=options.minibatches))
         traces.append(list(trace.records))
-        for name, contender in together.items():
-            contender.stage.seconds.clear()
-            seconds[name].append(_turn(iter(contender), minibatches=options.minibatches // 2))
-            clocks[name].append(contender.stage.seconds[1:])
+        for name, baseline in together.items():
+            baseline.stage.seconds.clear()
+            seconds[name].append(_turn(iter(baseline), minibatches=options.minibatches // 2))
+            clocks[name].append(baseline.stage.seconds[1:])
         seconds[REPLICAS].append(_turn(replicas, minibatches=options.minibatches // 2))
     simulation = _simulate(chain, pipeline, traces[1:], {name: found[1:] for name, found in clocks.items()}, options)
     measured = {name: found[1:] for name, found in seconds.items()}
@@ -95,10 +95,10 @@ def _simulate(
     clocks: dict[str, list[list[list[float]]]],
     options: Options,
 ) -> dict[str, Any]:
-    """By contender. traces, clocks: round by round; of a round counts what `_turn` counts."""
+    """By baseline. traces, clocks: round by round; of a round counts what `_turn` counts."""
     rounds = [[r for r in records if r.minibatch >= records[0].minibatch + pipeline.window] for records in traces]
     link, outputs, placement = cost_model.link(), cost_model.outputs(chain), pipeline.placement
-    scale = MESSAGES[options.message].itemsize / 4
+    scale = MESSAGES[options.message_dtype].itemsize / 4
     costs = cost_model.block_costs(rounds, blocks=len(chain.blocks), messages=[scale * size for size in outputs])
     simulated = {BLOCKS: block_local(costs, link=link, placement=placement)}
     borders = [outputs[placement.blocks(rank)[-1]] for rank in range(placement.size)]

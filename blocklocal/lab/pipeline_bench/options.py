@@ -30,14 +30,14 @@ class Options:
     """processes, of one thread each"""
     rule: str = "bll-paper"
     """of blocks, as for bll train"""
-    message: Literal["fp32", "bf16"] = "fp32"
+    message_dtype: Literal["fp32", "bf16"] = "fp32"
     """what travels between blocks"""
     microbatches: Annotated[tuple[int, ...], Range(least=1, most=64)] = (2, 4, 8)
     """of GPipe and 1F1B, the latter with at least as many as processes"""
     minibatches: Annotated[int, Range(least=2)] = 16
     """measured minibatches per round of a pipeline, after the first 8"""
     rounds: Annotated[int, Range(least=1)] = 5
-    """how often each contender has its turn"""
+    """how often each baseline has its turn"""
     interface: str = ""
     """network interface for the messages (default: the loopback of this machine)"""
     json: Annotated[bool, FlagCreatePairsOff] = False

@@ -30,7 +30,7 @@ def show(
     ranks: int,
     speeds: Sequence[float],
     link: str,
-    message: Literal["fp32", "bf16"],
+    message_dtype: Literal["fp32", "bf16"],
 ) -> None:
     """Measure, predict and print. names: of what is in each block. speeds: of the ranks; if empty, all are as this one.
 
@@ -38,7 +38,7 @@ def show(
     """
     check(blocks=len(learner.blocks), ranks=ranks, speeds=speeds, link=link)
     predictions = predict(
-        measure(learner, x, y, ranks=ranks, message=MESSAGES[message]),
+        measure(learner, x, y, ranks=ranks, message=MESSAGES[message_dtype]),
         speeds=speeds or (1.0,) * ranks,
         link=parse_link(link),
     )

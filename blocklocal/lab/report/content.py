@@ -11,7 +11,7 @@ from blocklocal.lab.report.plots import Plot, choose_colours, compare_groups, sh
 from blocklocal.lab.report.seed_groups import Group, gather
 from blocklocal.lab.report.table import Row, summarise
 from blocklocal.lab.runs.history import History
-from blocklocal.lab.settings import PLACE
+from blocklocal.lab.settings import NOT_STORED
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Findings:
+class ReportContent:
     """unfinished: how far the runs are that are not done. settings, versions: every value that occurs, by name."""
 
     title: str
@@ -38,8 +38,8 @@ class Findings:
         return [plot for section in self.sections for plot in section.plots]
 
 
-def compose(runs: Sequence[History]) -> Findings:
-    """The findings of runs. UserError: none of them has done an epoch."""
+def compose(runs: Sequence[History]) -> ReportContent:
+    """The content of runs. UserError: none of them has done an epoch."""
     groups = gather(runs)
     runs = [run for group in groups for run in group.runs]
     begun = [group for group in groups if group.counted]
@@ -47,7 +47,7 @@ def compose(runs: Sequence[History]) -> Findings:
         raise UserError("no epoch is done yet in any of these runs: there is nothing to report")
     colours = choose_colours(begun)
     subjects = list(dict.fromkeys(group.subject for group in begun))
-    return Findings(
+    return ReportContent(
         title=f"{'; '.join(subjects)} ({len(runs)} run{'s' if len(runs) > 1 else ''})",
         rows=tuple(summarise(groups)),
         sections=tuple(section for subject in subjects for section in _sections(subject, begun, colours=colours)),
@@ -69,7 +69,7 @@ def _sections(subject: str, groups: Sequence[Group], *, colours: Mapping[str, st
 
 
 def _settings(runs: Sequence[History]) -> dict[str, str]:
-    names = [field.name for field in fields(runs[0].settings) if field.name not in PLACE]
+    names = [field.name for field in fields(runs[0].settings) if field.name not in NOT_STORED]
     return {name.replace("_", " "): _distinct(getattr(run.settings, name) for run in runs) for name in names}
 
 

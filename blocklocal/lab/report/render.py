@@ -1,4 +1,4 @@
-"""Findings as Markdown with pictures beside it, and as one HTML file that holds its pictures and fetches nothing."""
+"""A report as Markdown with pictures, and as one HTML file that holds its pictures and fetches nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 
 from blocklocal.lab import names
-from blocklocal.lab.report.content import Findings, Section
+from blocklocal.lab.report.content import ReportContent, Section
 from blocklocal.lab.report.plots import Plot
 from blocklocal.lab.report.table import TEXT, Row, tabulate
 
@@ -32,41 +32,41 @@ summary { cursor: pointer; } .names td { overflow-wrap: anywhere; }
 """
 
 
-def markdown(findings: Findings) -> str:
+def markdown(content: ReportContent) -> str:
     """Its pictures are links into plots/."""
-    parts = [f"# {names.markdown(findings.title)}", _markdown_table(findings.rows), NOTE]
-    if findings.unfinished:
-        parts.append("Unfinished:\n\n" + "\n".join(f"- {names.markdown(line)}" for line in findings.unfinished))
-    for section in findings.sections:
+    parts = [f"# {names.markdown(content.title)}", _markdown_table(content.rows), NOTE]
+    if content.unfinished:
+        parts.append("Unfinished:\n\n" + "\n".join(f"- {names.markdown(line)}" for line in content.unfinished))
+    for section in content.sections:
         parts.append(f"## {names.markdown(section.title)}")
         parts += [f"![{plot.caption}](plots/{plot.name}.svg)\n\n{plot.caption}" for plot in section.plots]
-    for title, entries in (("Settings", findings.settings), ("Versions", findings.versions)):
+    for title, entries in (("Settings", content.settings), ("Versions", content.versions)):
         lines = "\n".join(f"| {name} | {names.markdown(value)} |" for name, value in entries.items())
         parts.append(f"## {title}\n\n| | |\n|---|---|\n{lines}")
     return "\n\n".join(parts) + "\n"
 
 
-def html(findings: Findings) -> str:
-    unfinished = "".join(f"<li>{names.page(line)}</li>" for line in findings.unfinished)
+def html(content: ReportContent) -> str:
+    unfinished = "".join(f"<li>{names.page(line)}</li>" for line in content.unfinished)
     warning = f'<div class="unfinished"><p>Unfinished runs:</p><ul>{unfinished}</ul></div>' if unfinished else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{names.page(findings.title)}</title>
+<title>{names.page(content.title)}</title>
 <link rel="icon" href="data:,">
 <style>{CSS}</style>
 </head>
 <body>
-<h1>{names.page(findings.title)}</h1>
+<h1>{names.page(content.title)}</h1>
 {warning}
-<div class="wide">{_html_table(findings.rows)}</div>
+<div class="wide">{_html_table(content.rows)}</div>
 <p class="note">{names.page(NOTE)}</p>
-{"".join(_html_section(section) for section in findings.sections)}
+{"".join(_html_section(section) for section in content.sections)}
 <h2>Settings and versions</h2>
 <p class="note">Several values: those that occur among the runs.</p>
-<div class="wide names">{_html_names(findings.settings | findings.versions)}</div>
+<div class="wide names">{_html_names(content.settings | content.versions)}</div>
 </body>
 </html>
 """

@@ -99,7 +99,7 @@ class Checkpoints:
         return Part(self.path / f"step-{step}" / f"block-{k}", step, k)
 
 
-def kept(run: Run) -> str:
+def resume_hint(run: Run) -> str:
     """What a run that was stopped can be resumed from, in words."""
     facts = run.facts()
     latest, steps = Checkpoints(run.checkpoints, blocks=facts["blocks"]).latest(), facts["steps"]

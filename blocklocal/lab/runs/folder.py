@@ -61,9 +61,9 @@ class Run:
             if os.path.lexists(file):
                 raise UserError(f"{str(file)!r} is of a run that has no config.json: choose another folder with --out")
 
-    def alone(self, *, patience: float = lock.MOMENT) -> AbstractContextManager[None]:
+    def alone(self, *, timeout: float = lock.MOMENT) -> AbstractContextManager[None]:
         """Hold the folder: whoever writes does so from the first file to the last. UserError: see `lock.alone`."""
-        return lock.alone(self.path, patience=patience)
+        return lock.alone(self.path, timeout=timeout)
 
     def create(self, settings: Settings, *, facts: dict[str, Any]) -> None:
         """A new run with these settings; `facts` stand beside them in config.json. OSError: nothing is left of it."""

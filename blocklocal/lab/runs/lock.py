@@ -20,9 +20,9 @@ MOMENT = 1.0  # seconds that a process may need to end after it was killed
 
 
 @contextmanager
-def alone(folder: Path, *, flag: str = "--out", patience: float = MOMENT) -> Iterator[None]:
-    """Hold the folder, for which see `room`. UserError: another process holds it for `patience` seconds and longer."""
-    end = time.monotonic() + patience
+def alone(folder: Path, *, flag: str = "--out", timeout: float = MOMENT) -> Iterator[None]:
+    """Hold the folder, for which see `room`. UserError: another process holds it for `timeout` seconds and longer."""
+    end = time.monotonic() + timeout
     with room(folder, flag=flag):
         while (lock := _acquire(folder, flag=flag)) is None:
             if time.monotonic() > end:
@@ -41,7 +41,7 @@ def alone(folder: Path, *, flag: str = "--out", patience: float = MOMENT) -> Ite
 
 def clear(folder: Path) -> None:
     """Take away the file that a killed process has left."""
-    with suppress(UserError), alone(folder, patience=0.0):
+    with suppress(UserError), alone(folder, timeout=0.0):
         pass
 
 

@@ -10,13 +10,14 @@ from typing import Annotated, Any, NotRequired, TypedDict
 from msgspec import Meta, ValidationError, convert
 
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.settings import CHANGES, PLACE, Settings
+from blocklocal.lab.settings import CHANGES, NOT_STORED, Settings
 
 Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Amount = Annotated[float, Meta(ge=0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
+RENAMED = {"message": "message_dtype"}  # since version 0.1.0
 # Settings that came after version 0.1.0. A run that does not know one was trained as its default says.
 LATER = {"clip", "accumulate", "validation", "add_beliefs", *CHANGES}
 
@@ -70,8 +71,9 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def read_settings(file: Path) -> Settings:
     """Those of a config.json. UserError: it is not what a run writes; settings of another version, or out of range."""
-    stored = read_config(file)["settings"]
-    known = {field.name for field in fields(Settings)} - set(PLACE)
+    found: dict[str, Any] = read_config(file)["settings"]
+    stored = {RENAMED.get(name, name): value for name, value in found.items()}
+    known = {field.name for field in fields(Settings)} - set(NOT_STORED)
     try:
         if unknown := stored.keys() - known:
             raise ValueError(f"settings: {min(unknown)!r} is unknown")

@@ -16,18 +16,18 @@ from blocklocal.lab.terminal import Terminal
 
 
 def lay_side_by_side(
-    series: Sequence[Settings], *, folder: Path, title: str, reference: Reference | None = None
+    sweep: Sequence[Settings], *, folder: Path, title: str, reference: Reference | None = None
 ) -> None:
-    """Complete the series, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
-    finished = complete(series, folder=folder, console=Terminal(stderr=True))
+    """Complete the sweep, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
+    finished = complete(sweep, folder=folder, console=Terminal(stderr=True))
     rows = summarise(gather(finished), reference=reference)
     if rows:
         print_table(rows, title=title)
         print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
-    if len(finished) < len(series):
-        missing = sorted({str(settings.folder) for settings in series} - {str(run.path) for run in finished})
+    if len(finished) < len(sweep):
+        missing = sorted({str(settings.folder) for settings in sweep} - {str(run.path) for run in finished})
         raise UserError(
-            f"{len(missing)} of {len(series)} runs failed: {', '.join(missing)}; the same command tries them again"
+            f"{len(missing)} of {len(sweep)} runs failed: {', '.join(missing)}; the same command tries them again"
         )
 
 

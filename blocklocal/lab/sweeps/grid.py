@@ -10,9 +10,9 @@ from typing import Any
 
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.schema import convert_to, read
-from blocklocal.lab.settings import PLACE, Settings
+from blocklocal.lab.settings import NOT_STORED, Settings
 
-NAME, SHARED = "name", ("data", "seed", "validation", *PLACE)
+NAME, SHARED = "name", ("data", "seed", "validation", *NOT_STORED)
 
 
 @dataclass(frozen=True)

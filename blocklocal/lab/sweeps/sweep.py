@@ -1,4 +1,4 @@
-"""A series of runs, one after another, each in a process of its own; what a kill leaves undone, the next call does."""
+"""A sweep of runs, one after another, each in a process of its own; what a kill leaves undone, the next call does."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ MOST_SEEDS = 1000
 WAIT = 0.1  # seconds between two looks
 
 
-def complete(series: Sequence[Settings], *, folder: Path, console: Console) -> list[History]:
-    """Train what is not trained yet of a series whose runs are kept in `folder`; returns those that are finished.
+def complete(sweep: Sequence[Settings], *, folder: Path, console: Console) -> list[History]:
+    """Train what is not trained yet of a sweep whose runs are kept in `folder`; returns those that are finished.
 
     A run that fails does not stop the others, unless it could not even begin. UserError: settings that cannot be
     used, or that contradict a run which is there already.
     """
-    for settings in series:
+    for settings in sweep:
         settings.check()
         settings.check_alone()
         rules.find(settings.rule)
-    _refuse_one_folder_for_two(series)
+    _refuse_one_folder_for_two(sweep)
     with alone(folder):
-        for settings in series:
+        for settings in sweep:
             _refuse_other(settings)
-        for number, settings in enumerate(series, start=1):
-            _train(settings, console=console, title=f"run {number} of {len(series)}")
-        return [run for settings in series if (run := read(settings.folder)).finished]
+        for number, settings in enumerate(sweep, start=1):
+            _train(settings, console=console, title=f"run {number} of {len(sweep)}")
+        return [run for settings in sweep if (run := read(settings.folder)).finished]
 
 
 def arguments(settings: Settings) -> list[str]:
@@ -57,9 +57,9 @@ def arguments(settings: Settings) -> list[str]:
     return args
 
 
-def _refuse_one_folder_for_two(series: Sequence[Settings]) -> None:
+def _refuse_one_folder_for_two(sweep: Sequence[Settings]) -> None:
     """Names that differ elsewhere than at their ends give one folder."""
-    folders = Counter(settings.folder for settings in series)
+    folders = Counter(settings.folder for settings in sweep)
     folder, runs = folders.most_common(1)[0]
     if runs > 1:
         raise UserError(f"{runs} of these runs would be kept in one folder, {str(folder)!r}: leave one of them out")
@@ -84,7 +84,7 @@ def _train(settings: Settings, *, console: Console, title: str) -> None:
     command = [sys.executable, "-m", "blocklocal", "train", *arguments(settings)]
     if run.exists:
         command.append("--resume")
-    ended = subcommand.call(command, title=f"{title}, {run.path}")
+    ended = subcommand.run(command, title=f"{title}, {run.path}")
     if ended.code and not run.exists:
         raise UserError(f"the run in {str(run.path)!r} could not begin: {ended.reason}")
     if ended.code:
@@ -92,7 +92,7 @@ def _train(settings: Settings, *, console: Console, title: str) -> None:
 
 
 def _wait(run: Run, *, console: Console) -> None:
-    """For a process that trains the run already: the series that started it may have been killed."""
+    """For a process that trains the run already: the sweep that started it may have been killed."""
     if is_held(run.path):
         console.print(f"waiting for {holder(run.path)}, which trains in {run.path}", soft_wrap=True)
     while is_held(run.path):

@@ -9,8 +9,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
 from blocklocal import BlockLocal
 from blocklocal.lab import models
@@ -24,6 +25,7 @@ from blocklocal.lab.names import WORD, short
 from blocklocal.lab.settings import CHANGES, Settings
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.evaluation import Exits, evaluate, validate
+from blocklocal.lab.training.optim import SCHEDULES, make_optimizer
 from blocklocal.lab.training.trial import FEW, try_checkpoint, try_learning, try_model
 
 EXAMPLE = 8  # images by which the blocks are balanced and the borders get their shapes
@@ -43,6 +45,23 @@ class Experiment:
     @property
     def learner(self) -> BlockLocal:
         return self.learning.learner
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+        """Of a block."""
+        settings = self.settings
+        return make_optimizer(
+            parameters,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+        )
+
+    def learning_rate(self, minibatch: int) -> float:
+        """For a minibatch, counted from 0 over all epochs."""
+        settings, steps = self.settings, self.steps
+        schedule, warmup = SCHEDULES[settings.schedule], round(settings.warmup * steps)
+        return schedule(minibatch, warmup, settings.epochs * steps) * settings.lr
 
     def training_batches(self, epoch: int, *, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Of epoch 1, 2, ..., from minibatch `begin` on."""

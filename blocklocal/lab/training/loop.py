@@ -18,11 +18,11 @@ from blocklocal.lab.training.trainer import Trainer
 
 Watch = Callable[[int, Sequence[float]], None]
 
-LOOK = 0.2  # seconds between two looks at the losses, each of which waits for the device
+POLL_SECONDS = 0.2  # seconds between two looks at the losses, each of which waits for the device
 LOSSES, SECONDS = "progress.losses", "progress.seconds"  # of the epoch so far, in the state of a block
 
 
-class Course:
+class TrainingLoop:
     """How far a trainer has come, and what it needs to go on from there bit for bit.
 
     checkpoints: written after every `save_every` minibatches of an epoch and at its end.
@@ -43,15 +43,15 @@ class Course:
         Every other checkpoint is forgotten. UserError: one that cannot be read, or is that of another model.
         """
         latest = self.checkpoints.latest() if resume else None
-        minibatch = processes.first(latest or 0)
+        minibatch = processes.broadcast(latest or 0)
         if minibatch:
             states = {k: self.checkpoints.load(minibatch, k) for k in self.trainer.blocks}
             self._take_progress(states, steps=minibatch % self.steps)
             self.trainer.load(states)
-        processes.meet()  # all can read theirs, and so the others are needed no more
+        processes.barrier()  # all can read theirs, and so the others are needed no more
         if processes.rank == 0:
             self.checkpoints.discard_others(minibatch)
-        processes.meet()
+        processes.barrier()
         return minibatch
 
     def epoch(self, epoch: int, *, watch: Watch) -> Tensor:
@@ -67,7 +67,7 @@ class Course:
             unseen.append(window)
             before, step = step, step + len(window)
             due = step < self.steps and step // self.save_every > before // self.save_every
-            if due or step == self.steps or time.monotonic() - looked > LOOK:
+            if due or step == self.steps or time.monotonic() - looked > POLL_SECONDS:
                 recent = torch.cat(unseen)
                 self._check_losses(recent, epoch=epoch, first=step - len(recent))
                 watch(step, recent.mean(0).tolist())

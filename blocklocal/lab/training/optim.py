@@ -9,32 +9,25 @@ from functools import partial
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from blocklocal.lab.settings import Settings
 
-
-def descent(parameters: list[nn.Parameter], settings: Settings) -> SGD:
-    """Stochastic gradient descent with Nesterov momentum; with --clip, of gradients that are clipped first."""
+def make_optimizer(
+    parameters: list[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, clip: float
+) -> SGD:
+    """Stochastic gradient descent with Nesterov momentum. clip: largest norm of the gradient, 0 being no limit."""
     optimizer = SGD(
         [{"params": parameters}],  # a group may be empty, a list of parameters may not
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
         nesterov=True,
     )
-    if settings.clip:
-        optimizer.register_step_pre_hook(partial(_clip, parameters, settings.clip))
+    if clip:
+        optimizer.register_step_pre_hook(partial(_clip, parameters, clip))
     return optimizer
 
 
 def _clip(parameters: list[nn.Parameter], norm: float, *_: object) -> None:
     nn.utils.clip_grad_norm_(parameters, norm)
-
-
-def set_rate(optimizer: Optimizer, settings: Settings, *, minibatch: int, steps: int) -> None:
-    """The learning rate for a minibatch, counted from 0 over all epochs of so many steps each."""
-    schedule, warmup = SCHEDULES[settings.schedule], round(settings.warmup * steps)
-    for group in optimizer.param_groups:
-        group["lr"] = schedule(minibatch, warmup, settings.epochs * steps) * settings.lr
 
 
 Schedule = Callable[[int, int, int], float]
@@ -59,3 +52,8 @@ def constant(step: int, warmup: int, total: int) -> float:
 
 
 SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "onecycle": onecycle, "constant": constant}
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

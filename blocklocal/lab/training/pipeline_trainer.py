@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
@@ -20,7 +20,7 @@ from blocklocal.lab.runs.block_state import block_state, load_block_state
 from blocklocal.lab.runs.checkpoint_part import State
 from blocklocal.lab.training.evaluation import SIZE, Exits, grade, weigh
 from blocklocal.lab.training.experiment import DTYPES, Experiment
-from blocklocal.lab.training.optim import descent, set_rate
+from blocklocal.lab.training.optim import set_rate
 from blocklocal.learner import warn_of_collapse
 from blocklocal.pipeline import Placement, balanced, replicate, shard
 from blocklocal.pipeline.pipeline import Batch
@@ -54,15 +54,15 @@ class PipelineTrainer:
         mesh = init_device_mesh(self.device.type, (ranks, self.replicas), mesh_dim_names=("block", "data"))
         self.pipeline = Pipeline(
             self.learner,
-            optimizer=self._descent,
+            optimizer=experiment.optimizer,
             placement=None if ranks in (1, blocks) else self._placement(mesh),
             mesh=mesh,
             data_parallel=shard if self.settings.shard else replicate,
             device=self.device,
-            message=DTYPES[self.settings.message],
+            message=DTYPES[self.settings.message_dtype],
             window=WINDOW + -WINDOW % self.settings.accumulate,
             accumulate=self.settings.accumulate,
-            timeout=self.settings.patience,
+            timeout=self.settings.timeout,
             seed=self.settings.seed,
             trace=trace is not None,
         )
@@ -160,12 +160,9 @@ class PipelineTrainer:
         with self.experiment.autocast(self.device):
             return balanced(self.learner, x, train.labels[rows], mesh=mesh, device=self.device)
 
-    def _descent(self, parameters: list[nn.Parameter]) -> Optimizer:
-        return descent(parameters, self.settings)
-
     def _follow_schedule(self, stage: Stage) -> None:
         def set_rate_of_minibatch(optimizer: Optimizer, *_: object) -> None:
-            set_rate(optimizer, self.settings, minibatch=stage.minibatch, steps=self.experiment.steps)
+            set_rate(optimizer, self.experiment.learning_rate(stage.minibatch))
 
         if stage.optimizer is not None:
             stage.optimizer.register_step_pre_hook(set_rate_of_minibatch)

@@ -97,9 +97,9 @@ class Learning:
     learner: BlockLocal
     alignment: Alignment | None = None
 
-    def given(self, y: Tensor, *, scale: float = 1.0) -> AbstractContextManager[None]:
+    def with_targets(self, y: Tensor, *, scale: float = 1.0) -> AbstractContextManager[None]:
         """A context for the learner's step on a batch with targets y, whose losses are multiplied by `scale`."""
-        return nullcontext() if self.alignment is None else self.alignment.given(y, scale=scale)
+        return nullcontext() if self.alignment is None else self.alignment.with_targets(y, scale=scale)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from blocklocal.lab.distributed.process_group import Processes, environment, joi
 from blocklocal.lab.environment import describe, peak_memory
 from blocklocal.lab.errors import UserError, blame, of_machine, place
 from blocklocal.lab.runs.block_state import load_weights, unshard
-from blocklocal.lab.runs.checkpoints import Checkpoints, kept
+from blocklocal.lab.runs.checkpoints import Checkpoints, resume_hint
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.runs.lock import MOMENT
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.experiment import Experiment, check_facts, prepare
-from blocklocal.lab.training.loop import Course
+from blocklocal.lab.training.loop import TrainingLoop
 from blocklocal.lab.training.progress import Display, Plan, display
 from blocklocal.lab.training.recipes import settings_from
 from blocklocal.lab.training.trainer import SingleTrainer, Trainer
@@ -49,7 +49,7 @@ def train(settings: Settings) -> dict[str, Any]:
     else:
         rules.check_over_processes(settings.rule, lookahead=settings.lookahead)
     run = Run(settings.folder)
-    with joined(device=settings.device, patience=settings.patience) as processes, _alone(run, processes):
+    with joined(device=settings.device, timeout=settings.timeout) as processes, _alone(run, processes):
         return _train(run, settings, processes)
 
 
@@ -57,7 +57,7 @@ def _alone(run: Run, processes: Processes) -> AbstractContextManager[None]:
     """The first process holds the folder for all; after a restart the one before it may need some time to end."""
     if processes.rank > 0:
         return nullcontext()
-    return run.alone(patience=RESTART if processes.restarted else MOMENT)
+    return run.alone(timeout=RESTART if processes.restarted else MOMENT)
 
 
 def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         trainer = _trainer(experiment, processes, trace=run.traces)
     blocks = len(experiment.learner.blocks)
     checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
-    course = Course(trainer, checkpoints, save_every=settings.save_every)
+    loop = TrainingLoop(trainer, checkpoints, save_every=settings.save_every)
     if processes.rank == 0:
         if resume:
             _refuse_anew(run, checkpoints)
@@ -81,9 +81,9 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
             _begin(run, experiment, processes)
         if settings.trace:
             run.forget_traces()
-    processes.meet()
+    processes.barrier()
     processes.log_to(run.path)
-    done, rest = divmod(course.begin(processes, resume=resume), experiment.steps)
+    done, rest = divmod(loop.begin(processes, resume=resume), experiment.steps)
     records = run.rewind(epochs=done) if processes.rank == 0 else []
     if settings.compile:
         experiment.learner.compile()
@@ -94,13 +94,13 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
-                    record = _epoch(epoch, course, processes, shown=shown)
+                    record = _epoch(epoch, loop, processes, shown=shown)
                 if processes.rank == 0:
                     run.append(record)
                 records.append(record)
-                course.end_epoch(epoch)
+                loop.end_epoch(epoch)
         checkpoints.wait()
-        processes.meet()
+        processes.barrier()
         if processes.rank > 0:
             return {}
         checkpoints.discard_others(checkpoints.latest())
@@ -108,12 +108,12 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         run.save_model(experiment.learner.model)
     except KeyboardInterrupt:
         checkpoints.wait()
-        raise KeyboardInterrupt(kept(run)) from None
+        raise KeyboardInterrupt(resume_hint(run)) from None
     except (UserError, OSError) as error:
         checkpoints.wait()
         if processes.distributed and not isinstance(error, UserError):
             raise  # bll launch says the rest
-        raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {kept(run)}") from error
+        raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {resume_hint(run)}") from error
     return {
         "rule": settings.rule,
         "blocks": blocks,
@@ -168,9 +168,9 @@ def _begin(run: Run, experiment: Experiment, processes: Processes) -> None:
     run.create(experiment.settings, facts=facts | describe(processes.device))
 
 
-def _epoch(epoch: int, course: Course, processes: Processes, *, shown: Display) -> dict[str, Any]:
+def _epoch(epoch: int, loop: TrainingLoop, processes: Processes, *, shown: Display) -> dict[str, Any]:
     """Train and test through one epoch, together with the other processes; its line of metrics.jsonl."""
-    trainer, experiment = course.trainer, course.experiment
+    trainer, experiment = loop.trainer, loop.experiment
     blocks = len(experiment.learner.blocks)
 
     def watch(step: int, losses: Sequence[float]) -> None:
@@ -178,14 +178,14 @@ def _epoch(epoch: int, course: Course, processes: Processes, *, shown: Display) 
         shown.step(epoch, step, [own.get(k) for k in range(blocks)])
 
     losses = torch.zeros(blocks, dtype=torch.float64)
-    losses[list(trainer.blocks)] = course.epoch(epoch, watch=watch).cpu()
+    losses[list(trainer.blocks)] = loop.epoch(epoch, watch=watch).cpu()
     held_out, exits = trainer.validate(), trainer.test()
     record = {
         "epoch": epoch,
         "train_loss": (processes.sum(losses) / experiment.settings.replicas).tolist(),
         "test_accuracy": exits.accuracies,
         "test_accuracy_all": exits.combined_accuracy,
-        "seconds": round(course.seconds, 3),
+        "seconds": round(loop.seconds, 3),
         "peak_memory_mib": round(processes.largest(peak_memory(processes.device)), 1),
         "borders": trainer.diagnose(epoch),
     }

@@ -19,7 +19,7 @@ from blocklocal.lab.runs.block_state import (
 from blocklocal.lab.runs.checkpoint_part import State
 from blocklocal.lab.training.evaluation import Exits
 from blocklocal.lab.training.experiment import Experiment
-from blocklocal.lab.training.optim import descent, set_rate
+from blocklocal.lab.training.optim import set_rate
 
 
 class Trainer(Protocol):
@@ -66,7 +66,7 @@ class SingleTrainer:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment, self.settings, self.learner = experiment, experiment.settings, experiment.learner
         self.blocks = range(len(self.learner.blocks))
-        self.optimizers = [descent(self.learner.block_parameters(k), self.settings) for k in self.blocks]
+        self.optimizers = [experiment.optimizer(self.learner.block_parameters(k)) for k in self.blocks]
 
     def train(self, epoch: int, *, begin: int) -> Iterator[Tensor]:
         steps, accumulate = self.experiment.steps, self.settings.accumulate
@@ -74,8 +74,8 @@ class SingleTrainer:
         self.learner.train()
         for step, (x, y) in enumerate(self.experiment.training_batches(epoch, begin=begin), start=begin):
             for optimizer in self.optimizers:
-                set_rate(optimizer, self.settings, minibatch=(epoch - 1) * steps + step, steps=steps)
-            with self.experiment.autocast(), self.experiment.learning.given(y, scale=scale):
+                set_rate(optimizer, self.experiment.learning_rate((epoch - 1) * steps + step))
+            with self.experiment.autocast(), self.experiment.learning.with_targets(y, scale=scale):
                 if accumulate == 1:  # a block's gradients are freed before the next block begins
                     losses.append(self.learner.backward(x, y, optimizers=self.optimizers))
                 else:

@@ -62,7 +62,7 @@ def try_learning(learning: Learning, x: Tensor, y: Tensor, *, name: str, context
     state = copy.deepcopy(alignment.state_dict()) if alignment else None
     with _preserved(learner, learner.model, device=x.device), blame(f"model {name!r} fails in a training step"):
         learner.train()
-        with context, learning.given(y):
+        with context, learning.with_targets(y):
             losses = learner.backward(x, y)
         for k, loss in enumerate(losses):
             gradients = [parameter.grad for parameter in learner.block_parameters(k) if parameter.grad is not None]
