@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
+from torch.optim import SGD
 
 from blocklocal import BlockLocal
 from blocklocal.lab import models
@@ -46,7 +46,7 @@ class Experiment:
     def learner(self) -> BlockLocal:
         return self.learning.learner
 
-    def optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
+    def optimizer(self, parameters: list[nn.Parameter]) -> SGD:
         """Of a block."""
         settings = self.settings
         return make_optimizer(
