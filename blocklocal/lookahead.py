@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from blocklocal.arguments import require, require_whole
 from blocklocal.graph import mode
 from blocklocal.heads import Head
+from blocklocal.internals import version_of
 from blocklocal.losses import Predictive
 from blocklocal.messages import Message, Site
 from blocklocal.split import candidates, cut, places
+from blocklocal.survey import drops_in_place
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Lookahead:
             raise ValueError("Lookahead() copies a unit with weights, and the next block has none: use another head")
         example, shapes = torch.zeros(2, *site.shape, device=weight.device, dtype=weight.dtype), []
         for unit in _units(site.following):
-            output = _output(unit, example)
+            output, writes = _output(unit, example)
             shapes.append(tuple(output.shape))
             if output.dim() == example.dim() and (output[0, 0].numel() > 1 or example[0, 0].numel() == 1):
                 break
@@ -67,7 +69,9 @@ class Lookahead:
                 f"{tuple(example.shape)}: leave more of the model in the next block, or use another head"
             )
         behind = replace(site, shape=tuple(output.shape[1:]), following=None)
-        return LookaheadHead(unit, site.following, self._inner(behind), site=behind, settings=self)
+        head = LookaheadHead(unit, site.following, self._inner(behind), site=behind, settings=self)
+        head.writes_input = writes
+        return head
 
     def _inner(self, site: Site) -> nn.Module:
         return Predictive(self.head).build(site).head
@@ -85,6 +89,7 @@ class LookaheadHead(nn.Module):
         frozen = settings.refresh is not None
         self.frozen = copy.deepcopy(unit).requires_grad_(False) if frozen else None
         self.trained = copy.deepcopy(unit) if settings.trainable or not frozen else None
+        self.writes_input = False  # as a unit does that begins with an in-place activation
         self.steps = 0
 
     def forward(self, message: Message) -> Tensor:
@@ -92,7 +97,8 @@ class LookaheadHead(nn.Module):
             if self.steps % (self.refresh or 1) == 0:
                 self._refresh()
             self.steps += 1
-        seen = [through(message.h) for through in (self.frozen, self.trained) if through is not None]
+        h, both = message.h, (self.frozen, self.trained)
+        seen = [through(h.clone() if self.writes_input else h) for through in both if through is not None]
         behind = Message(
             seen[0] if len(seen) == 1 else (seen[0] + seen[1]) / 2,
             site=self.site,
@@ -131,9 +137,13 @@ def _units(block: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def _output(unit: nn.Module, example: Tensor) -> Tensor:
+def _output(unit: nn.Module, example: Tensor) -> tuple[Tensor, bool]:
+    """What the unit makes of the example, and whether it writes into it, or would in training mode."""
+    given = example.clone()
+    before = version_of(given)
     with mode(unit, training=False):
-        return unit(example)
+        output = unit(given)
+    return output, version_of(given) != before or drops_in_place(unit)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
