@@ -8,7 +8,7 @@ refreshed from is not touched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +34,7 @@ class Lookahead:
     second one learns; what follows sees their mean. The unit is the shortest part of the next block that can be cut
     off, or all of it.
 
-    In one process only: in a pipeline the next unit may be on another.
+    Over processes `bll.Pipeline(..., lookahead=True)` brings the copies from the rank of the next block.
 
     >>> import blocklocal as bll
     >>> loss = bll.Predictive(bll.Lookahead(refresh=100))
@@ -78,9 +78,10 @@ class Lookahead:
 
 
 class LookaheadHead(nn.Module):
-    """The copies, frozen or learning, and the head behind them. `steps` counts those in training mode."""
+    """The copies, frozen or learning, and the head behind them. `steps` counts those in training mode.
 
-    reads_next_block = True
+    elsewhere: the next block learns in another process, and what a refresh takes is `deliver`ed before it.
+    """
 
     def __init__(self, unit: nn.Module, block: nn.Module, head: nn.Module, *, site: Site, settings: Lookahead) -> None:
         super().__init__()
@@ -91,14 +92,15 @@ class LookaheadHead(nn.Module):
         self.trained = copy.deepcopy(unit) if settings.trainable or not frozen else None
         self.writes_input = False  # as a unit does that begins with an in-place activation
         self.steps = 0
+        self.elsewhere = False
+        self._delivered: Sequence[Tensor] | None = None
 
     def forward(self, message: Message) -> Tensor:
         if self.frozen is not None and self.training and torch.is_grad_enabled():
-            if self.steps % (self.refresh or 1) == 0:
+            if self.refreshes():
                 self._refresh()
             self.steps += 1
-        h, both = message.h, (self.frozen, self.trained)
-        seen = [through(h.clone() if self.writes_input else h) for through in both if through is not None]
+        seen = [through(message.h.clone() if self.writes_input else message.h) for through in self.copies]
         behind = Message(
             seen[0] if len(seen) == 1 else (seen[0] + seen[1]) / 2,
             site=self.site,
@@ -107,14 +109,42 @@ class LookaheadHead(nn.Module):
         )
         return self.head(behind)
 
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        assert self.frozen is not None
+    def refreshes(self, ahead: int = 0) -> bool:
+        """Whether the training step that comes after so many others begins with a refresh."""
+        return self.refresh is not None and (self.steps + ahead) % self.refresh == 0
+
+    def source(self) -> list[Tensor]:
+        """The weights and statistics of the next unit, in the order of those of a copy."""
         unit, block = self._next
         if not set(unit.parameters()) <= set(block.parameters()):
             raise RuntimeError("the next block has other parameters than when its unit was copied: build a new learner")
-        for own, now in zip(_tensors(self.frozen), _tensors(unit), strict=True):
-            own.copy_(now)
+        return list(_tensors(unit))
+
+    def deliver(self, tensors: Sequence[Tensor]) -> None:
+        """What `source` gives where the next block learns, for the refresh that comes."""
+        self._delivered = tensors
+
+    def own(self) -> list[Tensor]:
+        """Those of a copy."""
+        return list(_tensors(self.copies[0]))
+
+    @torch.no_grad()
+    def begin(self, tensors: Sequence[Tensor]) -> None:
+        """Take all copies anew, from what `source` gives."""
+        for made in self.copies:
+            _fill(made, tensors)
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return [made for made in (self.frozen, self.trained) if made is not None]
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        assert self.frozen is not None
+        if self.elsewhere and self._delivered is None:
+            raise RuntimeError("the next block learns in another process: train by the pipeline, which brings copies")
+        tensors, self._delivered = self.source() if self._delivered is None else self._delivered, None
+        _fill(self.frozen, tensors)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)
@@ -144,6 +174,16 @@ def _output(unit: nn.Module, example: Tensor) -> tuple[Tensor, bool]:
     with mode(unit, training=False):
         output = unit(given)
     return output, version_of(given) != before or drops_in_place(unit)
+
+
+def lookaheads(module: nn.Module) -> list[LookaheadHead]:
+    """The heads of a border, or of several, that look through copies."""
+    return [head for head in module.modules() if isinstance(head, LookaheadHead)]
+
+
+def _fill(made: nn.Module, tensors: Sequence[Tensor]) -> None:
+    for own, now in zip(_tensors(made), tensors, strict=True):
+        own.copy_(now)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
