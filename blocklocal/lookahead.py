@@ -8,7 +8,7 @@ refreshed from is not touched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from blocklocal.arguments import require, require_whole
 from blocklocal.graph import mode
 from blocklocal.heads import Head
+from blocklocal.internals import version_of
 from blocklocal.losses import Predictive
 from blocklocal.messages import BorderInput, BorderSpec
+from blocklocal.shape_probe import drops_in_place
 from blocklocal.split import candidates, cut, places
 
 
@@ -32,7 +34,7 @@ class Lookahead:
     second one learns; what follows sees their mean. The unit is the shortest part of the next block that can be cut
     off, or all of it.
 
-    In one process only: in a pipeline the next unit may be on another.
+    Over processes `bll.Pipeline(..., lookahead=True)` brings the copies from the rank of the next block.
 
     >>> import blocklocal as bll
     >>> loss = bll.Predictive(bll.Lookahead(refresh=100))
@@ -57,7 +59,7 @@ class Lookahead:
             raise ValueError("Lookahead() copies a unit with weights, and the next block has none: use another head")
         example, shapes = torch.zeros(2, *spec.shape, device=weight.device, dtype=weight.dtype), []
         for unit in _units(spec.following):
-            output = _output(unit, example)
+            output, writes = _output(unit, example)
             shapes.append(tuple(output.shape))
             if output.dim() == example.dim() and (output[0, 0].numel() > 1 or example[0, 0].numel() == 1):
                 break
@@ -67,16 +69,19 @@ class Lookahead:
                 f"{tuple(example.shape)}: leave more of the model in the next block, or use another head"
             )
         behind = replace(spec, shape=tuple(output.shape[1:]), following=None)
-        return LookaheadHead(unit, spec.following, self._inner(behind), spec=behind, settings=self)
+        head = LookaheadHead(unit, spec.following, self._inner(behind), spec=behind, settings=self)
+        head.writes_input = writes
+        return head
 
     def _inner(self, spec: BorderSpec) -> nn.Module:
         return Predictive(self.head).build(spec).head
 
 
 class LookaheadHead(nn.Module):
-    """The copies, frozen or learning, and the head behind them. `steps` counts those in training mode."""
+    """The copies, frozen or learning, and the head behind them. `steps` counts those in training mode.
 
-    reads_next_block = True
+    elsewhere: the next block learns in another process, and what a refresh takes is `deliver`ed before it.
+    """
 
     def __init__(
         self, unit: nn.Module, block: nn.Module, head: nn.Module, *, spec: BorderSpec, settings: Lookahead
@@ -87,14 +92,17 @@ class LookaheadHead(nn.Module):
         frozen = settings.refresh is not None
         self.frozen = copy.deepcopy(unit).requires_grad_(False) if frozen else None
         self.trained = copy.deepcopy(unit) if settings.trainable or not frozen else None
+        self.writes_input = False  # as a unit does that begins with an in-place activation
         self.steps = 0
+        self.elsewhere = False
+        self._delivered: Sequence[Tensor] | None = None
 
     def forward(self, message: BorderInput) -> Tensor:
         if self.frozen is not None and self.training and torch.is_grad_enabled():
-            if self.steps % (self.refresh or 1) == 0:
+            if self.refreshes():
                 self._refresh()
             self.steps += 1
-        seen = [through(message.h) for through in (self.frozen, self.trained) if through is not None]
+        seen = [through(message.h.clone() if self.writes_input else message.h) for through in self.copies]
         behind = BorderInput(
             seen[0] if len(seen) == 1 else (seen[0] + seen[1]) / 2,
             spec=self.spec,
@@ -103,14 +111,42 @@ class LookaheadHead(nn.Module):
         )
         return self.head(behind)
 
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        assert self.frozen is not None
+    def refreshes(self, ahead: int = 0) -> bool:
+        """Whether the training step that comes after so many others begins with a refresh."""
+        return self.refresh is not None and (self.steps + ahead) % self.refresh == 0
+
+    def source(self) -> list[Tensor]:
+        """The weights and statistics of the next unit, in the order of those of a copy."""
         unit, block = self._next
         if not set(unit.parameters()) <= set(block.parameters()):
             raise RuntimeError("the next block has other parameters than when its unit was copied: build a new learner")
-        for own, now in zip(_tensors(self.frozen), _tensors(unit), strict=True):
-            own.copy_(now)
+        return list(_tensors(unit))
+
+    def deliver(self, tensors: Sequence[Tensor]) -> None:
+        """What `source` gives where the next block learns, for the refresh that comes."""
+        self._delivered = tensors
+
+    def own(self) -> list[Tensor]:
+        """Those of a copy."""
+        return list(_tensors(self.copies[0]))
+
+    @torch.no_grad()
+    def begin(self, tensors: Sequence[Tensor]) -> None:
+        """Take all copies anew, from what `source` gives."""
+        for made in self.copies:
+            _fill(made, tensors)
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return [made for made in (self.frozen, self.trained) if made is not None]
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        assert self.frozen is not None
+        if self.elsewhere and self._delivered is None:
+            raise RuntimeError("the next block learns in another process: train by the pipeline, which brings copies")
+        tensors, self._delivered = self.source() if self._delivered is None else self._delivered, None
+        _fill(self.frozen, tensors)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)
@@ -133,9 +169,23 @@ def _units(block: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def _output(unit: nn.Module, example: Tensor) -> Tensor:
+def _output(unit: nn.Module, example: Tensor) -> tuple[Tensor, bool]:
+    """What the unit makes of the example, and whether it writes into it, or would in training mode."""
+    given = example.clone()
+    before = version_of(given)
     with mode(unit, training=False):
-        return unit(example)
+        output = unit(given)
+    return output, version_of(given) != before or drops_in_place(unit)
+
+
+def lookaheads(module: nn.Module) -> list[LookaheadHead]:
+    """The heads of a border, or of several, that look through copies."""
+    return [head for head in module.modules() if isinstance(head, LookaheadHead)]
+
+
+def _fill(made: nn.Module, tensors: Sequence[Tensor]) -> None:
+    for own, now in zip(_tensors(made), tensors, strict=True):
+        own.copy_(now)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

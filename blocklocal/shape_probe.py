@@ -56,7 +56,7 @@ def probe_shapes(
             name = "example" if k == 0 else f"what block {k - 1} gives on example="
             with passes(h, name=name, through=f"block {k}"), Reading(h) as reading, torch.enable_grad():
                 output = block(h)
-            writes_input.append(k > 0 and (version_of(h) != before or _drops_in_place(block)))
+            writes_input.append(k > 0 and (version_of(h) != before or drops_in_place(block)))
             if not isinstance(output, Tensor) or output.dim() < 2:
                 raise ValueError(f"block {k} gives {_describe(output)}: a block gives one tensor (B, ...) of features")
             _require_own_gradient(output, blocks=blocks, k=k)
@@ -173,7 +173,7 @@ def _compare(chain: Tensor, prediction: object) -> None:
         )
 
 
-def _drops_in_place(block: nn.Module) -> bool:
+def drops_in_place(block: nn.Module) -> bool:
     """Whether dropout, which evaluation mode does not show, may write into the block's input."""
     return any(isinstance(module, DROPOUTS) and module.inplace for module in block.modules())
 

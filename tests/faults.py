@@ -89,10 +89,10 @@ def alive(pid: int) -> bool:
         return False
 
 
-def reference(folder: Path, *, epochs: int) -> Path:
+def reference(folder: Path, *options: str, epochs: int) -> Path:
     """The weights that one process arrives at, undisturbed."""
     out = folder / "reference"
-    command = [*BLL, "train", *SETTINGS, f"--epochs={epochs}", f"--out={out}"]
+    command = [*BLL, "train", *SETTINGS, *options, f"--epochs={epochs}", f"--out={out}"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return out
 
@@ -142,11 +142,11 @@ def two_machines() -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
         subprocess.run(["sh", "-c", remove], capture_output=True)
 
 
-def kill_one_after_another(folder: Path, whole: Path, *, epochs: int, kills: int, processes: int) -> str:
+def kill_one_after_another(folder: Path, whole: Path, *options: str, epochs: int, kills: int, processes: int) -> str:
     """kill -9 of each rank in turn, at a random moment."""
     draw, seconds, killed = random.Random(0), [], 0.0
     share = epochs * STEPS / (2 * kills)  # of the run, so that it is not over before the last kill
-    run = Launched(folder / "kills", f"--epochs={epochs}", f"--restarts={kills}", processes=processes)
+    run = Launched(folder / "kills", *options, f"--epochs={epochs}", f"--restarts={kills}", processes=processes)
     for kill in range(kills):
         run.wait_until_training()
         if kill:

@@ -131,6 +131,15 @@ def test_a_killed_process_changes_nothing(tmp_path, whole):
     faults.kill_one_after_another(tmp_path, whole, epochs=EPOCHS, kills=2, processes=2)
 
 
+def test_a_killed_process_changes_nothing_where_copies_travel(tmp_path, capsys):
+    """Checkpoints stand between two refreshes."""
+    options = ("--lookahead=both", "--refresh=40", "--add-beliefs")
+    whole = faults.reference(tmp_path, *options, epochs=3)
+    faults.kill_one_after_another(tmp_path, whole, *options, "--trace", epochs=3, kills=1, processes=3)
+    assert main(["timeline", str(tmp_path / "kills")]) == 0
+    assert re.search(r"copies against the stream: \d+, of \d\.\d\d MiB together", capsys.readouterr().out)
+
+
 @pytest.mark.long
 def test_a_stopped_process_is_noticed(tmp_path, whole):
     faults.stop(tmp_path, whole, epochs=EPOCHS, timeout=3, processes=2)
@@ -267,6 +276,7 @@ def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, mon
         (["--lr=-1"], "--lr -1.0 is out of range"),
         (["--timeout=0"], "--timeout 0.0 is out of range"),
         (["--shard"], "--shard has an effect only with --replicas"),
+        (["--replicas=2", "--shard", "--lookahead=both"], "no unit whole that --lookahead both could copy"),
         (["--replicas=3"], "--replicas 3 is not a divisor of --batch-size"),
     ],
 )

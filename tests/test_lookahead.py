@@ -151,3 +151,15 @@ def test_pooling_before_the_classifier_is_no_part_of_the_unit() -> None:
     assert frozen is not None
     h = torch.randn(2, 6, 6, 6)
     assert_close(frozen.eval()(h), unit.eval()(h))
+
+
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True)])
+def test_a_copy_that_writes_into_its_input_leaves_the_block_its_output(first: nn.Module) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(3, 6, 3), nn.Sequential(first, nn.Conv2d(6, 8, 3), Classifier())]
+    x, y = torch.randn(6, 3, 8, 8), torch.arange(6) % CLASSES
+    for lookahead in (bll.Lookahead(refresh=1), bll.Lookahead(refresh=1, trainable=True)):
+        loss = bll.Predictive(lookahead)
+        learner = bll.BlockLocal(copy.deepcopy(blocks), classes=CLASSES, example=x[:2], loss=loss)
+        assert torch.equal(learner.local(0, x, y)[1], learner.blocks[0](x))
+        assert learner.backward(x, y).isfinite().all()

@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 import blocklocal as bll
+from blocklocal.lookahead import lookaheads
+from blocklocal.messages import Site
 from blocklocal.pipeline import Pipeline, Placement
 from blocklocal.pipeline.seeding import seeded
 
@@ -50,6 +52,8 @@ class Case:
     clip: float
     bf16: bool
     beliefs: bool = False
+    refresh: int = 0
+    """Heads look through a copy of the next unit, refreshed every so many steps, where there is one; 0: none does."""
 
     @property
     def placement(self) -> Placement:
@@ -75,6 +79,7 @@ def cases(draw: st.DrawFn) -> Case:
         clip=draw(st.sampled_from([0.0, 0.1])),
         bf16=draw(st.booleans()),
         beliefs=draw(st.booleans()),
+        refresh=draw(st.integers(0, 3)),
     )
 
 
@@ -119,6 +124,14 @@ def layer(kind: str, h: Tensor) -> nn.Module:
     return made[kind]()
 
 
+def head(case: Case, site: Site) -> nn.Module:
+    try:
+        lookahead = bll.Lookahead("linear", refresh=case.refresh, trainable=site.depth > 0)
+        return lookahead(site)
+    except ValueError:  # the next block has no weights, or none that keep the layout
+        return bll.Predictive("linear").build(site).head
+
+
 def learner(case: Case) -> bll.BlockLocal:
     torch.manual_seed(0)
     h, blocks = torch.randn(ROWS, 4, 4, 4), []
@@ -129,7 +142,7 @@ def learner(case: Case) -> bll.BlockLocal:
             h = block[-1](h)
         blocks.append(block)
     blocks[-1].append(nn.Flatten()).append(nn.Linear(h[0].numel(), CLASSES))
-    loss = 0.1 * bll.Variational() + bll.Predictive("linear")
+    loss = 0.1 * bll.Variational() + bll.Predictive(partial(head, case) if case.refresh else "linear")
     example = torch.randn(2, 4, 4, 4)
     return bll.BlockLocal(blocks, classes=CLASSES, example=example, loss=loss, layout="map", add_beliefs=case.beliefs)
 
@@ -191,6 +204,7 @@ def in_processes(rank: int, mesh: DeviceMesh, case: Case) -> dict[str, Tensor]:
         accumulate=case.accumulate,
         seed=SEED,
         timeout=30,
+        lookahead=case.refresh > 0,
     )
     found = {}
     with arithmetic(case):
@@ -214,6 +228,13 @@ def test_no_receive_overwrites_what_a_later_block_reads(pool: processes.Pool) ->
     """The output of the first block of rank 1 is a view of a receive buffer; the next block reads it late."""
     blocks = (("conv",), ("view",), ("pause", "linear"), ("slice",), ("pause", "linear"))
     case = Case(blocks, counts=(1, 2, 2), minibatches=7, window=7, ahead=1, accumulate=1, clip=0.0, bf16=False)
+    assert_as_in_one_process(pool, case)
+
+
+def test_a_copy_of_the_next_unit_comes_from_another_rank(pool: processes.Pool) -> None:
+    blocks = (("conv", "batch_norm"), ("relu_", "conv", "batch_norm"), ("conv", "dropout"), ("conv",))
+    case = Case(blocks, (1, 1, 2), minibatches=7, window=3, ahead=2, accumulate=2, clip=0.1, bf16=True, refresh=2)
+    assert any(lookaheads(border) for border in learner(case).borders)
     assert_as_in_one_process(pool, case)
 
 

@@ -22,9 +22,22 @@ def test_the_schedule_of_two_ranks_with_two_blocks_each() -> None:
     assert " ".join(map(str, second)) == "2RECV_F0 2RECV_F1 2F0 2B0 2RECV_F2 3F0 3B0 2F1 2B1 3F1 3B1 2F2 2B2 3F2 3B2"
 
 
-@given(placements, st.integers(1, 9), st.integers(1, 4))
-def test_every_list_is_complete_and_can_run(placement: Placement, minibatches: int, ahead: int) -> None:
-    lists = schedule(placement, minibatches=minibatches, ahead=ahead)
+def test_the_schedule_with_copies_before_the_first_and_the_third_minibatch() -> None:
+    lists = schedule(Placement((0, 0, 1)), minibatches=3, ahead=2, copies={0: [1], 1: [0, 2]})
+    first, second = (" ".join(map(str, actions)) for actions in lists.values())
+    assert first == ("1RECV_C0 0F0 0B0 1F0 1SEND_F0 1B0 0F1 0B1 1F1 1SEND_F1 1RECV_C2 1B1 0F2 0B2 1F2 1SEND_F2 1B2")
+    assert second == "2SEND_C0 2RECV_F0 2RECV_F1 2F0 2B0 2F1 2B1 2SEND_C2 2RECV_F2 2F2 2B2"
+
+
+refreshes = st.dictionaries(st.integers(0, 14), st.sets(st.integers(0, 8)))
+
+
+@given(placements, st.integers(1, 9), st.integers(1, 4), refreshes)
+def test_every_list_is_complete_and_can_run(
+    placement: Placement, minibatches: int, ahead: int, refreshes: dict[int, set[int]]
+) -> None:
+    copies = {k: {m for m in before if m < minibatches} for k, before in refreshes.items()}
+    lists = schedule(placement, minibatches=minibatches, ahead=ahead, copies=copies)
     blocks = len(placement.ranks)
     done = [(k, kind, m) for actions in lists.values() for k, kind, m in actions]
     assert len(done) == len(set(done))
@@ -35,8 +48,16 @@ def test_every_list_is_complete_and_can_run(placement: Placement, minibatches: i
     assert {(k + 1, m) for k, kind, m in done if kind == "SEND_F"} == {
         (k, m) for k, kind, m in done if kind == "RECV_F"
     }
-    assert {kind for _, kind, _ in done} <= {"F", "B", "SEND_F", "RECV_F"}
+    crossing = {(k, m) for k in range(blocks - 1) if placement.sends(k) for m in copies.get(k, ())}
+    assert {(k, m) for k, kind, m in done if kind == "RECV_C"} == crossing
+    assert {(k - 1, m) for k, kind, m in done if kind == "SEND_C"} == crossing
+    assert {kind for _, kind, _ in done} <= {"F", "B", "SEND_F", "RECV_F", "SEND_C", "RECV_C"}
     assert_can_run(lists)
+    for rank in range(placement.size - 1):
+        last = placement.blocks(rank)[-1]
+        there = [(kind[-1], m) for k, kind, m in lists[rank] if k == last and kind in ("SEND_F", "RECV_C")]
+        here = [(kind[-1], m) for k, kind, m in lists[rank + 1] if k == last + 1 and kind in ("RECV_F", "SEND_C")]
+        assert there == here, "messages between two ranks have one order, without which NCCL would wait for ever"
 
 
 def assert_can_run(lists: dict[int, list[Action]]) -> None:
@@ -54,12 +75,19 @@ def assert_can_run(lists: dict[int, list[Action]]) -> None:
 def needs(action: Action, lists: dict[int, list[Action]]) -> set[Action]:
     """What must have been done, on this rank and on that before it."""
     k, kind, m = action
+    every = {action for actions in lists.values() for action in actions}
     if kind in ("SEND_F", "B"):
         return {Action(k, "F", m)}
-    if kind == "RECV_F" or k == 0:
+    if kind == "SEND_C":
+        return {Action(k, "B", m - 1)} if m else set()
+    if kind in ("RECV_F", "RECV_C"):
         return set()
-    arrives = any(Action(k, "RECV_F", m) in actions for actions in lists.values())
-    return {Action(k, "RECV_F", m), Action(k - 1, "SEND_F", m)} if arrives else {Action(k - 1, "F", m)}
+    copied = {Action(k, "RECV_C", m), Action(k + 1, "SEND_C", m)}
+    found = copied if copied & every else set()
+    if k == 0:
+        return found
+    arrives = Action(k, "RECV_F", m) in every
+    return found | ({Action(k, "RECV_F", m), Action(k - 1, "SEND_F", m)} if arrives else {Action(k - 1, "F", m)})
 
 
 @given(placements, st.integers(1, 9), st.integers(1, 4))

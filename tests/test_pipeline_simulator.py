@@ -33,6 +33,26 @@ def test_the_slowest_stage_sets_the_pace_of_blocks(times: list[tuple[float, floa
     assert block_local(costs, link=NOTHING, placement=whole) == pytest.approx(sum(map(sum, times)))
 
 
+@given(stages)
+def test_a_copy_costs_the_time_until_the_next_block_has_learnt(times: list[tuple[float, float]]) -> None:
+    """At every step: a block begins once the next one, which begins when its message leaves, has ended the last."""
+    costs = [Cost(forward, backward) for forward, backward in times]
+    alone = [forward + backward for forward, backward in times]
+    pairs = [times[k][0] + alone[k + 1] for k in range(len(times) - 1)]
+    assert block_local(costs, link=NOTHING, refresh=1, window=24) == pytest.approx(max(*alone, *pairs, 0))
+
+
+@pytest.mark.parametrize(("count", "refresh"), [(2, 1), (5, 1), (2, 4), (5, 4), (8, 16)])
+def test_a_refresh_of_even_blocks_costs_one_forward_pass_on_any_number_of_ranks(count: int, refresh: int) -> None:
+    pace = block_local(even(count), link=NOTHING, refresh=refresh)
+    assert pace == pytest.approx(3.0 + 1.0 / refresh)
+
+
+def test_copies_over_a_slow_link_are_waited_for() -> None:
+    costs, link = [Cost(forward=1.0, backward=2.0, copy=10.0)] * 2, Link(bandwidth=2.0)
+    assert block_local(costs, link=link, refresh=1) == pytest.approx(1.0 + 3.0 + 10.0 / 2.0)
+
+
 @given(st.integers(1, 6), st.integers(1, 8))
 def test_bubbles_of_end_to_end_schedules(count: int, microbatches: int) -> None:
     """Equal stages, messages that take no time: (M + K - 1) / M of the work of a stage, for both schedules."""

@@ -85,6 +85,9 @@ cases([*NOT_WHOLE, -1, 3], PLACEMENT.sends, names="k")
 cases([None, 3, (0, 0, 1)], lambda v: schedule(v, minibatches=2, ahead=1), names="placement")
 cases([*NOT_WHOLE, 0, -1], lambda v: schedule(PLACEMENT, minibatches=v, ahead=1), names="minibatches")
 cases([*NOT_WHOLE, 0, -1], lambda v: schedule(PLACEMENT, minibatches=2, ahead=v), names="ahead")
+cases([3, "0", [(0, 0)]], lambda v: schedule(PLACEMENT, minibatches=2, ahead=1, copies=v), names="copies")
+cases([None, 3], lambda v: schedule(PLACEMENT, minibatches=2, ahead=1, copies={1: v}), names="copies[1]")
+cases([*NOT_WHOLE, -1, 2], lambda v: schedule(PLACEMENT, minibatches=2, ahead=1, copies={1: [v]}), names="copies[1]")
 
 # Records.
 cases([None, 3, "abc", b"abc", Path("abc"), [None], [3]], load, names="paths")
@@ -97,8 +100,9 @@ cases([None, "learner", nn.Linear(6, 4)], lambda v: Pipeline(v, optimizer=sgd), 
 cases(
     [bll.Predictive(bll.Lookahead())],
     lambda v: Pipeline(learner(v), optimizer=sgd),
-    names="a head of the learner copies a unit",
+    names="lookahead=True",
 )
+cases([None, "yes", 1], lambda v: made(lookahead=v), names="lookahead")
 cases([*NOT_WHOLE, -1, 2**63], lambda v: made(seed=v), names="seed")
 cases(NO_DEVICE, lambda v: made(device=v), names="device")
 cases([3, "block", ["block"]], lambda v: made(mesh=v), names="mesh")

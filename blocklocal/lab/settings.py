@@ -34,7 +34,8 @@ class Settings:
     budget: Annotated[float | None, Range(above=0), Needs("head", (None,)), Needs("lookahead", ("none",))] = None
     """the best head of at most so many times its own block's operations, instead of the rule's own: 0.1"""
     lookahead: Literal["none", "frozen", "trained", "both"] = "none"
-    """head behind a copy of the next unit: frozen and refreshed, learning with the block, or the mean of both"""
+    """head behind a copy of the next unit: frozen and refreshed, learning with the block, or the mean of both; over
+    processes every refresh is a message against the stream"""
     refresh: Annotated[int, Range(least=1), Needs("lookahead", ("frozen", "both"))] = 100
     """steps between two refreshes of a frozen copy"""
     variational: Annotated[float | None, Range(least=0)] = None
@@ -121,6 +122,10 @@ class Settings:
             raise UserError(f"--warmup {self.warmup} is out of range: 0 to --epochs {self.epochs}")
         if self.batch_size % self.replicas:
             raise UserError(f"--replicas {self.replicas} is not a divisor of --batch-size {self.batch_size}")
+        if self.shard and self.lookahead != "none":
+            raise UserError(
+                f"--shard leaves no unit whole that --lookahead {self.lookahead} could copy: leave one of them out"
+            )
         if len(set(self.at)) < len(self.at):
             raise UserError(f"--at {' '.join(self.at)} names a submodule twice")
 

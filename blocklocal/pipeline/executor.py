@@ -3,7 +3,8 @@
 A receive is posted `prefetch` minibatches early, into the slot of the ring that the minibatch before it has left: the
 schedule posts it after the last action that reads the slot, and no stage hands on what shares storage with its input.
 A window begins with what the rank before reads in it, the number of rows and a digest of the targets of each
-minibatch, so that ranks which read different data are told. Its first message is preceded by the forms of its tensors,
+minibatch, so that ranks which read different data are told, and with the steps of its heads that look through copies,
+see `copies`. Its first message is preceded by the forms of its tensors,
 so that a block gets the very tensors that the block before it gave.
 """
 
@@ -19,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from blocklocal.arguments import first_line
+from blocklocal.pipeline.copies import Copies
 from blocklocal.pipeline.schedule import Action
 from blocklocal.pipeline.stage import Message, Stage
-from blocklocal.pipeline.wire import Form, TensorSpec
+from blocklocal.pipeline.wire import Form, TensorSpec, started, wait
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Executor:
     """The stages of one rank, run by action lists.
 
     receives, sends: the tensors of a message to each stage whose input comes from another rank, and from each whose
-    output goes to one. rank: of this process in `group`, where the ranks before and after it are its neighbours.
+    output goes to one. copies: by border, those between this rank and another. rank: of this process in `group`, where
+    the ranks before and after it are its neighbours.
     timeout: seconds after which a message that has not arrived, or was not taken, is an error; on a GPU the timeout of
     the process group counts, since waiting for NCCL is the device's business.
     """
@@ -53,6 +55,7 @@ class Executor:
         *,
         receives: Mapping[int, Sequence[TensorSpec]],
         sends: Mapping[int, Sequence[TensorSpec]],
+        copies: Mapping[int, Copies],
         rank: int,
         group: dist.ProcessGroup | None,
         device: torch.device,
@@ -61,23 +64,33 @@ class Executor:
         timeout: float,
     ) -> None:
         self.stages = {stage.k: stage for stage in stages}
-        self.receives, self.sends = receives, sends
+        self.receives, self.sends, self.copies = receives, sends, copies
         self.rank, self.group, self.device = rank, group, device
         self.window, self.timeout = window, timedelta(seconds=timeout)
         self.ring: list[list[Tensor] | None] = [None] * prefetch
         self.arriving: dict[int, tuple[list[Tensor], list[dist.Work]]] = {}
         self.leaving: list[tuple[Action, dist.Work, Tensor]] = []
+        self.coming: dict[int, tuple[Tensor, dist.Work]] = {}  # copies
         self.handed: dict[int, Message] = {}
         self.forms: dict[int, list[Form]] = {}  # by border
 
-    def run(self, actions: Sequence[Action], minibatches: Sequence[Minibatch]) -> list[Tensor]:
-        """One window of minibatches; what the stages' `finish` returned, in the order of the actions.
+    def begin(self, minibatches: Sequence[Minibatch]) -> dict[int, list[int]]:
+        """A window of minibatches; for each of the borders with copies those before which a refresh stands.
 
-        All messages have been taken by the next rank when it returns. An error names rank, block and minibatch; the
+        ValueError: the rank before reads other minibatches.
+        """
+        self._compare(minibatches)
+        for copies in self.copies.values():
+            copies.plan(len(minibatches))
+        return {k: list(copies.due) for k, copies in self.copies.items()}
+
+    def run(self, actions: Sequence[Action], minibatches: Sequence[Minibatch]) -> list[Tensor]:
+        """The window that has begun; what the stages' `finish` returned, in the order of the actions.
+
+        All messages have been taken by the other ranks when it returns. An error names rank, block and minibatch; the
         pipeline cannot be used after it, since its neighbours are waiting for messages that will not come.
         """
         self.handed, results = {}, []
-        self._compare(minibatches)
         for action in actions:
             minibatch = minibatches[action.minibatch]
             with self._named(action, minibatch):
@@ -88,32 +101,42 @@ class Executor:
                         self._forward(action, minibatches)
                     case "SEND_F":
                         self._send(action)
+                    case "SEND_C":
+                        self._send_copy(action, minibatch)
+                    case "RECV_C":
+                        self._receive_copy(action)
                     case "B":
                         results.append(self.stages[action.block].finish())
         while self.leaving:
             action, work, _ = self.leaving.pop(0)
+            other, what = (self.rank - 1, "copy") if action.kind == "SEND_C" else (self.rank + 1, "message")
             with self._named(action, minibatches[action.minibatch]):
-                self._wait(work, f"rank {self.rank + 1} did not take the message")
+                self._wait(work, f"rank {other} did not take the {what}")
         return results
 
     def _compare(self, minibatches: Sequence[Minibatch]) -> None:
-        """ValueError: the rank before reads other minibatches."""
         own = [number for minibatch in minibatches for number in (len(minibatch.y), minibatch.digest)]
         own += [0] * (2 * self.window - len(own))
         for k in self.sends:
-            contents = torch.tensor(own, device=self.device)
-            work = _started(dist.isend(contents, group=self.group, group_dst=self.rank + 1))
+            steps = self.copies[k].steps if k in self.copies else []
+            contents = torch.tensor(own + steps, device=self.device)
+            work = started(dist.isend(contents, group=self.group, group_dst=self.rank + 1))
             self.leaving.append((Action(k, "SEND_F", 0), work, contents))
         for k in self.receives:
             with self._named(Action(k, "RECV_F", 0), minibatches[0]):
-                contents = torch.empty(len(own), dtype=torch.int64, device=self.device)
-                work = _started(dist.irecv(contents, group=self.group, group_src=self.rank - 1))
+                copies = self.copies.get(k - 1)
+                size = len(own) + (len(copies.heads) if copies else 0)
+                contents = torch.empty(size, dtype=torch.int64, device=self.device)
+                work = started(dist.irecv(contents, group=self.group, group_src=self.rank - 1))
                 self._wait(work, f"no message from rank {self.rank - 1}")
-                if _differ(contents.tolist(), own):
+                found = contents.tolist()
+                if _differ(found[: len(own)], own):
                     raise ValueError(
                         f"rank {self.rank - 1} reads other targets: all ranks go through the same minibatches in the "
                         "same order, drawn from the same seed"
                     )
+                if copies:
+                    copies.follow(found[len(own) :])
 
     def _receive(self, action: Action, minibatches: Sequence[Minibatch]) -> None:
         specs, rows = self.receives[action.block], len(minibatches[action.minibatch].y)
@@ -121,11 +144,15 @@ class Executor:
         if action.minibatch == 0:
             size = sum(2 + len(spec.shape) for spec in specs)
             parts = [torch.empty(size, dtype=torch.int64, device=self.device), *parts]
-        works = [_started(dist.irecv(part, group=self.group, group_src=self.rank - 1)) for part in parts]
+        works = [started(dist.irecv(part, group=self.group, group_src=self.rank - 1)) for part in parts]
         self.arriving[action.minibatch] = parts, works
 
     def _forward(self, action: Action, minibatches: Sequence[Minibatch]) -> None:
         k, minibatch = action.block, minibatches[action.minibatch]
+        if action.minibatch in self.coming and k in self.sends:
+            message, work = self.coming.pop(action.minibatch)
+            self._wait(work, f"no copy from rank {self.rank + 1}")
+            self.copies[k].deliver(action.minibatch, message)
         if k in self.receives:
             message = self._arrived(action, minibatches)
         elif k == 0:
@@ -158,19 +185,26 @@ class Executor:
             if not form.fits(h):
                 raise ValueError(f"the block gives a tensor of the form {Form.of(h)}, and gave {form} a little ago")
             parts.append(form.elements(h, dtype=spec.dtype))
+        self.stages[action.block].sent = sum(part.nbytes for part in parts)
         for part in parts:
-            work = _started(dist.isend(part, group=self.group, group_dst=self.rank + 1))
+            work = started(dist.isend(part, group=self.group, group_dst=self.rank + 1))
             self.leaving.append((action, work, part))  # which must live until it was taken
 
     def _wait(self, work: dist.Work, failure: str) -> None:
-        try:
-            if self.device.type == "cpu":
-                work.wait(self.timeout)
-            else:
-                work.wait()
-        except RuntimeError as error:
-            seconds = self.timeout.total_seconds()
-            raise RuntimeError(f"{failure} within {seconds:g} s ({first_line(error)})") from error
+        wait(work, failure=failure, timeout=self.timeout, device=self.device)
+
+    def _send_copy(self, action: Action, minibatch: Minibatch) -> None:
+        stage = self.stages[action.block]
+        stage.lap("wait", minibatch=minibatch.number)
+        message = self.copies[action.block - 1].message(action.minibatch)
+        work = started(dist.isend(message, group=self.group, group_dst=self.rank - 1))
+        self.leaving.append((action, work, message))
+        stage.lap("copy", minibatch=minibatch.number, size=message.nbytes)
+
+    def _receive_copy(self, action: Action) -> None:
+        message = self.copies[action.block].buffer(action.minibatch)
+        work = started(dist.irecv(message, group=self.group, group_src=self.rank + 1))
+        self.coming[action.minibatch] = message, work
 
     def _buffers(self, slot: int, *, rows: int, specs: Sequence[TensorSpec]) -> list[Tensor]:
         sizes = [rows * math.prod(spec.shape) for spec in specs]
@@ -208,8 +242,3 @@ def _read(preamble: list[int], specs: Sequence[TensorSpec]) -> list[Form]:
         forms.append(Form.read(preamble[:size]))
         preamble = preamble[size:]
     return forms
-
-
-def _started(work: dist.Work | None) -> dist.Work:
-    assert work is not None  # None is for processes outside the group
-    return work

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from blocklocal.arguments import (
@@ -26,7 +27,9 @@ from blocklocal.border import Border
 from blocklocal.feedback import at_least_single, share_feedback
 from blocklocal.inputs import check_closure, stepped_by
 from blocklocal.learner import BlockLocal, Features
+from blocklocal.lookahead import lookaheads
 from blocklocal.messages import BorderSpec
+from blocklocal.pipeline.copies import begin_copies, between_ranks
 from blocklocal.pipeline.executor import Executor, Minibatch
 from blocklocal.pipeline.materialize import materialize
 from blocklocal.pipeline.replicas import DataParallel, dimensions, replicate, share_buffers
@@ -58,6 +61,11 @@ class Pipeline:
     which a message that does not come is an error that names rank, block and minibatch; over NCCL the process group's
     own timeout counts. seed: of random draws inside the blocks. trace: record what this rank does when.
 
+    lookahead: the local loss may look through copies of the next unit, see `Lookahead`. Where the next block is on
+    another rank, every refresh is a message against the stream, the bytes of the unit's weights and statistics, for
+    which a block waits until the next one has learnt from the minibatch before. Even blocks lose the time of one
+    forward pass by it, however many ranks there are, and that of the message.
+
     Under torch.autocast, around the whole loop or a part of it, the weights are those of one process too.
 
     >>> pipeline = Pipeline(learner, optimizer=lambda parameters: SGD(parameters, lr=0.1))
@@ -81,6 +89,7 @@ class Pipeline:
         timeout: float = 300.0,
         seed: int = 0,
         trace: bool = False,
+        lookahead: bool = False,
     ) -> None:
         group, replicas = dimensions(mesh)
         require(learner, BlockLocal, name="learner", needed="pass a bll.BlockLocal")
@@ -91,13 +100,15 @@ class Pipeline:
         require_number(timeout, name="timeout", above=0, most=LONGEST)
         seed = require_whole(seed, name="seed", least=0, most=2**63 - 1)
         require(trace, bool, name="trace", needed="pass True or False")
+        require(lookahead, bool, name="lookahead", needed="pass True or False")
         require_function(data_parallel, name="data_parallel", needed="pass a function such as replicate or shard")
         if message is not None and message not in DTYPES:
             raise ValueError(f"message={message!r}: choose {', '.join(map(str, DTYPES))}")
-        if any(getattr(module, "reads_next_block", False) for module in learner.borders.modules()):
+        heads = lookaheads(learner.borders)
+        if heads and not lookahead:
             raise ValueError(
-                "a head of the learner copies a unit of the next block, and messages flow one way: pass a learner "
-                "without bll.Lookahead(), or call learner.backward in one process"
+                "a head of the learner copies a unit of the next block, and messages flow one way: pass lookahead=True "
+                "to let copies travel against the stream, or a learner without bll.Lookahead()"
             )
         self.learner, self.device, self.window = learner, require_device(device, name="device"), window
         self._replicas = replicas
@@ -108,8 +119,14 @@ class Pipeline:
         self.minibatches = 0
         """So many minibatches this rank has learnt from."""
         message_type = _message_type(learner, message)
+        unborn = any(tensor.is_meta for head in heads for tensor in head.own())
         self.steps = [materialize(LocalStep(learner, k), device=self.device, seed=seed) for k in self.blocks]
         """The blocks of this rank with their borders."""
+        copies = between_ranks(learner, self.placement, rank=self.rank)
+        if unborn:
+            begin_copies(
+                learner, copies, blocks=self.blocks, rank=self.rank, group=group, device=self.device, timeout=timeout
+            )
         for step in self.steps:
             share_feedback(step, False if replicas is None else replicas.get_group())
         self.stages = [
@@ -125,6 +142,11 @@ class Pipeline:
             )
             for k, step in zip(self.blocks, self.steps, strict=True)
         ]
+        if heads and any(isinstance(parameter, DTensor) for step in self.steps for parameter in step.parameters()):
+            raise ValueError(
+                "replicas that hold shares of a block have no unit to copy as a whole: pass data_parallel=replicate, "
+                "or a learner without bll.Lookahead()"
+            )
 
         def specs(k: int) -> list[TensorSpec]:
             features = TensorSpec(_site(learner, k).shape, message_type.dtype)
@@ -135,6 +157,7 @@ class Pipeline:
             self.stages,
             receives={k: specs(k - 1) for k in self.blocks if self.placement.receives(k)},
             sends={k: specs(k) for k in self.blocks if self.placement.sends(k)},
+            copies=copies,
             rank=self.rank,
             group=group,
             device=self.device,
@@ -208,7 +231,8 @@ class Pipeline:
                 )
                 for m, (x, y) in enumerate(window)
             ]
-            results = self._executor.run(self._actions(len(window)), minibatches)
+            copies = self._executor.begin(minibatches)
+            results = self._executor.run(self._actions(len(window), copies if training else {}), minibatches)
             if self.trace and training:
                 self.trace.lap("wait", block=self.blocks[-1], minibatch=minibatches[-1].number)
             yield results
@@ -223,8 +247,8 @@ class Pipeline:
         for stage in self.stages:
             stage.train(training)
 
-    def _actions(self, minibatches: int) -> list[Action]:
-        return schedule(self.placement, minibatches=minibatches, ahead=self._ahead)[self.rank]
+    def _actions(self, minibatches: int, copies: Mapping[int, Sequence[int]]) -> list[Action]:
+        return schedule(self.placement, minibatches=minibatches, ahead=self._ahead, copies=copies)[self.rank]
 
     def _read(self, batch: Any, *, training: bool) -> Batch:
         """What this rank reads of a minibatch. TypeError, ValueError: none, or nothing that it could learn from."""

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from blocklocal.arguments import require, require_dense, require_device, require_list, require_number
 from blocklocal.balance import partition
 from blocklocal.learner import BlockLocal
+from blocklocal.lookahead import lookaheads
 from blocklocal.pipeline.replicas import dimensions
 from blocklocal.pipeline.schedule import Placement
 
@@ -80,6 +81,8 @@ def block_seconds(learner: BlockLocal, x: Tensor, y: Tensor, *, device: torch.de
     """
     learner, seconds, h, y = copy.deepcopy(learner).train(), [], x.to(device), y.to(device)
     learner.share_feedback(False)  # the other processes measure as often as they like
+    for head in lookaheads(learner):
+        head.elsewhere = False  # nor is there a pipeline to bring copies
     for k in range(len(learner.blocks)):
         parts = [learner.blocks[k], *learner.borders[k : k + 1]]
         for part in parts:

@@ -6,18 +6,27 @@
 F is a block's forward pass with its local loss, B its local backward pass and optimizer step. The message leaves before
 the local backward pass, and is expected `ahead` minibatches early, so that it travels while both sides compute. There
 is no action that sends or receives a gradient.
+
+Where a head looks through a copy of the next block's first unit, and that block is on the next rank, a refresh before
+minibatch m is a message against the stream, 2SEND_C2 and 1RECV_C2 for m = 2:
+
+    rank 0:  ... 1F1 1SEND_F1 1RECV_C2 1B1 0F2 0B2 1F2 ...
+    rank 1:  ... 2F1 2B1 2SEND_C2 2RECV_F2 2RECV_F3 3F1 3B1 2F2 ...
+
+It leaves once block 2 has learnt from minibatch 1, and block 1 waits for it before minibatch 2. No receive is posted
+across it: messages between two ranks have one order, whichever way they go, so that neither waits for the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from blocklocal.arguments import require, require_list, require_whole
 
-Kind = Literal["F", "B", "SEND_F", "RECV_F"]
+Kind = Literal["F", "B", "SEND_F", "RECV_F", "SEND_C", "RECV_C"]
 
 
 class Action(NamedTuple):
@@ -82,24 +91,56 @@ class Placement:
         return require_whole(k, name="k", least=0, most=len(self.ranks) - 1)
 
 
-def schedule(placement: Placement, *, minibatches: int, ahead: int) -> dict[int, list[Action]]:
-    """The actions of every rank in one window of minibatches."""
+def schedule(
+    placement: Placement, *, minibatches: int, ahead: int, copies: Mapping[int, Collection[int]] | None = None
+) -> dict[int, list[Action]]:
+    """The actions of every rank in one window of minibatches.
+
+    copies: for block k the minibatches before which the first unit of block k + 1 is copied to its border.
+    """
     require(placement, Placement, name="placement", needed="pass a Placement, such as Placement((0, 0, 1))")
     minibatches = require_whole(minibatches, name="minibatches", least=1)
     ahead = require_whole(ahead, name="ahead", least=1)
-    return {rank: _actions(placement, rank, minibatches=minibatches, ahead=ahead) for rank in range(placement.size)}
+    copies = {} if copies is None else copies
+    require(copies, Mapping, name="copies", needed="pass the minibatches of each block, such as {0: [0, 3]}")
+    for k, before in copies.items():
+        require(before, Collection, name=f"copies[{k}]", needed="pass minibatches, such as [0, 3]")
+        for m in before:
+            require_whole(m, name=f"copies[{k}]: one of them", least=0, most=minibatches - 1)
+    return {
+        rank: list(_actions(placement, rank, minibatches=minibatches, ahead=ahead, copies=copies))
+        for rank in range(placement.size)
+    }
 
 
-def _actions(placement: Placement, rank: int, *, minibatches: int, ahead: int) -> list[Action]:
+def _actions(
+    placement: Placement, rank: int, *, minibatches: int, ahead: int, copies: Mapping[int, Collection[int]]
+) -> Iterator[Action]:
     blocks = placement.blocks(rank)
-    receives = [Action(blocks[0], "RECV_F", m) for m in range(minibatches if placement.receives(blocks[0]) else 0)]
-    actions = receives[:ahead]
+    first, last = blocks[0], blocks[-1]
+    given = copies.get(first - 1, ()) if placement.receives(first) else ()
+    taken = copies.get(last, ()) if placement.sends(last) else ()
+    expected, arrivals = 0, minibatches if placement.receives(first) else 0
+
+    def before(m: int) -> Iterator[Action]:
+        """What the first block lets go, having learnt from the minibatch before m, and what is expected then."""
+        nonlocal expected
+        if m in given:
+            yield Action(first, "SEND_C", m)
+        until = min([m + ahead, arrivals, *(copy for copy in given if copy > m)])
+        yield from (Action(first, "RECV_F", arrival) for arrival in range(expected, until))
+        expected = max(expected, until)
+
+    yield from before(0)
+    if 0 in taken:
+        yield Action(last, "RECV_C", 0)
     for m in range(minibatches):
         for k in blocks:
-            actions.append(Action(k, "F", m))
+            yield Action(k, "F", m)
             if placement.sends(k):
-                actions.append(Action(k, "SEND_F", m))
-            actions.append(Action(k, "B", m))
-            if k == blocks[0]:
-                actions += receives[m + ahead : m + ahead + 1]
-    return actions
+                yield Action(k, "SEND_F", m)
+                if m + 1 in taken:
+                    yield Action(k, "RECV_C", m + 1)
+            yield Action(k, "B", m)
+            if k == first:
+                yield from before(m + 1)

@@ -87,6 +87,8 @@ class Stage(nn.Module):
         self.seed, self.trace = seed, trace
         self.minibatch = 0
         self.result: Tensor | None = None
+        self.sent = 0
+        """Bytes of the last message, where it went to another rank."""
 
     def forward(self, message: Message, *, y: Tensor, minibatch: int) -> Message:
         """The message to the next block; of the last block the prediction.
@@ -94,7 +96,7 @@ class Stage(nn.Module):
         Nothing that this block hands on or keeps shares storage with `message`, whose buffers the next receive fills.
         """
         self.minibatch = minibatch
-        self._lap("wait")
+        self.lap("wait")
         h, *belief = message
         with seeded(self.seed, minibatch, self.k, device=h.device):
             result, output = self.step(message if belief else h, y if self.training else None)
@@ -107,7 +109,7 @@ class Stage(nn.Module):
                     "learner's example=: minibatches of a pipeline have the example's shape"
                 )
             h = self.message_type.round(h)
-        self._lap("forward")
+        self.lap("forward")
         return (h, *belief)
 
     def finish(self) -> Tensor:
@@ -116,7 +118,7 @@ class Stage(nn.Module):
         assert result is not None
         if not self.training:
             return result
-        self._lap("send")
+        self.lap("send", size=self.sent)
         if not result.requires_grad:
             check_frozen(self.step.parameters(), k=self.k)
         else:
@@ -125,12 +127,14 @@ class Stage(nn.Module):
         if self.optimizer is not None and (self.minibatch + 1) % self.accumulate == 0:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self._lap("backward")
+        self.lap("backward")
         return result.detach()
 
-    def _lap(self, doing: Doing) -> None:
+    def lap(self, doing: Doing, *, minibatch: int | None = None, size: int = 0) -> None:
+        """The time since the last lap went into this. minibatch: by default the one of the last forward pass."""
         if self.trace and self.training:
-            self.trace.lap(doing, block=self.k, minibatch=self.minibatch)
+            number = self.minibatch if minibatch is None else minibatch
+            self.trace.lap(doing, block=self.k, minibatch=number, size=size)
 
 
 def _apart(tensor: Tensor, message: Message) -> Tensor:

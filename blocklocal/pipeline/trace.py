@@ -13,7 +13,7 @@ import torch
 
 from blocklocal.arguments import describe, require, require_device, require_whole
 
-Doing = Literal["forward", "backward", "send", "wait"]
+Doing = Literal["forward", "backward", "send", "copy", "wait"]
 
 FAR = 1e12  # seconds, beyond every clock
 
@@ -23,8 +23,9 @@ class Record:
     """One stretch of time of one rank, `start` and `end` in seconds of the system's clock.
 
     forward: block's forward pass and local loss. backward: local backward pass and optimizer step. send: handing the
-    message over. wait: everything else before a forward pass, above all for a message, and at the end of a window
-    until the last messages are taken.
+    message over. copy: handing a copy of the block's first unit, as it is before the minibatch, to the border before
+    it. wait: everything else before a forward pass, above all for a message, and at the end of a window until the last
+    messages are taken. size: the bytes that were handed to another rank.
     """
 
     rank: int
@@ -34,6 +35,7 @@ class Record:
     doing: Doing
     start: float
     end: float
+    size: int = 0
 
     @property
     def seconds(self) -> float:
@@ -57,12 +59,12 @@ class Trace:
         """Let the first lap begin now."""
         self._last = time.time()
 
-    def lap(self, doing: Doing, *, block: int, minibatch: int) -> None:
+    def lap(self, doing: Doing, *, block: int, minibatch: int, size: int = 0) -> None:
         """The time since the last lap went into this."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.time()
-        self.records.append(Record(self.rank, self.replica, block, minibatch, doing, self._last, now))
+        self.records.append(Record(self.rank, self.replica, block, minibatch, doing, self._last, now, size))
         self._last = now
 
     def save(self, path: Path) -> None:
@@ -106,7 +108,7 @@ def _read(line: bytes, *, place: str) -> Record:
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{place} is no record ({error})") from error
     allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **dict.fromkeys(("rank", "replica", "block", "minibatch"), (_counts, "a number, 0 or more")),
+        **dict.fromkeys(("rank", "replica", "block", "minibatch", "size"), (_counts, "a number, 0 or more")),
         "doing": (lambda value: value in get_args(Doing), ", ".join(get_args(Doing))),
         "start": (_measures, "seconds"),
         "end": (lambda value: _measures(value) and value >= record.start, "seconds, not before its start"),

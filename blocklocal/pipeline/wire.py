@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from blocklocal.arguments import first_line
 from blocklocal.messages import memory_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,6 +57,22 @@ class Form:
     @staticmethod
     def read(numbers: Sequence[int]) -> Form:
         return Form(DTYPES[numbers[0]], tuple(numbers[1:]))
+
+
+def started(work: dist.Work | None) -> dist.Work:
+    assert work is not None  # None is for processes outside the group
+    return work
+
+
+def wait(work: dist.Work, *, failure: str, timeout: timedelta, device: torch.device) -> None:
+    """RuntimeError: the failure, after so long; on a GPU the timeout of the process group counts."""
+    try:
+        if device.type == "cpu":
+            work.wait(timeout)
+        else:
+            work.wait()
+    except RuntimeError as error:
+        raise RuntimeError(f"{failure} within {timeout.total_seconds():g} s ({first_line(error)})") from error
 
 
 def digest(y: Tensor) -> int:

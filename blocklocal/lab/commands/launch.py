@@ -92,7 +92,7 @@ def main(args: Sequence[str]) -> None:
     options.check()
     settings = settings_from(rest)
     settings.check()
-    rules.check_over_processes(settings.rule, lookahead=settings.lookahead)
+    rules.check_over_processes(settings.rule)
     run = Run(settings.folder)
     if settings.resume:
         run.records()  # before anything is started

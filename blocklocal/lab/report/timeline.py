@@ -30,11 +30,14 @@ def table(timeline: Timeline) -> Table:
 
 
 def summary(timeline: Timeline) -> list[str]:
+    copies = timeline.sizes("copy")
+    against = f"copies against the stream: {len(copies)}, of {sum(copies) / 2**20:,.2f} MiB together"
     return [
         f"fill: {1e3 * timeline.fill:.1f} ms until the last rank begins",
         f"imbalance: {timeline.imbalance:.2f} (longest over mean time per minibatch)",
         f"throughput: {timeline.throughput:.2f} minibatches/s; the slowest rank allows "
         f"{timeline.predicted_throughput:.2f}",
+        *([against] if copies else []),
     ]
 
 
@@ -53,7 +56,8 @@ def draw(timeline: Timeline, *, minibatches: int = 0) -> Figure:
     for message, arrival in timeline.messages():
         if message in shown and arrival in shown:
             times = [1e3 * (message.end - begin), 1e3 * (arrival.start - begin)]
-            axes.plot(times, [message.rank, arrival.rank], color="black", linewidth=0.5)
+            style = ":" if message.doing == "copy" else "-"
+            axes.plot(times, [message.rank, arrival.rank], style, color="black", linewidth=0.5)
     axes.set_yticks(timeline.ranks, [f"rank {rank}" for rank in timeline.ranks])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds")
@@ -75,7 +79,8 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
         name = f"{record.doing} {record.minibatch}"
         events.append({"ph": "X", "name": name, "cat": record.doing, **place, **span})
     for i, (message, arrival) in enumerate(timeline.messages()):
-        common = {"name": "message", "cat": "message", "id": i}
+        name = "copy" if message.doing == "copy" else "message"
+        common = {"name": name, "cat": name, "id": i, "args": {"bytes": message.size}}
         sent, taken = 1e6 * (message.start - begin), 1e6 * (arrival.start - begin)
         events.append({"ph": "s", **common, "pid": message.rank, "tid": message.block, "ts": sent})
         events.append({"ph": "f", "bp": "e", **common, "pid": arrival.rank, "tid": arrival.block, "ts": taken})

@@ -65,6 +65,7 @@ class PipelineTrainer:
             timeout=self.settings.timeout,
             seed=self.settings.seed,
             trace=trace is not None,
+            lookahead=self.settings.lookahead != "none",
         )
         self.blocks = self.pipeline.blocks
         self.traces = trace

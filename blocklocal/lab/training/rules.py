@@ -203,13 +203,10 @@ def find(name: str) -> Rule:
     return RULES[name]
 
 
-def check_over_processes(name: str, *, lookahead: str) -> None:
-    """UserError: no such rule, or one of feedback alignment, whose feedback no pipeline places, saves or moves; heads
-    that copy from the next block, against the stream."""
+def check_over_processes(name: str) -> None:
+    """UserError: no such rule, or one of feedback alignment, whose feedback no pipeline places, saves or moves."""
     if not find(name).over_processes:
         raise UserError(f"--rule {name} trains the model whole, in one process: use bll train")
-    if lookahead != "none":
-        raise UserError(f"--lookahead {lookahead} copies from the next block, in one process: use bll train")
 
 
 def apply(name: str, model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:

@@ -47,7 +47,7 @@ def train(settings: Settings) -> dict[str, Any]:
     if environment() is None:
         settings.check_alone()
     else:
-        rules.check_over_processes(settings.rule, lookahead=settings.lookahead)
+        rules.check_over_processes(settings.rule)
     run = Run(settings.folder)
     with joined(device=settings.device, timeout=settings.timeout) as processes, _alone(run, processes):
         return _train(run, settings, processes)

@@ -13,7 +13,7 @@ from blocklocal.pipeline.schedule import Action, Placement, schedule
 class Cost:
     """One block and one minibatch: seconds of its passes and of the optimizer step, bytes of its output and weights.
 
-    fixed: the part of a pass that a smaller batch does not make shorter.
+    fixed: the part of a pass that a smaller batch does not make shorter. copy: bytes of the block's first unit.
     """
 
     forward: float
@@ -22,6 +22,7 @@ class Cost:
     fixed: float = 0.0
     message: float = 0.0
     weights: float = 0.0
+    copy: float = 0.0
 
     def split(self, parts: int) -> Cost:
         """The cost of one of so many microbatches."""
@@ -30,15 +31,27 @@ class Cost:
 
 
 def block_local(
-    costs: Sequence[Cost], *, link: Link, placement: Placement | None = None, window: int = 8, ahead: int = 2
+    costs: Sequence[Cost],
+    *,
+    link: Link,
+    placement: Placement | None = None,
+    window: int = 8,
+    ahead: int = 2,
+    refresh: int | None = None,
 ) -> float:
-    """Seconds per minibatch of a block-local pipeline, by default with a rank per block."""
+    """Seconds per minibatch of a block-local pipeline, by default with a rank per block.
+
+    refresh: every so many minibatches each border takes a copy of the next block's first unit.
+    """
     placed = placement or Placement(tuple(range(len(costs))))
 
     def program(rank: int, minibatches: int) -> Program:
         steps: list[Step] = []
         for first in range(0, minibatches, window):
-            actions = schedule(placed, minibatches=min(window, minibatches - first), ahead=ahead)[rank]
+            size = min(window, minibatches - first)
+            due = [m for m in range(size) if refresh and (first + m) % refresh == 0]
+            copies = dict.fromkeys(range(len(costs) - 1), due)
+            actions = schedule(placed, minibatches=size, ahead=ahead, copies=copies)[rank]
             steps += block_local_window(actions, costs, placed, first=first)
         return steps
 
@@ -49,6 +62,10 @@ def block_local_window(
     actions: Sequence[Action], costs: Sequence[Cost], placement: Placement, *, first: int
 ) -> Iterator[Step]:
     """What a rank does in a window of minibatches, from its actions."""
+    coming: list[Message] = []
+
+    def copy(k: int, m: int) -> Message:
+        return Message(placement.ranks[k], placement.ranks[k - 1], costs[k].copy, ("copy", k, first + m))
 
     def message(k: int, m: int) -> Message:
         return Message(placement.ranks[k], placement.ranks[k + 1], costs[k].message, (k, first + m))
@@ -58,13 +75,21 @@ def block_local_window(
             yield Post(message(k - 1, m))
         elif kind == "SEND_F":
             yield Post(message(k, m))
+        elif kind == "SEND_C":
+            yield Post(copy(k, m))
+        elif kind == "RECV_C":
+            coming.append(copy(k + 1, m))
+            yield Post(coming[-1])
         elif kind == "F":
             if placement.receives(k):
                 yield Wait(message(k - 1, m))
+            if coming and placement.sends(k):
+                yield Wait(coming.pop())
             yield Compute(costs[k].forward)
         else:
             yield Compute(costs[k].backward + costs[k].update)
     yield from (Wait(message(k, m)) for k, kind, m in actions if kind == "SEND_F")
+    yield from (Wait(copy(k, m)) for k, kind, m in actions if kind == "SEND_C")
 
 
 def gpipe(costs: Sequence[Cost], *, microbatches: int, link: Link) -> float:

@@ -8,7 +8,7 @@ from statistics import mean, median
 
 from blocklocal.pipeline.trace import Doing, Record
 
-BUSY: tuple[Doing, ...] = ("forward", "backward", "send")
+BUSY: tuple[Doing, ...] = ("forward", "backward", "send", "copy")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,20 @@ class Timeline:
         return sorted({record.block for record in self.records if record.rank == rank})
 
     def messages(self) -> list[tuple[Record, Record]]:
-        """Of every message between ranks the record of its sending and that of the forward pass that it let begin."""
+        """Of every message between ranks the record of its sending and that of the forward pass that it let begin.
+
+        A copy goes against the stream, to the block before.
+        """
         forward = {(r.replica, r.block, r.minibatch): r for r in self.records if r.doing == "forward"}
-        sent = [(r, forward.get((r.replica, r.block + 1, r.minibatch))) for r in self.records if r.doing == "send"]
+        to: dict[Doing, int] = {"send": 1, "copy": -1}
+        sent = [
+            (r, forward.get((r.replica, r.block + to[r.doing], r.minibatch))) for r in self.records if r.doing in to
+        ]
         return [(message, arrival) for message, arrival in sent if arrival is not None and arrival.rank != message.rank]
+
+    def sizes(self, doing: Doing) -> list[int]:
+        """The bytes of every message that was handed over so, to another rank."""
+        return [record.size for record in self.records if record.doing == doing and record.size]
 
     @property
     def fill(self) -> float:

@@ -1,0 +1,126 @@
+"""Copies of a block's first unit for the border before it, where that is on another rank: what travels, and when.
+
+A copy is one message, the bytes of the unit's weights and statistics. The rank of the border knows the steps that its
+heads have made, also where a run goes on, and tells the rank of the unit at the beginning of every window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blocklocal.learner import BlockLocal
+from blocklocal.lookahead import LookaheadHead, lookaheads
+from blocklocal.pipeline.schedule import Placement
+from blocklocal.pipeline.wire import started, wait
+
+
+class Copies:
+    """The heads that look through copies at a border between two ranks; each of the two has one of these."""
+
+    def __init__(self, heads: Sequence[LookaheadHead]) -> None:
+        self.heads = heads
+        self.due: dict[int, list[LookaheadHead]] = {}
+        """By minibatch of the window, the heads that refresh before it."""
+
+    def plan(self, minibatches: int) -> None:
+        """A window of so many begins."""
+        due = {m: [head for head in self.heads if head.refreshes(m)] for m in range(minibatches)}
+        self.due = {m: heads for m, heads in due.items() if heads}
+
+    @property
+    def steps(self) -> list[int]:
+        return [head.steps for head in self.heads]
+
+    def follow(self, steps: Sequence[int]) -> None:
+        """On the rank of the unit, where the heads are not run: so many steps have they made."""
+        for head, count in zip(self.heads, steps, strict=True):
+            head.steps = count
+
+    def message(self, minibatch: int) -> Tensor:
+        return pack(self.due[minibatch])
+
+    def buffer(self, minibatch: int) -> Tensor:
+        """For that message, on the rank of the border."""
+        return buffer(self.due[minibatch])
+
+    def deliver(self, minibatch: int, message: Tensor) -> None:
+        for head, tensors in unpack(message, self.due[minibatch]):
+            head.deliver(tensors)
+
+
+def pack(heads: Sequence[LookaheadHead]) -> Tensor:
+    """The bytes of their units as they are now."""
+    return torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for head in heads for tensor in head.source()])
+
+
+def buffer(heads: Sequence[LookaheadHead]) -> Tensor:
+    own = [tensor for head in heads for tensor in head.own()]
+    return torch.empty(sum(tensor.nbytes for tensor in own), dtype=torch.uint8, device=own[0].device)
+
+
+def unpack(message: Tensor, heads: Sequence[LookaheadHead]) -> list[tuple[LookaheadHead, list[Tensor]]]:
+    """With each of the heads what it copies."""
+    found, begin = [], 0
+    for head in heads:
+        tensors = []
+        for own in head.own():
+            part = message[begin : (begin := begin + own.nbytes)].clone()  # whose address every dtype can have
+            tensors.append(part.view(own.dtype).view(own.shape))
+        found.append((head, tensors))
+    return found
+
+
+def between_ranks(learner: BlockLocal, placement: Placement, *, rank: int) -> dict[int, Copies]:
+    """By border, the copies that come to this rank from the next one, and that go from it to the one before.
+
+    Every head of the learner hears whether the next block is elsewhere.
+    """
+    found = {}
+    for k, border in enumerate(learner.borders):
+        heads = lookaheads(border)
+        for head in heads:
+            head.elsewhere = placement.sends(k)
+        if heads and placement.sends(k) and rank in placement.ranks[k : k + 2]:
+            found[k] = Copies(heads)
+    return found
+
+
+def begin_copies(
+    learner: BlockLocal,
+    copies: Mapping[int, Copies],
+    *,
+    blocks: Sequence[int],
+    rank: int,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    timeout: float,
+) -> None:
+    """Copies that were built on the meta device begin as the units that they are made of, on whichever rank these are.
+
+    In one process a copy is taken when the learner is built, which there were no weights for.
+    """
+    leaving = []
+    for k in blocks:
+        before = lookaheads(learner.borders[k - 1]) if k > 0 else []
+        if before and k - 1 not in copies:
+            for head in before:
+                head.begin(head.source())
+        elif before:
+            message = pack(before)
+            leaving.append((started(dist.isend(message, group=group, group_dst=rank - 1)), message))
+    seconds = timedelta(seconds=timeout)
+    if blocks[-1] in copies:
+        heads = copies[blocks[-1]].heads
+        message = buffer(heads)
+        work = started(dist.irecv(message, group=group, group_src=rank + 1))
+        wait(work, failure=f"rank {rank}: no copy from rank {rank + 1}", timeout=seconds, device=device)
+        for head, tensors in unpack(message, heads):
+            head.begin(tensors)
+    for work, _ in leaving:
+        failure = f"rank {rank}: rank {rank - 1} did not take the copy"
+        wait(work, failure=failure, timeout=seconds, device=device)
