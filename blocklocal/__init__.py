@@ -3,12 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 from blocklocal import alignment
-from blocklocal.families import Bernoulli, Categorical, Gaussian, GaussianMeanVariance, Poisson
-from blocklocal.feedback import ClosedFormFeedback, GradientFeedback
+from blocklocal.families import Bernoulli, Categorical, Family, Gaussian, GaussianMeanVariance, Poisson
+from blocklocal.feedback import ClosedFormFeedback, Feedback, GradientFeedback, Targets
 from blocklocal.learner import BlockLocal, CollapseWarning
 from blocklocal.lookahead import Lookahead
-from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Posterior, Predictive, Similarity, Variational
-from blocklocal.messages import SpatialGrid, SpatialMoments, spatial_max, spatial_mean, spatial_std
+from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Posterior, Predictive, Similarity, Term, Variational
+from blocklocal.messages import (
+    BorderInput,
+    BorderSpec,
+    SpatialGrid,
+    SpatialMoments,
+    spatial_max,
+    spatial_mean,
+    spatial_std,
+)
 from blocklocal.recompute import recompute
 from blocklocal.split import split
 
@@ -21,9 +29,13 @@ __all__ = [
     "PRED_SIM",
     "Bernoulli",
     "BlockLocal",
+    "BorderInput",
+    "BorderSpec",
     "Categorical",
     "ClosedFormFeedback",
     "CollapseWarning",
+    "Family",
+    "Feedback",
     "Gaussian",
     "GaussianMeanVariance",
     "GradientFeedback",
@@ -35,6 +47,8 @@ __all__ = [
     "Similarity",
     "SpatialGrid",
     "SpatialMoments",
+    "Targets",
+    "Term",
     "Variational",
     "alignment",
     "recompute",

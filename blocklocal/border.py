@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import describe, passes, require_module, require_scalar
-from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback
+from blocklocal.feedback import ClosedFormFeedback, Feedback
 from blocklocal.graph import mode
-from blocklocal.losses import LocalLoss, PredictiveTerm, VariationalTerm
+from blocklocal.losses import LocalLoss
 from blocklocal.messages import BorderInput, BorderSpec, Statistic
 
 
@@ -19,6 +20,10 @@ class Border(nn.Module):
 
     In training mode a closed-form feedback is fitted to the batch before its message is used: the E-step of the batch.
     Where no gradients are recorded, as in torch.no_grad(), nothing learns: the feedback stays as it is.
+
+    A term is a module with forward(message, y) -> scalar. It may have predict(message) -> prediction, and with
+    `trains_feedback` it says that the parameters of the feedback learn from it. A feedback is a module y -> beta, and
+    may have fit(y, alpha), which is called with each training batch.
     """
 
     def __init__(self, spec: BorderSpec, *, loss: LocalLoss, feedback: Feedback, statistic: Statistic) -> None:
@@ -36,7 +41,7 @@ class Border(nn.Module):
         if reads_feedback:
             require_module(self.feedback, name="feedback: what it builds")
         learns = self.feedback is not None and any(True for _ in self.feedback.parameters())
-        if learns and not any(isinstance(term, VariationalTerm) for term in self.terms):
+        if learns and not any(getattr(term, "trains_feedback", False) for term in self.terms):
             raise ValueError(
                 f"{feedback} would never learn: only bll.Variational() trains feedback that has parameters; "
                 "add it to the local loss, or use bll.ClosedFormFeedback()"
@@ -50,8 +55,9 @@ class Border(nn.Module):
     def parts(self, message: BorderInput, y: Tensor) -> list[Tensor]:
         """The terms of the local loss, unweighted."""
         self.spec.targets.match(y, message.alpha, what="alpha at this border")
-        if self.training and torch.is_grad_enabled() and isinstance(self.feedback, LinearFeedback):
-            self.feedback.update(y, message.alpha.detach())
+        fit = getattr(self.feedback, "fit", None)
+        if fit is not None and self.training and torch.is_grad_enabled():
+            fit(y, message.alpha.detach())
         parts = [term(message, y) for term in self.terms]
         for term, part in zip(self.terms, parts, strict=True):
             require_scalar(part, name=type(term).__name__)
@@ -73,21 +79,26 @@ class Border(nn.Module):
                 with passes(y, name="y", through="feedback="):
                     _require_reals(self.feedback(y), (*rows, self.spec.statistics), h.device, name="feedback")
             for term in self.terms:
-                if isinstance(term, PredictiveTerm):
+                predict = getattr(term, "predict", None)
+                if predict is not None:
                     with passes(h, name="h", through="head="):
-                        _require_reals(term.head(message), (*rows, n), h.device, name="head")
+                        _require_reals(predict(message), (*rows, n), h.device, name="head")
 
     def message(self, h: Tensor, belief: Tensor | None = None) -> BorderInput:
         """From the block's output, and the belief of the exits before it where that has come along."""
         return BorderInput(h, spec=self.spec, statistic=self.statistic, feedback=self.feedback, belief=belief)
 
     @property
-    def head(self) -> nn.Module:
-        """The prediction head: of several, that of the first term. ValueError: there is none."""
+    def predictive(self) -> Any:
+        """The term that predicts at this border, of several the first. ValueError: there is none."""
         for term in self.terms:
-            if isinstance(term, PredictiveTerm):
-                return term.head
+            if hasattr(term, "predict"):
+                return term
         raise ValueError("this border predicts nothing: add bll.Predictive() to its local loss")
+
+    def predict(self, message: BorderInput) -> Tensor:
+        """The prediction (B, n), or per token (B, T, n), of `predictive`."""
+        return self.predictive.predict(message)
 
     @torch.no_grad()
     def diagnose(self, message: BorderInput, y: Tensor) -> dict[str, float]:
@@ -107,9 +118,9 @@ class Border(nn.Module):
         alpha = alpha - alpha.mean(0)
         if not self.spec.targets.labels:
             targets = targets - targets.to(alpha).mean(0)
-        fit = ClosedFormFeedback(ridge=1e-6, forgetting=0.0).build(self.spec.targets, channels=alpha.shape[-1])
-        fit.to(alpha).update(targets, alpha)
-        explained = fit(targets)
+        explain = ClosedFormFeedback(ridge=1e-6, forgetting=0.0).build(self.spec.targets, channels=alpha.shape[-1])
+        explain.to(alpha).fit(targets, alpha)
+        explained = explain(targets)
         between, within = explained.square().sum(-1).mean(), (alpha - explained).square().sum(-1).mean()
         beta = explained if beta is None else beta
         agreement = torch.cosine_similarity(alpha, beta - beta.mean(0), dim=-1).mean()

@@ -10,6 +10,7 @@ the product of their distributions, each to the power of its weight. Dense predi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,11 +83,13 @@ class Exit(nn.Module):
 
     def __init__(self, border: Border) -> None:
         super().__init__()
-        self.spec, self.statistic, self.head = border.spec, border.statistic, border.head
-        self.feedback = border.feedback if getattr(self.head, "reads_feedback", False) else None
+        self.spec, self.statistic = border.spec, border.statistic
+        self.term: Any = border.predictive
+        reads_feedback = any(getattr(module, "reads_feedback", False) for module in self.term.modules())
+        self.feedback = border.feedback if reads_feedback else None
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.head(BorderInput(h, spec=self.spec, statistic=self.statistic, feedback=self.feedback))
+        return self.term.predict(BorderInput(h, spec=self.spec, statistic=self.statistic, feedback=self.feedback))
 
 
 class Predictor(nn.Module):

@@ -83,7 +83,7 @@ class Feedback(Protocol):
 class LinearFeedback(Convertible):
     """Linear feedback at its closed-form optimum, for any targets. beta (..., C) from y.
 
-    `update(y, alpha)` moves the sufficient statistics and the weight on; no gradient ever reaches them. `replicas` are
+    `fit(y, alpha)` moves the sufficient statistics and the weight on; no gradient ever reaches them. `replicas` are
     the processes over which the statistics of a batch are summed, so that each holds the same feedback; None where
     nobody has decided that yet, see `share_feedback`.
     """
@@ -113,7 +113,7 @@ class LinearFeedback(Convertible):
             return y.to(self.weight.dtype) @ self.weight
 
     @torch.no_grad()
-    def update(self, y: Tensor, alpha: Tensor) -> None:
+    def fit(self, y: Tensor, alpha: Tensor) -> None:
         """Fit the weight to a batch: y as the targets say, alpha (..., C), at least in single precision."""
         dtype = torch.promote_types(alpha.dtype, self.weight.dtype)
         with torch.autocast(alpha.device.type, enabled=False):

@@ -30,7 +30,7 @@ from blocklocal.arguments import (
 )
 from blocklocal.border import Border
 from blocklocal.exits import Exit, ExitPool, Predictor
-from blocklocal.feedback import ClosedFormFeedback, Feedback, LinearFeedback, Targets, at_least_single, share_feedback
+from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets, at_least_single, share_feedback
 from blocklocal.graph import mode
 from blocklocal.inputs import (
     Example,
@@ -153,7 +153,7 @@ class BlockLocal(Convertible):
             if not h.is_meta:
                 self._border(k).check(h[:2])
             if add_beliefs:
-                _ = self._border(k).head  # there must be one
+                _ = self._border(k).predictive  # there must be one
         require(add_beliefs, bool, name="add_beliefs", needed="pass True or False")
         self.adds_beliefs = add_beliefs
         self.pool = ExitPool(len(self.blocks), labels=self.targets.labels)
@@ -195,7 +195,7 @@ class BlockLocal(Convertible):
         h = self._forward(k, h)
         if k < len(self.borders):
             message = self._border(k).message(h, belief)
-            return message.predict(self._border(k).head), self._handed_on(k, message)
+            return self._border(k).predict(message), self._handed_on(k, message)
         check_prediction(h, size=self.targets.size)
         prediction = add_belief(belief, h)
         return prediction, prediction
@@ -437,7 +437,7 @@ class BlockLocal(Convertible):
         h = message.h.detach() if detached else message.h
         if not self.adds_beliefs:
             return h
-        belief = message.predict(self._border(k).head)
+        belief = self._border(k).predict(message)
         return h, belief.detach() if detached else belief
 
     def _border(self, k: int) -> Border:
@@ -463,7 +463,7 @@ class BlockLocal(Convertible):
         if not self.training or processes() == 1:
             return
         feedback = [border.feedback for border in self.borders]
-        if any(isinstance(one, LinearFeedback) and one.replicas is None for one in feedback):
+        if any(getattr(one, "replicas", False) is None for one in feedback):
             raise ValueError(
                 f"{processes()} processes train, and each would fit its feedback to its own share of a batch alone: "
                 "call learner.share_feedback() where they train one learner together, as with DDP, and "

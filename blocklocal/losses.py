@@ -102,7 +102,7 @@ class Variational(Term):
 
 
 class VariationalTerm(nn.Module):
-    reads_feedback = True
+    reads_feedback = trains_feedback = True
 
     def __init__(self, settings: Variational) -> None:
         super().__init__()
@@ -170,12 +170,17 @@ class Predictive(Term):
 
 
 class PredictiveTerm(nn.Module):
+    """A prediction head and its criterion."""
+
     def __init__(self, head: nn.Module, *, spec: BorderSpec) -> None:
         super().__init__()
         self.head, self.criterion = head, spec.criterion
 
     def forward(self, message: BorderInput, y: Tensor) -> Tensor:
-        return loss_of(self.criterion, message.predict(self.head), y)
+        return loss_of(self.criterion, self.predict(message), y)
+
+    def predict(self, message: BorderInput) -> Tensor:
+        return message.predict(self.head)
 
 
 @dataclass(frozen=True)

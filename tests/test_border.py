@@ -38,7 +38,7 @@ def test_loss_is_the_weighted_sum_of_its_parts() -> None:
     both = border(spec(CHANNELS), 0.3 * bll.Variational() + 2 * bll.Predictive("linear")).eval()
     variational, predictive = both.parts(both.message(h), y)
     assert_close(both(both.message(h), y), 0.3 * variational + 2 * predictive)
-    assert_close(predictive, F.cross_entropy(both.message(h).predict(both.head), y))
+    assert_close(predictive, F.cross_entropy(both.predict(both.message(h)), y))
     alone = border(spec(CHANNELS), bll.Variational()).eval()
     assert_close(variational, alone(alone.message(h), y))  # neither has seen a batch: beta is 0
 
@@ -74,12 +74,12 @@ def test_evidence_learns_from_the_class_means() -> None:
     (h, y), one = batch(), border(spec(CHANNELS), bll.Predictive("evidence"))
     one(one.message(h), y)
     means = torch.stack([h[y == c].mean(0) for c in range(CLASSES)])
-    assert torch.equal(one.message(h).predict(one.head).argmax(1), torch.cdist(h, means).argmin(1))
+    assert torch.equal(one.predict(one.message(h)).argmax(1), torch.cdist(h, means).argmin(1))
 
 
 def test_prediction_needs_a_head() -> None:
     with pytest.raises(ValueError, match=r"predicts nothing: add bll.Predictive\(\)"):
-        _ = border(spec(CHANNELS), bll.Variational()).head
+        _ = border(spec(CHANNELS), bll.Variational()).predictive
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,11 @@ def test_lightning_module(tmp_path: Path) -> None:
     assert runpy.run_path(str(EXAMPLES / "lightning_module.py"))["main"](root=tmp_path) > 0.9
 
 
+@pytest.mark.parametrize("name", ["own_term_and_head", "own_family", "own_feedback"])
+def test_parts_of_ones_own(name: str) -> None:
+    assert runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]() > 0.85
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60

@@ -50,7 +50,7 @@ def weighted_ridge(data: list[tuple[Tensor, Tensor]], *, ridge: float, forgettin
 def test_first_fit_is_ridge_regression(labels: bool, seed: int, ridge: float) -> None:
     ((y, alpha),) = batches(seed, labels=labels, steps=1)
     feedback = linear(labels=labels, ridge=ridge)
-    feedback.update(y, alpha)
+    feedback.fit(y, alpha)
     start = torch.zeros(CLASSES, CHANNELS, dtype=torch.float64)
     expected = weighted_ridge([(y, alpha)], ridge=ridge, forgetting=0.0, start=start)
     assert_close(feedback.weight, expected)
@@ -63,7 +63,7 @@ def test_forgetting_is_weighted_least_squares(labels: bool, seed: int, forgettin
     data, feedback = batches(seed, labels=labels), linear(labels=labels, ridge=ridge, forgetting=forgetting)
     for t, (y, alpha) in enumerate(data, start=1):
         start = feedback.weight.clone()
-        feedback.update(y, alpha)
+        feedback.fit(y, alpha)
         expected = weighted_ridge(data[:t], ridge=ridge, forgetting=forgetting, start=start)
         assert_close(feedback.weight, expected)
 
@@ -71,7 +71,7 @@ def test_forgetting_is_weighted_least_squares(labels: bool, seed: int, forgettin
 def test_labels_give_class_means() -> None:
     ((y, alpha),) = batches(0, labels=True, steps=1)
     feedback = linear(labels=True, ridge=1e-12)
-    feedback.update(y, alpha)
+    feedback.fit(y, alpha)
     for c in range(CLASSES):
         assert_close(feedback.weight[c], alpha[y == c].mean(0))
 
@@ -81,8 +81,8 @@ def test_tokens_are_samples() -> None:
     y = torch.randint(CLASSES, (3, 7), generator=generator)
     alpha = torch.randn(3, 7, CHANNELS, generator=generator, dtype=torch.float64)
     tokens, samples = linear(labels=True), linear(labels=True)
-    tokens.update(y, alpha)
-    samples.update(y.flatten(), alpha.flatten(0, 1))
+    tokens.fit(y, alpha)
+    samples.fit(y.flatten(), alpha.flatten(0, 1))
     assert torch.equal(tokens.weight, samples.weight)
     assert_close(tokens.weight[2], alpha[y == 2].mean(0), atol=1e-2, rtol=0)
     assert torch.equal(tokens(y)[1, 4], tokens.weight[y[1, 4]])
@@ -91,8 +91,8 @@ def test_tokens_are_samples() -> None:
 def test_dense_tokens_are_samples() -> None:
     y, alpha = torch.rand(3, 7, CLASSES, dtype=torch.float64), torch.rand(3, 7, CHANNELS, dtype=torch.float64)
     tokens, samples = linear(labels=False), linear(labels=False)
-    tokens.update(y, alpha)
-    samples.update(y.flatten(0, 1), alpha.flatten(0, 1))
+    tokens.fit(y, alpha)
+    samples.fit(y.flatten(0, 1), alpha.flatten(0, 1))
     assert torch.equal(tokens.weight, samples.weight)
     assert tokens(y).shape == (3, 7, CHANNELS)
 
@@ -100,26 +100,26 @@ def test_dense_tokens_are_samples() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_absent_classes_are_untouched_to_the_bit(dtype: torch.dtype) -> None:
     feedback = linear(labels=True, forgetting=0.9, dtype=dtype)
-    feedback.update(torch.arange(20) % CLASSES, torch.randn(20, CHANNELS))
+    feedback.fit(torch.arange(20) % CLASSES, torch.randn(20, CHANNELS))
     before = feedback.weight.clone()
     assert before.abs().amin(1).gt(0).all()
     for _ in range(2_000):  # far past the step at which the forgotten counts underflow
-        feedback.update(torch.tensor([0, 1, 1]), torch.randn(3, CHANNELS))
+        feedback.fit(torch.tensor([0, 1, 1]), torch.randn(3, CHANNELS))
     assert torch.equal(feedback.weight[2:], before[2:])
     assert not torch.isclose(feedback.weight[:2], before[:2]).all(1).any()
     alpha = torch.randn(1, CHANNELS)
-    feedback.update(torch.tensor([3]), alpha)  # the class is back: one sample of it is all the evidence there is
+    feedback.fit(torch.tensor([3]), alpha)  # the class is back: one sample of it is all the evidence there is
     assert_close(feedback.weight[3].float(), alpha[0], atol=2e-2, rtol=2e-2)
 
 
 def test_directions_that_dense_targets_leave_out_are_kept() -> None:
     feedback = linear(labels=False, forgetting=0.9)
-    feedback.update(torch.rand(40, CLASSES), torch.randn(40, CHANNELS))
+    feedback.fit(torch.rand(40, CLASSES), torch.randn(40, CHANNELS))
     for _ in range(500):  # let the first batch fade, so that the fit of what it alone excited has settled
-        feedback.update(torch.rand(8, CLASSES) * torch.tensor([1.0, 1, 1, 1, 0]), torch.randn(8, CHANNELS))
+        feedback.fit(torch.rand(8, CLASSES) * torch.tensor([1.0, 1, 1, 1, 0]), torch.randn(8, CHANNELS))
     before = feedback.weight[4].clone()
     for _ in range(500):
-        feedback.update(torch.rand(8, CLASSES) * torch.tensor([1.0, 1, 1, 1, 0]), torch.randn(8, CHANNELS))
+        feedback.fit(torch.rand(8, CLASSES) * torch.tensor([1.0, 1, 1, 1, 0]), torch.randn(8, CHANNELS))
     assert before.abs().max() > 1e-2
     assert_close(feedback.weight[4], before, atol=1e-9, rtol=0)
 
@@ -128,7 +128,7 @@ def test_classes_may_outnumber_the_batch() -> None:
     feedback = bll.ClosedFormFeedback(forgetting=0.0).build(Targets(1000, labels=True), channels=CHANNELS)
     prototypes = torch.randn(1000, CHANNELS)
     for y in torch.randperm(1000).split(8):
-        feedback.update(y, prototypes[y])
+        feedback.fit(y, prototypes[y])
     assert_close(feedback.weight, prototypes / (1 + feedback.ridge))
 
 
@@ -152,7 +152,7 @@ def test_gradient_fit_of_one_layer_finds_the_closed_form() -> None:
 
     optimizer.step(closure)  # type: ignore[arg-type]
     closed = linear(labels=True, ridge=1e-9, dtype=torch.float32)
-    closed.update(y, alpha)
+    closed.fit(y, alpha)
     assert_close(feedback(torch.arange(CLASSES)), closed.weight, atol=1e-3, rtol=1e-3)
 
 
@@ -177,9 +177,9 @@ def test_autocast_changes_nothing(labels: bool) -> None:
     """Statistics and messages are sums over samples: they stay in single precision."""
     ((y, alpha),) = batches(3, labels=labels, steps=1)
     plain, cast = linear(labels=labels, dtype=torch.float32), linear(labels=labels, dtype=torch.float32)
-    plain.update(y, alpha.float())
+    plain.fit(y, alpha.float())
     with torch.autocast("cpu", torch.bfloat16):
-        cast.update(y, alpha.float())
+        cast.fit(y, alpha.float())
         message = cast(y)
     assert torch.equal(plain.weight, cast.weight)
     assert torch.equal(plain(y), message)
@@ -190,8 +190,8 @@ def test_half_precision_loses_only_rounding(labels: bool) -> None:
     """Counts beyond 256 have no bfloat16, and no solver takes one: the fit is made in single precision."""
     y, alpha = batches(4, labels=labels, steps=1, samples=4_000)[0]
     exact, half = linear(labels=labels), linear(labels=labels, dtype=torch.bfloat16)
-    exact.update(y, alpha)
-    half.update(y, alpha.float())
+    exact.fit(y, alpha)
+    half.fit(y, alpha.float())
     assert half.weight.dtype is torch.float32
     assert_close(half.weight.double(), exact.weight, atol=1e-5, rtol=1e-4)
 
@@ -199,7 +199,7 @@ def test_half_precision_loses_only_rounding(labels: bool) -> None:
 def test_statistics_never_get_a_gradient() -> None:
     feedback = linear(labels=True)
     alpha = torch.randn(3, CHANNELS, dtype=torch.float64, requires_grad=True)
-    feedback.update(torch.tensor([0, 1, 2]), alpha)
+    feedback.fit(torch.tensor([0, 1, 2]), alpha)
     assert not feedback(torch.tensor([0])).requires_grad
     assert set(feedback.state_dict()) == {"weight", "second", "cross"}
     assert isinstance(feedback, LinearFeedback)

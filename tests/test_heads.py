@@ -234,11 +234,11 @@ def test_a_budget_buys_the_best_head_that_it_pays_for(budget: float, chosen: typ
     x = torch.randn(2, 16, 16, 16)
     learner = bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=bll.Predictive(budget=budget))
     border = learner._border(0)
-    assert type(border.head) is chosen
+    assert type(border.predictive.head) is chosen
     assert border.spec.operations == 2 * 2 * 9 * 16**2 * 16**2
     with torch.no_grad():
         message = border.message(learner.blocks[0](x))
-    assert operations(lambda h: border.head(message), x) <= budget * border.spec.operations
+    assert operations(lambda h: border.predictive.head(message), x) <= budget * border.spec.operations
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 6), (2, 3, 7, 6), (1, 1, 1, 1)], ids=str)

@@ -37,7 +37,7 @@ def chain(lookahead: bll.Lookahead, *, units: int = 2) -> tuple[bll.BlockLocal, 
 
 
 def head(learner: bll.BlockLocal, k: int = 0) -> LookaheadHead:
-    found = learner._border(k).head
+    found = learner._border(k).predictive.head
     assert isinstance(found, LookaheadHead)
     return found
 

@@ -199,7 +199,7 @@ def test_estimated_variance_is_the_m_step() -> None:
     y, alpha = torch.tensor([0, 1, 2, 1, 0]), random(BATCH, CHANNELS)
     alpha.requires_grad_()
     feedback = bll.ClosedFormFeedback().build(spec(CHANNELS).targets, channels=CHANNELS).double()
-    feedback.update(y, alpha.detach())
+    feedback.fit(y, alpha.detach())
     message = BorderInput(alpha, spec=spec(CHANNELS), statistic=bll.spatial_mean, feedback=feedback)
     loss = bll.Variational(estimate_variance=True).build(spec(CHANNELS))(message, y)
     beta = feedback(y)

@@ -95,7 +95,7 @@ def one_process() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("count", "options"),
-    [(1, {}), (2, {}), (2, {"placement": [0, 1, 1, 1], "window": 3, "ahead": 1}), (3, {"ahead": 4}), (4, {})],
+    [(1, {}), (2, {}), (2, {"placement": [0, 1, 1, 1], "window": 3, "prefetch": 1}), (3, {"prefetch": 4}), (4, {})],
 )
 def test_processes_learn_the_weights_of_one_to_the_bit(count: int, options: dict, tmp_path: Path) -> None:
     found = together(processes.run(trained, processes=count, folder=tmp_path, arguments=(options,)))
@@ -105,7 +105,7 @@ def test_processes_learn_the_weights_of_one_to_the_bit(count: int, options: dict
 
 
 def test_a_placement_changes_nothing_where_messages_are_rounded_and_layers_draw(tmp_path: Path) -> None:
-    options = {"message": torch.bfloat16, "dropout": 0.5, "seed": 3}
+    options = {"message_dtype": torch.bfloat16, "dropout": 0.5, "seed": 3}
     one, two = (
         together(processes.run(trained, processes=count, folder=tmp_path, arguments=(options,))) for count in (1, 2)
     )
@@ -194,7 +194,7 @@ def watched(rank: int) -> dict[str, Tensor]:
     for module in (dist, core):
         for name, replacement in {"isend": counting, "irecv": checking, **dict.fromkeys(others, forbidden)}.items():
             setattr(module, name, replacement)
-    pipeline = Pipeline(learner(), optimizer=optimizer, message=torch.bfloat16)
+    pipeline = Pipeline(learner(), optimizer=optimizer, message_dtype=torch.bfloat16)
     list(pipeline.train(as_rank(minibatches(11), rank)))
     list(pipeline.predict(as_rank(minibatches(2), rank)))
     return {"sent": sent}
@@ -232,7 +232,7 @@ def predicted(rank: int) -> dict[str, Tensor]:
     records = pipeline.trace.records
     assert {record.minibatch for record in records} == set(range(5))
     assert all(before.end == after.start for before, after in pairwise(records))
-    assert sum(record.doing == "backward" for record in records) == 5 * len(pipeline.blocks)
+    assert sum(record.phase == "backward" for record in records) == 5 * len(pipeline.blocks)
     return state(mine, pipeline.blocks) | {f"exit{k}": exits[i] for i, k in enumerate(pipeline.blocks)}
 
 
@@ -281,12 +281,12 @@ def misused(rank: int) -> dict[str, Tensor]:
     wrong: list[tuple[dict, str]] = [
         ({"window": 1.5}, "window=1.5"),
         ({"window": "8"}, "window is"),
-        ({"ahead": 0}, "ahead=0"),
+        ({"prefetch": 0}, "prefetch=0"),
         ({"accumulate": True}, "accumulate=True"),
         ({"timeout": None}, "timeout is"),
         ({"timeout": float("inf")}, "timeout=inf"),
-        ({"message": torch.int64}, "message=torch.int64"),
-        ({"message": "bf16"}, "message='bf16'"),
+        ({"message_dtype": torch.int64}, "message_dtype=torch.int64"),
+        ({"message_dtype": "bf16"}, "message_dtype='bf16'"),
         ({"optimizer": None}, "optimizer is"),
     ]
     for options, words in wrong:

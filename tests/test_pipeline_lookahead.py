@@ -14,14 +14,14 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
-from blocklocal.lab.timeline import summary
-from blocklocal.pipeline.timeline import Timeline
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import blocklocal as bll
+from blocklocal.lab.report.timeline import summary
 from blocklocal.lookahead import lookaheads
 from blocklocal.pipeline import Pipeline, load, shard
+from blocklocal.pipeline.analysis.timeline import Timeline
 
 CLASSES, BLOCKS, STEPS, ROWS = 4, 5, 11, 6
 
@@ -43,7 +43,7 @@ class Case:
     lookahead: bll.Lookahead
     placement: tuple[int, ...] = (0, 1, 1, 2, 3)
     window: int = 4
-    ahead: int = 2
+    prefetch: int = 2
     accumulate: int = 1
     bf16: bool = False
     beliefs: bool = False
@@ -118,7 +118,7 @@ def in_processes(rank: int, mesh: DeviceMesh, case: Case) -> dict[str, Tensor]:
         placement=case.placement,
         mesh=mesh,
         window=case.window,
-        ahead=case.ahead,
+        prefetch=case.prefetch,
         accumulate=case.accumulate,
         lookahead=True,
         timeout=30,
@@ -150,8 +150,8 @@ CASES = {
     "both": Case(bll.Lookahead(refresh=3, trainable=True)),
     "one process": replace(ONCE, placement=(0,) * BLOCKS),
     "two processes": replace(ONCE, placement=(0, 0, 0, 1, 1), look=True),
-    "three processes": replace(ONCE, placement=(0, 0, 1, 1, 2), ahead=4, window=7),
-    "window by window": Case(bll.Lookahead(refresh=2), window=1, ahead=1),
+    "three processes": replace(ONCE, placement=(0, 0, 1, 1, 2), prefetch=4, window=7),
+    "window by window": Case(bll.Lookahead(refresh=2), window=1, prefetch=1),
     "bf16": Case(bll.Lookahead(refresh=2, trainable=True), bf16=True),
     "accumulation": Case(bll.Lookahead(refresh=2), accumulate=3, window=3),
     "beliefs": Case(bll.Lookahead("linear", refresh=2), beliefs=True, look=True),
@@ -324,7 +324,7 @@ def test_every_message_against_the_stream_is_counted(tmp_path: Path) -> None:
     assert sent.diagonal(-1).tolist() == [len(refreshes) * unit for unit in units]
     assert sent.diagonal(-2).tolist() == [0]
     timeline = Timeline(load((tmp_path / "trace").iterdir()))
-    pairs = [(sender, arrival) for sender, arrival in timeline.messages() if sender.doing == "copy"]
+    pairs = [(sender, arrival) for sender, arrival in timeline.messages() if sender.phase == "copy"]
     for rank, unit in enumerate(units):
         own = [(a.minibatch, a.size, a.rank) for a, b in pairs if b.rank == rank and a.start < b.start]
         assert own == [(m, unit, rank + 1) for m in refreshes]

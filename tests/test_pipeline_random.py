@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 import blocklocal as bll
 from blocklocal.lookahead import lookaheads
-from blocklocal.messages import Site
+from blocklocal.messages import BorderSpec
 from blocklocal.pipeline import Pipeline, Placement
 from blocklocal.pipeline.seeding import seeded
 
@@ -47,7 +47,7 @@ class Case:
     counts: tuple[int, ...]
     minibatches: int
     window: int
-    ahead: int
+    prefetch: int
     accumulate: int
     clip: float
     bf16: bool
@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn) -> Case:
         counts=tuple(counts),
         minibatches=draw(st.integers(1, 7)),
         window=draw(st.integers(1, 4)),
-        ahead=draw(st.integers(1, 3)),
+        prefetch=draw(st.integers(1, 3)),
         accumulate=draw(st.integers(1, 3)),
         clip=draw(st.sampled_from([0.0, 0.1])),
         bf16=draw(st.booleans()),
@@ -124,12 +124,12 @@ def layer(kind: str, h: Tensor) -> nn.Module:
     return made[kind]()
 
 
-def head(case: Case, site: Site) -> nn.Module:
+def head(case: Case, spec: BorderSpec) -> nn.Module:
     try:
-        lookahead = bll.Lookahead("linear", refresh=case.refresh, trainable=site.depth > 0)
-        return lookahead(site)
+        lookahead = bll.Lookahead("linear", refresh=case.refresh, trainable=spec.depth > 0)
+        return lookahead(spec)
     except ValueError:  # the next block has no weights, or none that keep the layout
-        return bll.Predictive("linear").build(site).head
+        return bll.Predictive("linear").build(spec).head
 
 
 def learner(case: Case) -> bll.BlockLocal:
@@ -200,7 +200,7 @@ def in_processes(rank: int, mesh: DeviceMesh, case: Case) -> dict[str, Tensor]:
         placement=case.placement,
         mesh=mesh,
         window=case.window,
-        ahead=case.ahead,
+        prefetch=case.prefetch,
         accumulate=case.accumulate,
         seed=SEED,
         timeout=30,
@@ -227,20 +227,20 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.Pool]:
 def test_no_receive_overwrites_what_a_later_block_reads(pool: processes.Pool) -> None:
     """The output of the first block of rank 1 is a view of a receive buffer; the next block reads it late."""
     blocks = (("conv",), ("view",), ("pause", "linear"), ("slice",), ("pause", "linear"))
-    case = Case(blocks, counts=(1, 2, 2), minibatches=7, window=7, ahead=1, accumulate=1, clip=0.0, bf16=False)
+    case = Case(blocks, counts=(1, 2, 2), minibatches=7, window=7, prefetch=1, accumulate=1, clip=0.0, bf16=False)
     assert_as_in_one_process(pool, case)
 
 
 def test_a_copy_of_the_next_unit_comes_from_another_rank(pool: processes.Pool) -> None:
     blocks = (("conv", "batch_norm"), ("relu_", "conv", "batch_norm"), ("conv", "dropout"), ("conv",))
-    case = Case(blocks, (1, 1, 2), minibatches=7, window=3, ahead=2, accumulate=2, clip=0.1, bf16=True, refresh=2)
+    case = Case(blocks, (1, 1, 2), minibatches=7, window=3, prefetch=2, accumulate=2, clip=0.1, bf16=True, refresh=2)
     assert any(lookaheads(border) for border in learner(case).borders)
     assert_as_in_one_process(pool, case)
 
 
 def test_weights_that_autocast_has_cast_do_not_outlive_a_step(pool: processes.Pool) -> None:
     case = Case(
-        (("conv",), ("linear",)), counts=(2,), minibatches=4, window=4, ahead=1, accumulate=1, clip=0, bf16=True
+        (("conv",), ("linear",)), counts=(2,), minibatches=4, window=4, prefetch=1, accumulate=1, clip=0, bf16=True
     )
     assert_as_in_one_process(pool, case)
 

@@ -17,13 +17,13 @@ placements = st.lists(st.integers(1, 3), min_size=1, max_size=5).map(
 
 
 def test_the_schedule_of_two_ranks_with_two_blocks_each() -> None:
-    first, second = schedule(Placement((0, 0, 1, 1)), minibatches=3, ahead=2).values()
+    first, second = schedule(Placement((0, 0, 1, 1)), minibatches=3, prefetch=2).values()
     assert " ".join(map(str, first)) == "0F0 0B0 1F0 1SEND_F0 1B0 0F1 0B1 1F1 1SEND_F1 1B1 0F2 0B2 1F2 1SEND_F2 1B2"
     assert " ".join(map(str, second)) == "2RECV_F0 2RECV_F1 2F0 2B0 2RECV_F2 3F0 3B0 2F1 2B1 3F1 3B1 2F2 2B2 3F2 3B2"
 
 
 def test_the_schedule_with_copies_before_the_first_and_the_third_minibatch() -> None:
-    lists = schedule(Placement((0, 0, 1)), minibatches=3, ahead=2, copies={0: [1], 1: [0, 2]})
+    lists = schedule(Placement((0, 0, 1)), minibatches=3, prefetch=2, copies={0: [1], 1: [0, 2]})
     first, second = (" ".join(map(str, actions)) for actions in lists.values())
     assert first == ("1RECV_C0 0F0 0B0 1F0 1SEND_F0 1B0 0F1 0B1 1F1 1SEND_F1 1RECV_C2 1B1 0F2 0B2 1F2 1SEND_F2 1B2")
     assert second == "2SEND_C0 2RECV_F0 2RECV_F1 2F0 2B0 2F1 2B1 2SEND_C2 2RECV_F2 2F2 2B2"
@@ -34,10 +34,10 @@ refreshes = st.dictionaries(st.integers(0, 14), st.sets(st.integers(0, 8)))
 
 @given(placements, st.integers(1, 9), st.integers(1, 4), refreshes)
 def test_every_list_is_complete_and_can_run(
-    placement: Placement, minibatches: int, ahead: int, refreshes: dict[int, set[int]]
+    placement: Placement, minibatches: int, prefetch: int, refreshes: dict[int, set[int]]
 ) -> None:
     copies = {k: {m for m in before if m < minibatches} for k, before in refreshes.items()}
-    lists = schedule(placement, minibatches=minibatches, ahead=ahead, copies=copies)
+    lists = schedule(placement, minibatches=minibatches, prefetch=prefetch, copies=copies)
     blocks = len(placement.ranks)
     done = [(k, kind, m) for actions in lists.values() for k, kind, m in actions]
     assert len(done) == len(set(done))
@@ -92,17 +92,17 @@ def needs(action: Action, lists: dict[int, list[Action]]) -> set[Action]:
 
 @given(placements, st.integers(1, 9), st.integers(1, 4))
 def test_a_message_leaves_before_the_local_backward_and_is_expected_ahead(
-    placement: Placement, minibatches: int, ahead: int
+    placement: Placement, minibatches: int, prefetch: int
 ) -> None:
-    for actions in schedule(placement, minibatches=minibatches, ahead=ahead).values():
+    for actions in schedule(placement, minibatches=minibatches, prefetch=prefetch).values():
         at = {(kind, k, m): i for i, (k, kind, m) in enumerate(actions)}
         for (kind, k, m), i in at.items():
             if kind == "SEND_F":
                 assert at["F", k, m] == i - 1
                 assert at["B", k, m] == i + 1
-            if kind == "RECV_F" and m >= ahead:
-                assert at["B", k, m - ahead] == i - 1
-                assert at["F", k, m - ahead + 1] > i
+            if kind == "RECV_F" and m >= prefetch:
+                assert at["B", k, m - prefetch] == i - 1
+                assert at["F", k, m - prefetch + 1] > i
 
 
 @pytest.mark.parametrize("ranks", [(), (1, 1), (0, 2), (0, 1, 0), (0, 0, 2)])

@@ -68,7 +68,9 @@ def test_a_fixed_part_does_not_shrink_with_the_batch() -> None:
 
 
 @given(stages, st.floats(0.0, 2.0), st.floats(0.0, 6.0), st.integers(1, 3))
-def test_blocks_follow_the_recursion(times: list[tuple[float, float]], latency: float, size: float, ahead: int) -> None:
+def test_blocks_follow_the_recursion(
+    times: list[tuple[float, float]], latency: float, size: float, prefetch: int
+) -> None:
     """A forward pass needs its block free and its message there; a message a notice, and the one before it out."""
     minibatches = 12
     done, left = {}, {}
@@ -76,7 +78,7 @@ def test_blocks_follow_the_recursion(times: list[tuple[float, float]], latency: 
         for k, (forward, backward) in enumerate(times):
             begin = done.get((k, m - 1), 0.0)
             if k:
-                notice = done.get((k, m - ahead), 0.0) + latency
+                notice = done.get((k, m - prefetch), 0.0) + latency
                 sent = done[k - 1, m] - times[k - 1][1]
                 left[k, m] = max(notice, sent, left.get((k, m - 1), 0.0)) + size
                 begin = max(begin, left[k, m] + latency)
@@ -85,7 +87,7 @@ def test_blocks_follow_the_recursion(times: list[tuple[float, float]], latency: 
     placement = Placement(tuple(range(len(times))))
     programs = [
         list(block_local_window(actions, costs, placement, first=0))
-        for actions in schedule(placement, minibatches=minibatches, ahead=ahead).values()
+        for actions in schedule(placement, minibatches=minibatches, prefetch=prefetch).values()
     ]
     last = simulate(programs, link=Link(latency=latency, bandwidth=1.0))[-1]
     assert last == pytest.approx(done[len(times) - 1, minibatches - 1])
@@ -94,7 +96,7 @@ def test_blocks_follow_the_recursion(times: list[tuple[float, float]], latency: 
 def test_a_slow_link_sets_the_pace() -> None:
     link = Link(latency=0.5, bandwidth=2.0)
     pace = block_local(even(3, message=8.0), link=link, window=400)
-    assert pace == pytest.approx(8.0 / 2.0, rel=1e-2)  # receives are posted ahead, so latency costs nothing
+    assert pace == pytest.approx(8.0 / 2.0, rel=1e-2)  # receives are posted prefetch, so latency costs nothing
     assert block_local(even(3, message=4.0), link=link, window=400) == pytest.approx(3.0, rel=1e-2)  # 3 s with notice
 
 

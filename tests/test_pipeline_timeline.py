@@ -12,7 +12,7 @@ from blocklocal.lab.commands import timeline as command
 from blocklocal.lab.errors import UserError
 from blocklocal.pipeline import trace
 from blocklocal.pipeline.analysis.timeline import Timeline
-from blocklocal.pipeline.trace import Doing, Record
+from blocklocal.pipeline.trace import Phase, Record
 
 MINIBATCHES = 10
 
@@ -21,14 +21,14 @@ def lane(rank: int, *, start: float, forward: float, backward: float, wait: floa
     """A rank with one block, that waits before every forward pass but the first; sending takes no time."""
     records, now = [], start
     for m in range(MINIBATCHES):
-        durations: dict[Doing, float] = {
+        durations: dict[Phase, float] = {
             "wait": wait if m else 0.5,
             "forward": forward,
             "send": 0,
             "backward": backward,
         }
-        for doing, seconds in durations.items():
-            records.append(Record(rank, 0, rank, m, doing, now, now + seconds))
+        for phase, seconds in durations.items():
+            records.append(Record(rank, 0, rank, m, phase, now, now + seconds))
             now += seconds
     return records
 
@@ -65,7 +65,7 @@ def test_a_clock_changes_no_share(offset: float, pace: float) -> None:
 def test_messages_connect_a_send_with_the_forward_pass_of_the_next_rank() -> None:
     pairs = two_ranks().messages()
     assert len(pairs) == MINIBATCHES
-    assert all((a.rank, b.rank, b.doing) == (0, 1, "forward") and a.minibatch == b.minibatch for a, b in pairs)
+    assert all((a.rank, b.rank, b.phase) == (0, 1, "forward") and a.minibatch == b.minibatch for a, b in pairs)
 
 
 def test_no_records_no_timeline() -> None:

@@ -19,7 +19,7 @@ IMMENSE = 1e30  # finite in single precision, its square is not
 def fitted(*batches: tuple[Tensor, Tensor], labels: bool, forgetting: float = 0.9) -> LinearFeedback:
     feedback = bll.ClosedFormFeedback(forgetting=forgetting).build(Targets(CLASSES, labels=labels), channels=CHANNELS)
     for y, alpha in batches:
-        feedback.update(y, alpha)
+        feedback.fit(y, alpha)
     return feedback
 
 
@@ -58,7 +58,7 @@ def test_a_batch_without_a_finite_sample_leaves_the_weight_alone() -> None:
     for labels in (True, False):
         feedback = fitted(batch(0, labels=labels), labels=labels)
         before = feedback.weight.clone()
-        feedback.update(batch(1, labels=labels)[0], torch.full((12, CHANNELS), math.nan))
+        feedback.fit(batch(1, labels=labels)[0], torch.full((12, CHANNELS), math.nan))
         assert_close(feedback.weight, before, rtol=1e-3, atol=1e-3)
 
 

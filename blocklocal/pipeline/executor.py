@@ -195,11 +195,11 @@ class Executor:
 
     def _send_copy(self, action: Action, minibatch: Minibatch) -> None:
         stage = self.stages[action.block]
-        stage.lap("wait", minibatch=minibatch.number)
+        stage.record("wait", minibatch=minibatch.number)
         message = self.copies[action.block - 1].message(action.minibatch)
         work = started(dist.isend(message, group=self.group, group_dst=self.rank - 1))
         self.leaving.append((action, work, message))
-        stage.lap("copy", minibatch=minibatch.number, size=message.nbytes)
+        stage.record("copy", minibatch=minibatch.number, size=message.nbytes)
 
     def _receive_copy(self, action: Action) -> None:
         message = self.copies[action.block].buffer(action.minibatch)

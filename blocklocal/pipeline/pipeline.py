@@ -54,9 +54,9 @@ class Pipeline:
     optimizer: makes one from a block's parameters. placement: the rank of each block, by default nearly as many blocks
     on each; `balanced` measures a better one. mesh: with a dimension "block" and, for replicas, "data"; by default all
     processes are one pipeline. data_parallel: what makes replicas of a block, `replicate` (DDP) or `shard` (FSDP2).
-    message: dtype of what travels between blocks, by default that of the parameters; a narrower one rounds the outputs
-    of all blocks but the last. window: so many minibatches are
-    handed in and out at once; a rank is never further ahead of the next one. ahead: so many minibatches early a receive
+    message_dtype: of what travels between blocks, by default that of the parameters; a narrower one rounds the outputs
+    of all blocks but the last. window: number of minibatches that are
+    handed in and out at once; a rank is never further ahead of the next one. prefetch: minibatches by which a receive
     is posted. accumulate: the number of minibatches whose mean gradient makes an optimizer step. timeout: seconds after
     which a message that does not come is an error that names rank, block and minibatch; over NCCL the process group's
     own timeout counts. seed: of random draws inside the blocks. trace: record what this rank does when.
@@ -82,9 +82,9 @@ class Pipeline:
         mesh: DeviceMesh | None = None,
         data_parallel: DataParallel = replicate,
         device: torch.device | str = "cpu",
-        message: torch.dtype | None = None,
+        message_dtype: torch.dtype | None = None,
         window: int = 8,
-        ahead: int = 2,
+        prefetch: int = 2,
         accumulate: int = 1,
         timeout: float = 300.0,
         seed: int = 0,
@@ -95,15 +95,15 @@ class Pipeline:
         require(learner, BlockLocal, name="learner", needed="pass a bll.BlockLocal")
         require_function(optimizer, name="optimizer", needed="pass a function from parameters to an optimizer")
         window = require_whole(window, name="window", least=1)
-        ahead = require_whole(ahead, name="ahead", least=1)
+        prefetch = require_whole(prefetch, name="prefetch", least=1)
         accumulate = require_whole(accumulate, name="accumulate", least=1)
         require_number(timeout, name="timeout", above=0, most=LONGEST)
         seed = require_whole(seed, name="seed", least=0, most=2**63 - 1)
         require(trace, bool, name="trace", needed="pass True or False")
         require(lookahead, bool, name="lookahead", needed="pass True or False")
         require_function(data_parallel, name="data_parallel", needed="pass a function such as replicate or shard")
-        if message is not None and message not in DTYPES:
-            raise ValueError(f"message={message!r}: choose {', '.join(map(str, DTYPES))}")
+        if message_dtype is not None and message_dtype not in DTYPES:
+            raise ValueError(f"message_dtype={message_dtype!r}: choose {', '.join(map(str, DTYPES))}")
         heads = lookaheads(learner.borders)
         if heads and not lookahead:
             raise ValueError(
@@ -118,7 +118,7 @@ class Pipeline:
         self.trace = Trace(rank=dist.get_rank(), replica=replica, device=self.device) if trace else None
         self.minibatches = 0
         """So many minibatches this rank has learnt from."""
-        message_type = _message_type(learner, message)
+        message_type = _message_type(learner, message_dtype)
         unborn = any(tensor.is_meta for head in heads for tensor in head.own())
         self.steps = [materialize(LocalStep(learner, k), device=self.device, seed=seed) for k in self.blocks]
         """The blocks of this rank with their borders."""
@@ -135,7 +135,7 @@ class Pipeline:
                 k,
                 optimizer=_optimizer(optimizer, step),
                 message_type=message_type,
-                outlet=None if k == len(learner.borders) else _site(learner, k).shape,
+                send_shape=None if k == len(learner.borders) else _site(learner, k).shape,
                 accumulate=accumulate,
                 seed=seed + replica,
                 trace=self.trace,
@@ -162,10 +162,10 @@ class Pipeline:
             group=group,
             device=self.device,
             window=window,
-            prefetch=ahead,
+            prefetch=prefetch,
             timeout=timeout,
         )
-        self._ahead = ahead
+        self._prefetch = prefetch
 
     @property
     def blocks(self) -> list[int]:
@@ -234,7 +234,7 @@ class Pipeline:
             copies = self._executor.begin(minibatches)
             results = self._executor.run(self._actions(len(window), copies if training else {}), minibatches)
             if self.trace and training:
-                self.trace.lap("wait", block=self.blocks[-1], minibatch=minibatches[-1].number)
+                self.trace.record("wait", block=self.blocks[-1], minibatch=minibatches[-1].number)
             yield results
 
     def _set_mode(self, *, training: bool) -> None:
@@ -248,7 +248,7 @@ class Pipeline:
             stage.train(training)
 
     def _actions(self, minibatches: int, copies: Mapping[int, Sequence[int]]) -> list[Action]:
-        return schedule(self.placement, minibatches=minibatches, ahead=self._ahead, copies=copies)[self.rank]
+        return schedule(self.placement, minibatches=minibatches, prefetch=self._prefetch, copies=copies)[self.rank]
 
     def _read(self, batch: Any, *, training: bool) -> Batch:
         """What this rank reads of a minibatch. TypeError, ValueError: none, or nothing that it could learn from."""
@@ -281,9 +281,9 @@ def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: i
     return placed
 
 
-def _message_type(learner: BlockLocal, message: torch.dtype | None) -> MessageType:
+def _message_type(learner: BlockLocal, message_dtype: torch.dtype | None) -> MessageType:
     own = next((p.dtype for p in learner.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    return MessageType(message or own, rounds=message is not None)
+    return MessageType(message_dtype or own, rounds=message_dtype is not None)
 
 
 def _replicated(step: LocalStep, data_parallel: DataParallel, replicas: DeviceMesh) -> nn.Module:

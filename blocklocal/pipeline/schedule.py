@@ -4,8 +4,8 @@
     rank 1 (blocks 2, 3):  2RECV_F0 2RECV_F1 2F0 2B0 2RECV_F2 3F0 3B0 ...
 
 F is a block's forward pass with its local loss, B its local backward pass and optimizer step. The message leaves before
-the local backward pass, and is expected `ahead` minibatches early, so that it travels while both sides compute. There
-is no action that sends or receives a gradient.
+the local backward pass, and its receive is posted `prefetch` minibatches early, so that it travels while both sides
+compute. There is no action that sends or receives a gradient.
 
 Where a head looks through a copy of the next block's first unit, and that block is on the next rank, a refresh before
 minibatch m is a message against the stream, 2SEND_C2 and 1RECV_C2 for m = 2:
@@ -92,7 +92,7 @@ class Placement:
 
 
 def schedule(
-    placement: Placement, *, minibatches: int, ahead: int, copies: Mapping[int, Collection[int]] | None = None
+    placement: Placement, *, minibatches: int, prefetch: int, copies: Mapping[int, Collection[int]] | None = None
 ) -> dict[int, list[Action]]:
     """The actions of every rank in one window of minibatches.
 
@@ -100,7 +100,7 @@ def schedule(
     """
     require(placement, Placement, name="placement", needed="pass a Placement, such as Placement((0, 0, 1))")
     minibatches = require_whole(minibatches, name="minibatches", least=1)
-    ahead = require_whole(ahead, name="ahead", least=1)
+    prefetch = require_whole(prefetch, name="prefetch", least=1)
     copies = {} if copies is None else copies
     require(copies, Mapping, name="copies", needed="pass the minibatches of each block, such as {0: [0, 3]}")
     for k, before in copies.items():
@@ -108,13 +108,13 @@ def schedule(
         for m in before:
             require_whole(m, name=f"copies[{k}]: one of them", least=0, most=minibatches - 1)
     return {
-        rank: list(_actions(placement, rank, minibatches=minibatches, ahead=ahead, copies=copies))
+        rank: list(_actions(placement, rank, minibatches=minibatches, prefetch=prefetch, copies=copies))
         for rank in range(placement.size)
     }
 
 
 def _actions(
-    placement: Placement, rank: int, *, minibatches: int, ahead: int, copies: Mapping[int, Collection[int]]
+    placement: Placement, rank: int, *, minibatches: int, prefetch: int, copies: Mapping[int, Collection[int]]
 ) -> Iterator[Action]:
     blocks = placement.blocks(rank)
     first, last = blocks[0], blocks[-1]
@@ -127,7 +127,7 @@ def _actions(
         nonlocal expected
         if m in given:
             yield Action(first, "SEND_C", m)
-        until = min([m + ahead, arrivals, *(copy for copy in given if copy > m)])
+        until = min([m + prefetch, arrivals, *(copy for copy in given if copy > m)])
         yield from (Action(first, "RECV_F", arrival) for arrival in range(expected, until))
         expected = max(expected, until)
 

@@ -12,7 +12,7 @@ from blocklocal.inputs import check_frozen
 from blocklocal.learner import BlockLocal, Features
 from blocklocal.messages import dense
 from blocklocal.pipeline.seeding import seeded
-from blocklocal.pipeline.trace import Doing, Trace
+from blocklocal.pipeline.trace import Phase, Trace
 
 Message = tuple[Tensor, ...]
 """The tensors that cross a border together: the block's output, and where beliefs add, the belief."""
@@ -53,7 +53,8 @@ class MessageType:
             return h
         if not self.rounds:
             raise ValueError(
-                f"the block gives {h.dtype}, and messages are {self.dtype}, as parameters are: pass message={h.dtype}"
+                f"the block gives {h.dtype}, and messages are {self.dtype}, as parameters are: pass "
+                f"message_dtype={h.dtype}"
             )
         return h.to(self.dtype).to(h.dtype)
 
@@ -61,7 +62,7 @@ class MessageType:
 class Stage(nn.Module):
     """Block k on its device, between its two borders. step: a LocalStep, or what replicates or shards one.
 
-    outlet: the shape of one sample of its output; None of the last block, whose output is the prediction. accumulate:
+    send_shape: the shape of one sample of its output; None for the last block, which predicts. accumulate:
     the number of minibatches whose mean gradient makes an optimizer step.
 
     In training mode `finish` learns from the minibatch whose forward pass was the last; in evaluation mode it only lets
@@ -76,13 +77,13 @@ class Stage(nn.Module):
         *,
         optimizer: Optimizer | None,
         message_type: MessageType,
-        outlet: tuple[int, ...] | None,
+        send_shape: tuple[int, ...] | None,
         seed: int,
         trace: Trace | None,
         accumulate: int = 1,
     ) -> None:
         super().__init__()
-        self.step, self.k, self.outlet = step, k, outlet
+        self.step, self.k, self.send_shape = step, k, send_shape
         self.optimizer, self.message_type, self.accumulate = optimizer, message_type, accumulate
         self.seed, self.trace = seed, trace
         self.minibatch = 0
@@ -96,20 +97,20 @@ class Stage(nn.Module):
         Nothing that this block hands on or keeps shares storage with `message`, whose buffers the next receive fills.
         """
         self.minibatch = minibatch
-        self.lap("wait")
+        self.record("wait")
         h, *belief = message
         with seeded(self.seed, minibatch, self.k, device=h.device):
             result, output = self.step(message if belief else h, y if self.training else None)
         self.result = _apart(result, message)
         h, *belief = (_apart(part, message) for part in (output if isinstance(output, tuple) else (output,)))
-        if self.outlet is not None:
-            if h.shape != (len(y), *self.outlet):
+        if self.send_shape is not None:
+            if h.shape != (len(y), *self.send_shape):
                 raise ValueError(
-                    f"the block gives {tuple(h.shape)} for {len(y)} targets, and gave {self.outlet} per sample for the "
-                    "learner's example=: minibatches of a pipeline have the example's shape"
+                    f"the block gives {tuple(h.shape)} for {len(y)} targets, and gave {self.send_shape} per sample for "
+                    "the learner's example=: minibatches of a pipeline have the example's shape"
                 )
             h = self.message_type.round(h)
-        self.lap("forward")
+        self.record("forward")
         return (h, *belief)
 
     def finish(self) -> Tensor:
@@ -118,7 +119,7 @@ class Stage(nn.Module):
         assert result is not None
         if not self.training:
             return result
-        self.lap("send", size=self.sent)
+        self.record("send", size=self.sent)
         if not result.requires_grad:
             check_frozen(self.step.parameters(), k=self.k)
         else:
@@ -127,14 +128,14 @@ class Stage(nn.Module):
         if self.optimizer is not None and (self.minibatch + 1) % self.accumulate == 0:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.lap("backward")
+        self.record("backward")
         return result.detach()
 
-    def lap(self, doing: Doing, *, minibatch: int | None = None, size: int = 0) -> None:
+    def record(self, phase: Phase, *, minibatch: int | None = None, size: int = 0) -> None:
         """The time since the last lap went into this. minibatch: by default the one of the last forward pass."""
         if self.trace and self.training:
             number = self.minibatch if minibatch is None else minibatch
-            self.trace.lap(doing, block=self.k, minibatch=number, size=size)
+            self.trace.record(phase, block=self.k, minibatch=number, size=size)
 
 
 def _apart(tensor: Tensor, message: Message) -> Tensor:

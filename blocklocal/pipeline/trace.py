@@ -13,7 +13,7 @@ import torch
 
 from blocklocal.arguments import describe, require, require_device, require_whole
 
-Doing = Literal["forward", "backward", "send", "copy", "wait"]
+Phase = Literal["forward", "backward", "send", "copy", "wait"]
 
 FAR = 1e12  # seconds, beyond every clock
 
@@ -32,7 +32,7 @@ class Record:
     replica: int
     block: int
     minibatch: int
-    doing: Doing
+    phase: Phase
     start: float
     end: float
     size: int = 0
@@ -59,12 +59,12 @@ class Trace:
         """Let the first lap begin now."""
         self._last = time.time()
 
-    def lap(self, doing: Doing, *, block: int, minibatch: int, size: int = 0) -> None:
+    def record(self, phase: Phase, *, block: int, minibatch: int, size: int = 0) -> None:
         """The time since the last lap went into this."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.time()
-        self.records.append(Record(self.rank, self.replica, block, minibatch, doing, self._last, now, size))
+        self.records.append(Record(self.rank, self.replica, block, minibatch, phase, self._last, now, size))
         self._last = now
 
     def save(self, path: Path) -> None:
@@ -109,7 +109,7 @@ def _read(line: bytes, *, place: str) -> Record:
         raise ValueError(f"{place} is no record ({error})") from error
     allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
         **dict.fromkeys(("rank", "replica", "block", "minibatch", "size"), (_counts, "a number, 0 or more")),
-        "doing": (lambda value: value in get_args(Doing), ", ".join(get_args(Doing))),
+        "phase": (lambda value: value in get_args(Phase), ", ".join(get_args(Phase))),
         "start": (_measures, "seconds"),
         "end": (lambda value: _measures(value) and value >= record.start, "seconds, not before its start"),
     }

@@ -37,9 +37,9 @@ def block_costs(rounds: Sequence[Sequence[Record]], *, blocks: int, messages: Se
     """Of every block, from this rank's records of several rounds; messages: bytes of the blocks' outputs."""
     seconds = torch.zeros(blocks, 2, dtype=torch.float64)
     for k in {record.block for record in rounds[0]}:
-        for i, doing in enumerate(("forward", "backward")):
+        for i, phase in enumerate(("forward", "backward")):
             seconds[k, i] = median(
-                mean(r.seconds for r in records if r.block == k and r.doing == doing) for records in rounds
+                mean(r.seconds for r in records if r.block == k and r.phase == phase) for records in rounds
             )
     dist.all_reduce(seconds)
     return [Cost(f, b, message=size) for (f, b), size in zip(seconds.tolist(), messages, strict=True)]

@@ -45,7 +45,7 @@ def measure(options: Options) -> dict[str, Any]:
     torch.manual_seed(0)
     chain = CHAINS[options.model](options.processes)
     message = MESSAGES[options.message_dtype]
-    pipeline = Pipeline(learner(chain, options.rule), optimizer=optimizer, message=message, trace=True)
+    pipeline = Pipeline(learner(chain, options.rule), optimizer=optimizer, message_dtype=message, trace=True)
     alone = {"backpropagation, alone": backpropagation(chain), ALONE: blocks_alone(chain, options.rule)}
     together = {f"{name}, M={m}": EndToEnd(chain, SCHEDULES[name][0], microbatches=m) for name, m in options.end_to_end}
     replicas, trace = iter(Replicas(chain)), pipeline.trace

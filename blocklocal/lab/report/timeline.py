@@ -45,18 +45,18 @@ def draw(timeline: Timeline, *, minibatches: int = 0) -> Figure:
     """A row per rank, a colour per block: forward pass light, local backward pass dark, waiting left blank."""
     first = min(record.minibatch for record in timeline.records)
     shown = [r for r in timeline.records if not minibatches or r.minibatch < first + minibatches]
-    begin = min(record.start for record in shown if record.doing == "forward")
+    begin = min(record.start for record in shown if record.phase == "forward")
     blocks = sorted({record.block for record in shown})
     figure = Figure(figsize=(11, 0.8 + 0.5 * len(timeline.ranks)))
     axes = figure.add_subplot()
     for record in shown:
-        if record.doing in ("forward", "backward"):
+        if record.phase in ("forward", "backward"):
             span = (1e3 * (record.start - begin), 1e3 * record.seconds)
             axes.broken_barh([span], (record.rank - 0.4, 0.8), color=_colour(record), linewidth=0)
     for message, arrival in timeline.messages():
         if message in shown and arrival in shown:
             times = [1e3 * (message.end - begin), 1e3 * (arrival.start - begin)]
-            style = ":" if message.doing == "copy" else "-"
+            style = ":" if message.phase == "copy" else "-"
             axes.plot(times, [message.rank, arrival.rank], style, color="black", linewidth=0.5)
     axes.set_yticks(timeline.ranks, [f"rank {rank}" for rank in timeline.ranks])
     axes.invert_yaxis()
@@ -76,10 +76,10 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
     for record in timeline.records:
         place = {"pid": record.rank, "tid": record.block}
         span = {"ts": 1e6 * (record.start - begin), "dur": 1e6 * record.seconds}
-        name = f"{record.doing} {record.minibatch}"
-        events.append({"ph": "X", "name": name, "cat": record.doing, **place, **span})
+        name = f"{record.phase} {record.minibatch}"
+        events.append({"ph": "X", "name": name, "cat": record.phase, **place, **span})
     for i, (message, arrival) in enumerate(timeline.messages()):
-        name = "copy" if message.doing == "copy" else "message"
+        name = "copy" if message.phase == "copy" else "message"
         common = {"name": name, "cat": name, "id": i, "args": {"bytes": message.size}}
         sent, taken = 1e6 * (message.start - begin), 1e6 * (arrival.start - begin)
         events.append({"ph": "s", **common, "pid": message.rank, "tid": message.block, "ts": sent})
@@ -89,6 +89,6 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
 
 def _colour(record: Record) -> tuple[float, float, float]:
     red, green, blue, _ = mpl.colormaps["tab10"](record.block % 10)
-    if record.doing == "backward":
+    if record.phase == "backward":
         return red, green, blue
     return (1 + red) / 2, (1 + green) / 2, (1 + blue) / 2

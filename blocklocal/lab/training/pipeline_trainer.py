@@ -59,7 +59,7 @@ class PipelineTrainer:
             mesh=mesh,
             data_parallel=shard if self.settings.shard else replicate,
             device=self.device,
-            message=DTYPES[self.settings.message_dtype],
+            message_dtype=DTYPES[self.settings.message_dtype],
             window=WINDOW + -WINDOW % self.settings.accumulate,
             accumulate=self.settings.accumulate,
             timeout=self.settings.timeout,

@@ -36,7 +36,7 @@ def block_local(
     link: Link,
     placement: Placement | None = None,
     window: int = 8,
-    ahead: int = 2,
+    prefetch: int = 2,
     refresh: int | None = None,
 ) -> float:
     """Seconds per minibatch of a block-local pipeline, by default with a rank per block.
@@ -51,7 +51,7 @@ def block_local(
             size = min(window, minibatches - first)
             due = [m for m in range(size) if refresh and (first + m) % refresh == 0]
             copies = dict.fromkeys(range(len(costs) - 1), due)
-            actions = schedule(placed, minibatches=size, ahead=ahead, copies=copies)[rank]
+            actions = schedule(placed, minibatches=size, prefetch=prefetch, copies=copies)[rank]
             steps += block_local_window(actions, costs, placed, first=first)
         return steps
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from blocklocal.pipeline.trace import Doing, Record
+from blocklocal.pipeline.trace import Phase, Record
 
-BUSY: tuple[Doing, ...] = ("forward", "backward", "send", "copy")
+BUSY: tuple[Phase, ...] = ("forward", "backward", "send", "copy")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Timeline:
         if not self.records:
             raise ValueError("a timeline needs records: was the pipeline made with trace=True?")
         for rank in self.ranks:
-            course = [record.doing for record in self._of(rank, lambda _: True)]
+            course = [record.phase for record in self._of(rank, lambda _: True)]
             if "forward" not in course or "backward" not in course[course.index("forward") :]:
                 raise ValueError(f"a timeline needs minibatches of every rank, rank {rank} has learnt from none")
 
@@ -37,21 +37,21 @@ class Timeline:
 
         A copy goes against the stream, to the block before.
         """
-        forward = {(r.replica, r.block, r.minibatch): r for r in self.records if r.doing == "forward"}
-        to: dict[Doing, int] = {"send": 1, "copy": -1}
+        forward = {(r.replica, r.block, r.minibatch): r for r in self.records if r.phase == "forward"}
+        to: dict[Phase, int] = {"send": 1, "copy": -1}
         sent = [
-            (r, forward.get((r.replica, r.block + to[r.doing], r.minibatch))) for r in self.records if r.doing in to
+            (r, forward.get((r.replica, r.block + to[r.phase], r.minibatch))) for r in self.records if r.phase in to
         ]
         return [(message, arrival) for message, arrival in sent if arrival is not None and arrival.rank != message.rank]
 
-    def sizes(self, doing: Doing) -> list[int]:
+    def sizes(self, phase: Phase) -> list[int]:
         """The bytes of every message that was handed over so, to another rank."""
-        return [record.size for record in self.records if record.doing == doing and record.size]
+        return [record.size for record in self.records if record.phase == phase and record.size]
 
     @property
     def fill(self) -> float:
         """From the first forward pass anywhere until the last rank begins its own first one."""
-        begins = [min(r.start for r in self._of(rank, lambda r: r.doing == "forward")) for rank in self.ranks]
+        begins = [min(r.start for r in self._of(rank, lambda r: r.phase == "forward")) for rank in self.ranks]
         return max(begins) - min(begins)
 
     @property
@@ -80,7 +80,7 @@ class Timeline:
     def utilisation(self, rank: int) -> float:
         """Share of the time from a rank's first forward pass to its last record in which it was busy."""
         records = self._running(rank)
-        return sum(r.seconds for r in records if r.doing in BUSY) / (records[-1].end - records[0].start)
+        return sum(r.seconds for r in records if r.phase in BUSY) / (records[-1].end - records[0].start)
 
     def waiting(self, rank: int) -> float:
         """The rest of that time: waiting for a message, for data, or for a message to be taken."""
@@ -89,8 +89,8 @@ class Timeline:
     def _running(self, rank: int) -> list[Record]:
         """From the first forward pass of a rank to its last backward pass: without fill and drain."""
         records = self._of(rank, lambda r: True)
-        first = next(i for i, record in enumerate(records) if record.doing == "forward")
-        last = max(i for i, record in enumerate(records) if record.doing == "backward")
+        first = next(i for i, record in enumerate(records) if record.phase == "forward")
+        last = max(i for i, record in enumerate(records) if record.phase == "backward")
         return records[first : last + 1]
 
     def _of(self, rank: int, which: Callable[[Record], bool]) -> list[Record]:
@@ -98,7 +98,7 @@ class Timeline:
 
     def _by_minibatch(self, rank: int) -> dict[int, list[Record]]:
         found: dict[int, list[Record]] = {}
-        for record in self._of(rank, lambda r: r.doing in BUSY):
+        for record in self._of(rank, lambda r: r.phase in BUSY):
             found.setdefault(record.minibatch, []).append(record)
         return found
 

@@ -1,0 +1,63 @@
+"""A term and a head of your own at the borders of a network, on 8x8 digits.
+
+Run: python examples/own_term_and_head.py  (needs scikit-learn for the data; seconds on a CPU)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import blocklocal as bll
+
+
+@dataclass(frozen=True)
+class Compactness(bll.Term):
+    """A term: settings that build the module of one border."""
+
+    def build(self, spec: bll.BorderSpec) -> nn.Module:
+        return CompactnessTerm(spec.targets.size)
+
+
+class CompactnessTerm(nn.Module):
+    """The mean squared distance of alpha to the mean of its class in the batch."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, message: bll.BorderInput, y: Tensor) -> Tensor:
+        one_hot = F.one_hot(y, self.classes).to(message.alpha)  # (B, n)
+        means = one_hot.T @ message.alpha / one_hot.sum(0)[:, None].clamp(min=1)
+        return (message.alpha - means[y]).square().mean()
+
+
+class CosineHead(nn.Module):
+    """A head: any function of a BorderSpec that gives a module. Logits are scaled cosines with a vector per class."""
+
+    def __init__(self, spec: bll.BorderSpec) -> None:
+        super().__init__()
+        self.classes = nn.Parameter(torch.randn(spec.targets.size, spec.statistics))
+
+    def forward(self, message: bll.BorderInput) -> Tensor:
+        return 16 * F.normalize(message.statistics, dim=-1) @ F.normalize(self.classes, dim=-1).T
+
+
+def main(*, epochs: int = 10) -> float:
+    torch.manual_seed(0)
+    x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    x, order = x.float() / 16, torch.randperm(len(x))
+    blocks = [nn.Sequential(nn.Linear(64 if k == 0 else 128, 128), nn.ReLU()) for k in range(3)]
+    loss = bll.Predictive(CosineHead) + 0.1 * Compactness()
+    learner = bll.BlockLocal([*blocks, nn.Linear(128, 10)], classes=10, example=x[:2], loss=loss)
+    parameters = [learner.block_parameters(k) for k in range(4)]
+    optimizers = [torch.optim.SGD(own, lr=0.05, momentum=0.9) for own in parameters]
+    for rows in epochs * order[:1437].split(64):
+        learner.backward(x[rows], y[rows], optimizers=optimizers)
+    return (learner.predict(x[order[1437:]]).argmax(1) == y[order[1437:]]).float().mean().item()
+
+
+if __name__ == "__main__":
+    print(f"test accuracy {main():.1%}")
