@@ -18,18 +18,14 @@ class Compactness(bll.Term):
     """A term: settings that build the module of one border."""
 
     def build(self, spec: bll.BorderSpec) -> nn.Module:
-        return CompactnessTerm(spec.targets.size)
+        return CompactnessTerm()
 
 
 class CompactnessTerm(nn.Module):
     """The mean squared distance of alpha to the mean of its class in the batch."""
 
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-
     def forward(self, message: bll.BorderInput, y: Tensor) -> Tensor:
-        one_hot = F.one_hot(y, self.classes).to(message.alpha)  # (B, n)
+        one_hot = F.one_hot(y).to(message.alpha)  # (B, n)
         means = one_hot.T @ message.alpha / one_hot.sum(0)[:, None].clamp(min=1)
         return (message.alpha - means[y]).square().mean()
 
@@ -52,8 +48,7 @@ def main(*, epochs: int = 10) -> float:
     blocks = [nn.Sequential(nn.Linear(64 if k == 0 else 128, 128), nn.ReLU()) for k in range(3)]
     loss = bll.Predictive(CosineHead) + 0.1 * Compactness()
     learner = bll.BlockLocal([*blocks, nn.Linear(128, 10)], classes=10, example=x[:2], loss=loss)
-    parameters = [learner.block_parameters(k) for k in range(4)]
-    optimizers = [torch.optim.SGD(own, lr=0.05, momentum=0.9) for own in parameters]
+    optimizers = [torch.optim.SGD(learner.block_parameters(k), lr=0.05, momentum=0.9) for k in range(4)]
     for rows in epochs * order[:1437].split(64):
         learner.backward(x[rows], y[rows], optimizers=optimizers)
     return (learner.predict(x[order[1437:]]).argmax(1) == y[order[1437:]]).float().mean().item()
