@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,9 +33,7 @@ class Launched:
 
     def __init__(self, out: Path, *options: str, processes: int, before: tuple[str, ...] = ()) -> None:
         self.out, self.processes = out, processes
-        given = {option.partition("=")[0] for option in options}
-        settings = [setting for setting in SETTINGS if setting.partition("=")[0] not in given]
-        command = [*before, *BLL, "launch", f"--processes={processes}", *settings, f"--out={out}", *options]
+        command = [*before, *BLL, "launch", f"--processes={processes}", *with_settings(options), f"--out={out}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.launcher = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -81,6 +79,12 @@ class Launched:
         return self.launcher.returncode, said
 
 
+def with_settings(options: Sequence[str]) -> list[str]:
+    """The options, and of SETTINGS those that they do not say otherwise."""
+    given = {option.partition("=")[0] for option in options}
+    return [*(setting for setting in SETTINGS if setting.partition("=")[0] not in given), *options]
+
+
 def alive(pid: int) -> bool:
     """Whether there is such a process, and not only its entry for a parent who has not asked."""
     try:
@@ -92,7 +96,7 @@ def alive(pid: int) -> bool:
 def reference(folder: Path, *options: str, epochs: int) -> Path:
     """The weights that one process arrives at, undisturbed."""
     out = folder / "reference"
-    command = [*BLL, "train", *SETTINGS, *options, f"--epochs={epochs}", f"--out={out}"]
+    command = [*BLL, "train", *with_settings(options), f"--epochs={epochs}", f"--out={out}"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return out
 

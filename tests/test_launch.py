@@ -86,6 +86,15 @@ def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic
     assert ours == theirs
 
 
+def test_the_statistic_over_processes_is_that_of_one(tmp_path):
+    options = ["--model=cnn", "--blocks=2", "--statistic=grid", "--train-size=256"]
+    whole = faults.reference(tmp_path, *options, epochs=1)
+    run = faults.Launched(tmp_path / "run", *options, "--epochs=1", processes=2)
+    code, said = run.end()
+    assert code == 0, said
+    assert faults.same(run.out, whole)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_one_process_on_a_gpu_changes_nothing(tmp_path):
     """Over NCCL; a perceptron, since the gradients of convolutions are not the same twice on a GPU."""

@@ -158,3 +158,15 @@ def test_a_study_needs_images_that_are_held_out(tmp_path, capsys):
 def test_every_change_of_a_loss_is_a_setting() -> None:
     assert sorted(CHANGES) == sorted(field.name for field in fields(Changes))
     assert all(getattr(Changes, name) == getattr(Settings, name) for name in CHANGES)
+
+
+def test_a_grid_may_vary_the_statistic(tmp_path):
+    (tmp_path / "grid.py").write_text('[{"statistic": "moments"}, {"rule": "bp"}]')
+    rows = read_grid(tmp_path / "grid.py", shared=SMALL)
+    assert [(row.name, row.settings.statistic) for row in rows] == [
+        ("statistic moments", "moments"),
+        ("rule bp", "mean"),
+    ]
+    (tmp_path / "grid.py").write_text('[{"statistic": "max"}]')
+    with pytest.raises(UserError, match="statistic"):
+        read_grid(tmp_path / "grid.py", shared=SMALL)

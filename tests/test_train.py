@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from blocklocal import BlockLocal, SpatialGrid, SpatialMoments, spatial_mean
 from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.models import build
@@ -155,6 +156,28 @@ def test_every_rule_trains(tmp_path, rule):
     assert all(0 <= degrees <= 180 for degrees in angles.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "statistic"), [("mean", spatial_mean), ("moments", SpatialMoments()), ("grid", SpatialGrid(2))]
+)
+def test_the_statistic_of_a_run_is_that_of_its_borders(tmp_path, name, statistic):
+    """The losses of a learner that is built without the settings."""
+    settings = replace(TINY, model="cnn", blocks=2, epochs=1, statistic=name, out=str(tmp_path / "run"))
+    train(settings)
+    experiment = prepare(settings)
+    learner = BlockLocal(
+        build("cnn", channels=1, size=(8, 8), classes=10),
+        blocks=2,
+        classes=10,
+        example=experiment.sample,
+        statistic=statistic,
+    )
+    learner.load_state_dict(experiment.learner.state_dict())
+    x, y = next(experiment.training_batches(1))
+    assert torch.equal(learner(x, y)[0], experiment.learner(x, y)[0])
+    assert lines(tmp_path / "run")[0]["train_loss"][0] > 0
+    assert Run(tmp_path / "run").settings().statistic == name
+
+
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     settings = replace(TINY, model="cnn", epochs=4)
     train(replace(settings, out=str(tmp_path / "whole")))
@@ -180,6 +203,7 @@ RANDOM = [
     {"model": "own_nets:dropout", "blocks": 2},
     {"model": "cnn", "rule": "brsf"},
     {"model": "resnet8", "blocks": 2, "lookahead": "frozen", "refresh": 3},
+    *({"model": "cnn", "blocks": 2, "statistic": name} for name in ("moments", "grid")),
     *({"rule": rule, "seed": 3} for rule in ("fa", "usf", "frsf", "dfa", "drtp")),
 ]
 

@@ -38,6 +38,9 @@ class Settings:
     processes every refresh is a message against the stream"""
     refresh: Annotated[int, Range(least=1), Needs("lookahead", ("frozen", "both"))] = 100
     """steps between two refreshes of a frozen copy"""
+    statistic: Literal["mean", "moments", "grid"] = "mean"
+    """what a border reads of a channel: its mean over positions, with the deviation too, or the means of four quarters
+    of a feature map"""
     variational: Annotated[float | None, Range(least=0)] = None
     """weight of the variational term, instead of the rule's own; 0: without it"""
     estimate_variance: bool = False
@@ -156,7 +159,17 @@ class Settings:
 
 
 # Of a rule's own local loss, see `rules.Changes`.
-CHANGES = ("head", "budget", "lookahead", "refresh", "variational", "estimate_variance", "softness", "power")
+CHANGES = (
+    "head",
+    "budget",
+    "lookahead",
+    "refresh",
+    "statistic",
+    "variational",
+    "estimate_variance",
+    "softness",
+    "power",
+)
 OVER_PROCESSES = ("trace", "message_dtype", "replicas", "timeout")  # and with replicas, shard
 
 # They say where a run is, how it was called and watched, not what it computes.

@@ -9,7 +9,19 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from blocklocal import BLL, BLL_PAPER, PRED_SIM, BlockLocal, ClosedFormFeedback, Lookahead, Predictive, Variational
+from blocklocal import (
+    BLL,
+    BLL_PAPER,
+    PRED_SIM,
+    BlockLocal,
+    ClosedFormFeedback,
+    Lookahead,
+    Predictive,
+    SpatialGrid,
+    SpatialMoments,
+    Variational,
+    spatial_mean,
+)
 from blocklocal.alignment import (
     Alignment,
     DirectFeedbackAlignment,
@@ -17,11 +29,14 @@ from blocklocal.alignment import (
     FeedbackAlignment,
     SignSymmetry,
 )
+from blocklocal.border import Border
 from blocklocal.feedback import Feedback
 from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.own_code import own_function
 from blocklocal.losses import LocalLoss, Posterior, Term, WeightedSum
-from blocklocal.messages import Criterion
+from blocklocal.messages import Criterion, Statistic
+
+STATISTICS: dict[str, Statistic] = {"mean": spatial_mean, "moments": SpatialMoments(), "grid": SpatialGrid()}
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,7 @@ class Changes:
     """What is to be another than in a rule's own local loss.
 
     head, budget: of all predictions at borders; lookahead, refresh: behind copies of the next unit, see `Lookahead`.
+    statistic: of those in STATISTICS.
     variational: the weight of that term, 0 being without it; estimate_variance: with the variance of each channel from
     the batch. power, softness: see `Posterior`.
     """
@@ -37,6 +53,7 @@ class Changes:
     budget: float | None = None
     lookahead: str = "none"
     refresh: int = 100
+    statistic: str = "mean"
     variational: float | None = None
     estimate_variance: bool = False
     power: float = 1.0
@@ -125,9 +142,15 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
             balance=task.balance,
             loss=task.changes.made(loss),
             feedback=feedback,
+            statistic=STATISTICS[task.changes.statistic],
             criterion=task.criterion,
             add_beliefs=task.add_beliefs,
         )
+        sites = [border.site for border in learner.borders if isinstance(border, Border)]
+        if sites and task.changes.statistic != "mean" and not any(site.reduces for site in sites):
+            raise ValueError(
+                f"--statistic {task.changes.statistic} has no effect: what crosses the borders has no positions"
+            )
         return Learning(learner)
 
     return Rule(build)
