@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 
 import blocklocal as bll
 from blocklocal.lab import cli
+from blocklocal.lab.models import MODELS
+from blocklocal.lab.training.rules import RULES
 from blocklocal.pipeline.analysis import programs, simulator
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +65,7 @@ def test_python_runs_and_prints_about_what_stands_beside_it(page: Path) -> None:
     for mark, source in blocks(page, "python"):
         if mark.startswith(NOT_RUN):
             continue
-        with redirect_stdout(io.StringIO()) as printed:
+        with patch.dict(RULES), patch.dict(MODELS), redirect_stdout(io.StringIO()) as printed:
             exec(compile(source, name(page), "exec"), scope)
         stated = re.findall(r"^print\(.*\)(?:  # (.*))?$", source, re.MULTILINE)
         if any(stated):
