@@ -18,21 +18,22 @@ from matplotlib.figure import Figure
 
 from blocklocal.lab import models
 from blocklocal.lab.bench import step_memory
-from blocklocal.lab.bench.baselines import contender
+from blocklocal.lab.bench.baselines import baseline
 from blocklocal.lab.bench.options import Options
-from blocklocal.lab.bench.step_memory import Footprint
+from blocklocal.lab.bench.step_memory import StepMemory
 from blocklocal.lab.report.figures import STYLE
 
 ROOT = Path(__file__).parents[1]
 GREY, BLUE, ORANGE = "#8a8a8a", "#1f77b4", "#d95f02"
 
 
-def footprint(rule: str, *, model: str = "resnet20", images: int = 128, blocks: int = 4) -> Footprint:
+def memory_of(rule: str, *, model: str = "resnet20", images: int = 128, blocks: int = 4) -> StepMemory:
     """One step after the first, in which the optimizer makes its state."""
     torch.manual_seed(0)
     options = Options(model=model, batch_size=images)
     network = models.build(model, channels=3, size=(32, 32), classes=10)
-    made = contender(rule, options.workload(network, batch_size=images, device=torch.device("cpu")), blocks=blocks)
+    work = options.workload(network, batch_size=images, device=torch.device("cpu"))
+    made = baseline(rule, work, blocks=blocks)
     made.step()
     return step_memory.measure(made.step, parts=made.parts)
 
@@ -47,7 +48,7 @@ def accuracies(runs: Path, pattern: str, key: str) -> list[list[float]]:
     return found
 
 
-def draw_memory(axes: Axes, label: str, measured: Footprint, *, colour: str, alpha: float) -> None:
+def draw_memory(axes: Axes, label: str, measured: StepMemory, *, colour: str, alpha: float) -> None:
     timeline = measured.timeline
     shares = [seconds / timeline.seconds[-1] for seconds in timeline.seconds]
     mebibytes = [size / 2**20 for size in timeline.bytes]
@@ -73,8 +74,8 @@ def draw_accuracy(axes: Axes, label: str, runs: list[list[float]], *, colour: st
 def main(file: Path = ROOT / "docs/overview.png") -> None:
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     memory, accuracy = figure.subplots(1, 2)
-    draw_memory(memory, "backpropagation", footprint("bp"), colour=GREY, alpha=0.55)
-    draw_memory(memory, "4 blocks", footprint("bll"), colour=BLUE, alpha=0.9)
+    draw_memory(memory, "backpropagation", memory_of("bp"), colour=GREY, alpha=0.55)
+    draw_memory(memory, "4 blocks", memory_of("bll"), colour=BLUE, alpha=0.9)
     memory.set(
         title="Memory of one training step, ResNet-20", xlabel="share of the step", ylabel="MiB alive", xlim=(0, 1)
     )

@@ -10,7 +10,7 @@ SCRIPT = runpy.run_path(str(ROOT / "benchmarks/readme_figure.py"))
 
 
 def test_blocks_take_less_memory() -> None:
-    peaks = [SCRIPT["footprint"](rule, images=32).timeline.peak for rule in ("bp", "bll")]
+    peaks = [SCRIPT["memory_of"](rule, images=32).timeline.peak for rule in ("bp", "bll")]
     assert 0 < peaks[1] < peaks[0]
 
 
