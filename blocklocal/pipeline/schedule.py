@@ -21,7 +21,11 @@ Kind = Literal["F", "B", "SEND_F", "RECV_F"]
 
 
 class Action(NamedTuple):
-    """One thing that one rank does; `str` writes it as the literature on schedules does, such as 1SEND_F0."""
+    """One thing that one rank does; `str` writes it as the literature on schedules does, such as 1SEND_F0.
+
+    >>> print(Action(block=1, kind="SEND_F", minibatch=0))
+    1SEND_F0
+    """
 
     block: int
     kind: Kind
@@ -83,7 +87,11 @@ class Placement:
 
 
 def schedule(placement: Placement, *, minibatches: int, ahead: int) -> dict[int, list[Action]]:
-    """The actions of every rank in one window of minibatches."""
+    """The actions of every rank in one window of minibatches.
+
+    >>> print(*schedule(Placement((0, 1)), minibatches=1, ahead=2)[0])
+    0F0 0SEND_F0 0B0
+    """
     require(placement, Placement, name="placement", needed="pass a Placement, such as Placement((0, 0, 1))")
     minibatches = require_whole(minibatches, name="minibatches", least=1)
     ahead = require_whole(ahead, name="ahead", least=1)
