@@ -151,7 +151,11 @@ class Gaussian(GaussianNatural):
 
 @dataclass(frozen=True)
 class GaussianMeanVariance(GaussianNatural):
-    """Gaussian with its own variance: the first half of the channels are means, the second half log-variances."""
+    """Gaussian with its own variance: the first half of the channels are means, the second half log-variances.
+
+    >>> GaussianMeanVariance().natural(torch.zeros(8, 16)).shape
+    torch.Size([8, 8, 2])
+    """
 
     def natural(self, parameters: Tensor) -> Tensor:
         mu, log_variance = parameters.unflatten(-1, (2, _latents(parameters, 2, self))).unbind(-2)
@@ -161,7 +165,12 @@ class GaussianMeanVariance(GaussianNatural):
 
 @dataclass(frozen=True)
 class Bernoulli(Family):
-    """Bernoulli: each channel statistic is the logit of one binary latent."""
+    """Bernoulli: each channel statistic is the logit of one binary latent.
+
+    >>> Bernoulli().mean(Bernoulli().natural(torch.zeros(1, 2)))
+    tensor([[[0.5000],
+             [0.5000]]])
+    """
 
     def natural(self, parameters: Tensor) -> Tensor:
         return parameters.unsqueeze(-1)
@@ -175,7 +184,11 @@ class Bernoulli(Family):
 
 @dataclass(frozen=True)
 class Categorical(Family):
-    """Categorical: consecutive groups of `categories` channels are the logits of one latent each."""
+    """Categorical: consecutive groups of `categories` channels are the logits of one latent each.
+
+    >>> Categorical(categories=4).natural(torch.zeros(8, 16)).shape
+    torch.Size([8, 4, 4])
+    """
 
     categories: int
 
@@ -194,7 +207,11 @@ class Categorical(Family):
 
 @dataclass(frozen=True)
 class Poisson(Family):
-    """Poisson: each channel statistic is the logarithm of the rate of one count."""
+    """Poisson: each channel statistic is the logarithm of the rate of one count.
+
+    >>> Poisson().mean(Poisson().natural(torch.zeros(1, 1)))
+    tensor([[[1.]]])
+    """
 
     def natural(self, parameters: Tensor) -> Tensor:
         return parameters.unsqueeze(-1)

@@ -192,6 +192,12 @@ class ClosedFormFeedback:
 
     `ridge` is in units of Y'Y (for labels: in samples). `forgetting` is the weight that a batch keeps from one step to
     the next; 0 fits the present batch alone, the paper's words.
+
+    >>> feedback = ClosedFormFeedback(forgetting=0.0).build(Targets(size=2, labels=True), channels=3)
+    >>> feedback.update(torch.tensor([0, 1]), torch.eye(3)[:2])
+    >>> feedback(torch.tensor([1, 0])).round(decimals=2)
+    tensor([[0., 1., 0.],
+            [1., 0., 0.]])
     """
 
     ridge: float = 1e-3
@@ -228,6 +234,9 @@ class GradientFeedback:
 
     Its parameters are the optimizer's: a batch with nan moves them as it does those of the model, unless a GradScaler
     skips the step.
+
+    >>> GradientFeedback(depth=2, width=64).build(Targets(size=10, labels=True), channels=3)(torch.tensor([1, 0])).shape
+    torch.Size([2, 3])
     """
 
     depth: int = 2

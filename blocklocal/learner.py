@@ -55,7 +55,10 @@ Features = Tensor | tuple[Tensor, Tensor]
 
 
 class CollapseWarning(UserWarning):
-    """A block's output no longer tells the targets apart."""
+    """A block's output no longer tells the targets apart.
+
+    >>> warnings.simplefilter("error", CollapseWarning)  # so that a loop which calls `diagnose` stops
+    """
 
 
 def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:

@@ -83,6 +83,10 @@ class Variational(Term):
 
     Families other than the Gaussian of known variance also have an entropy to lower. It is least where every latent is
     certain, whatever the class, and without bound for GaussianMeanVariance: give them a small weight, such as 0.01.
+
+    >>> loss = 0.1 * Variational(estimate_variance=True) + Predictive()
+    >>> [weight for weight, term in loss.terms]
+    [0.1, 1.0]
     """
 
     family: Family = field(default_factory=Gaussian)
@@ -135,6 +139,9 @@ class Predictive(Term):
     takes at most this share of its own block's operations (0.1: a tenth), and where none does, "normalised"; it is
     chosen once the cuts are known, which are found with the default. A torch that cannot count operations gets the
     default.
+
+    >>> 0.1 * Variational() + Predictive(budget=0.5) == BLL
+    True
     """
 
     head: str | Head | None = None
@@ -243,6 +250,9 @@ class Similarity(Term):
     linear layer) of h and that of the one-hot labels. A similarity matrix is the Gram matrix of one feature vector
     per sample, centred and of unit length; the features of a map are its channels' standard deviations over space.
     Pred-Sim is 0.99 * Similarity() + 0.01 * Predictive(head="linear").
+
+    >>> 0.99 * Similarity() + 0.01 * Predictive(LinearHead) == PRED_SIM
+    True
     """
 
     def build(self, spec: BorderSpec) -> nn.Module:
@@ -280,5 +290,10 @@ def similarity(features: Tensor) -> Tensor:
 
 
 PRED_SIM = 0.99 * Similarity() + 0.01 * Predictive(LinearHead)
+"""Pred-Sim (Nokland and Eidnes, 2019)."""
+
 BLL = 0.1 * Variational() + Predictive(budget=0.5)
+"""Block-local learning as it is by default."""
+
 BLL_PAPER = Variational() + Predictive(LinearHead)
+"""Block-local learning with the paper's own local loss."""

@@ -27,6 +27,9 @@ def spatial_mean(positions: Tensor) -> Tensor:
     """Mean over positions: (B, C, P) -> (B, C).
 
     A sum that is divided after, since the gradient of torch.mean is written out for every position.
+
+    >>> spatial_mean(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))
+    tensor([[2., 2.]])
     """
     _require_positions(positions)
     total = positions.sum(2, dtype=at_least_single(positions.dtype))
@@ -34,13 +37,21 @@ def spatial_mean(positions: Tensor) -> Tensor:
 
 
 def spatial_max(positions: Tensor) -> Tensor:
-    """Maximum over positions: (B, C, P) -> (B, C)."""
+    """Maximum over positions: (B, C, P) -> (B, C).
+
+    >>> spatial_max(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))
+    tensor([[3., 2.]])
+    """
     _require_positions(positions)
     return positions.amax(2)
 
 
 def spatial_std(positions: Tensor) -> Tensor:
-    """Standard deviation over positions: (B, C, P) -> (B, C). Zero, with gradient zero, where there is one position."""
+    """Standard deviation over positions: (B, C, P) -> (B, C). Zero, with gradient zero, where there is one position.
+
+    >>> spatial_std(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))
+    tensor([[1., 0.]])
+    """
     _require_positions(positions)
     variance = positions.var(2, correction=0)
     return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt() * (variance > 0)
@@ -48,7 +59,11 @@ def spatial_std(positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SpatialMoments:
-    """Mean and standard deviation over positions: (B, C, P) -> (B, 2 C), the means of all channels first."""
+    """Mean and standard deviation over positions: (B, C, P) -> (B, 2 C), the means of all channels first.
+
+    >>> SpatialMoments()(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))
+    tensor([[2., 2., 1., 0.]])
+    """
 
     per_channel: ClassVar[int] = 2
 
@@ -61,6 +76,9 @@ class SpatialGrid:
     """Means over the cells of a grid of `size` x `size`, which tell where something is: (B, C, H, W) -> (B, C size^2).
 
     For feature maps only, of at least `size` pixels a side.
+
+    >>> SpatialGrid(2)(torch.zeros(8, 16, 7, 7)).shape
+    torch.Size([8, 64])
     """
 
     reads_map: ClassVar[bool] = True

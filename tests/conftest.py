@@ -1,8 +1,50 @@
-"""One thread, and the same property tests in every run."""
+"""One thread, the same property tests in every run, and the tests that `make test-fast` leaves out."""
 
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("blocklocal", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("blocklocal")
+
+# Modules, and tests of others, that start processes, train, compile or try hundreds of inputs: by far the most of the
+# time of all tests together.
+SLOW = {
+    "test_agent",
+    "test_alignment",
+    "test_alignment_weights",
+    "test_bench",
+    "test_compare",
+    "test_damaged_runs",
+    "test_environment",
+    "test_gpu_script",
+    "test_internals",
+    "test_launch",
+    "test_lock",
+    "test_own_rule",
+    "test_part",
+    "test_pipeline",
+    "test_pipeline_bench",
+    "test_pipeline_example",
+    "test_pipeline_random",
+    "test_pipeline_wrong_calls",
+    "test_readme_figure",
+    "test_report",
+    "test_study",
+    "test_terminal",
+    "test_train",
+    "test_a_report_on_wild_names",
+    "test_evidence_never_holds_all_pairs",
+    "test_no_private_name_of_torch_is_used",
+    "test_names_of_things_do_not_lead_out_of_a_folder",
+    "test_one_line_says_it_and_nothing_is_left",
+    "test_residual_units_are_the_plain_ones",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {item.path.stem, getattr(item, "originalname", item.name)} & SLOW:
+            item.add_marker("slow")

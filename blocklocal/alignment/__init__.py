@@ -12,9 +12,12 @@ layer's input, and the true gradient through whatever lies between two layers (n
 Like an optimizer, a rule is the model's companion: made once the model is on its device and before torch.compile, with
 a state dict of its own. Parameter names and the training loop stay the user's.
 
+>>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+>>> x, y = torch.randn(4, 8), torch.tensor([0, 2, 1, 0])
 >>> alignment = FeedbackAlignment(model, seed=0)
 >>> loss = alignment.backward(x, y)  # or, as ever: criterion(model(x), y).backward()
->>> alignment.angles(x, y)  # degrees between the rule's gradient and the true one, per layer
+>>> list(alignment.angles(x, y))  # degrees between the rule's gradient and the true one, per layer
+['0', '2']
 >>> alignment.remove()  # backpropagation again
 """
 

@@ -26,6 +26,11 @@ class DirectFeedbackAlignment(Alignment):
 
     `example` is a batch of inputs, to see the shapes by. The model is called as a whole, its output is (batch, n), and
     a layer is used once in it.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    >>> alignment = DirectFeedbackAlignment(model, example=torch.randn(4, 8))
+    >>> alignment.backward(torch.randn(4, 8), torch.tensor([0, 2, 1, 0])).shape
+    torch.Size([])
     """
 
     def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:
@@ -102,6 +107,11 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
     `with alignment.with_targets(y):`; a factor on the loss goes to either.
     Targets never fade as errors do: hidden activations must be bounded or normalised (tanh, batch norm), since plain
     ReLU layers run away.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    >>> alignment = DirectRandomTargetProjection(model, example=torch.randn(4, 8))
+    >>> alignment.backward(torch.randn(4, 8), torch.tensor([0, 2, 1, 0])).shape
+    torch.Size([])
     """
 
     def __init__(self, model: nn.Module, *, example: Tensor, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:

@@ -42,6 +42,10 @@ class Alignment(ABC):
 
     From construction to `remove()` the gradients of `loss.backward()` are the rule's. One seed gives the same fixed
     feedback weights on every device and in every process.
+
+    >>> from blocklocal.alignment import FeedbackAlignment
+    >>> isinstance(FeedbackAlignment(nn.Linear(8, 3)), Alignment)
+    True
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -22,6 +22,9 @@ class FeedbackAlignment(Alignment):
     """Feedback alignment (Lillicrap et al. 2016): fixed random weights take the true ones' place backward.
 
     They are Kaiming-uniform with standard deviation gain / √fan_in, by default as PyTorch draws a layer's own weights.
+
+    >>> FeedbackAlignment(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3))).feedback["1"].shape
+    torch.Size([3, 16])
     """
 
     def __init__(self, model: nn.Module, *, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:
@@ -53,6 +56,8 @@ class SignSymmetry(FeedbackAlignment):
     The magnitudes are "uniform" (uSF), gain / √fan_in for all of a layer; "fixed" (frSF), the absolute values of
     feedback alignment's weights; or "batchwise" (brSF), the same drawn anew whenever the model runs forward recording
     gradients. All three have the same root mean square.
+
+    >>> alignment = SignSymmetry(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3)), magnitude="uniform")
     """
 
     def __init__(self, model: nn.Module, *, magnitude: Magnitude, seed: int = 0, gain: float = DEFAULT_GAIN) -> None:

@@ -68,9 +68,12 @@ class Pipeline:
 
     Under torch.autocast, around the whole loop or a part of it, the weights are those of one process too.
 
-    >>> pipeline = Pipeline(learner, optimizer=lambda parameters: SGD(parameters, lr=0.1))
-    >>> for losses in pipeline.train(batches):
-    ...     print(pipeline.blocks, losses.mean(0))
+    >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
+    >>> pipeline = Pipeline(learner, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    >>> batches = [(torch.randn(4, 8), torch.tensor([0, 2, 1, 0]))] * 3
+    >>> for losses in pipeline.train(batches):  # in a single process, which has both blocks
+    ...     print(pipeline.blocks, losses.shape)
+    [0, 1] torch.Size([3, 2])
     """
 
     def __init__(

@@ -34,6 +34,10 @@ def balanced(
 
     Every process calls it and measures all blocks, on a copy of the learner and on its own device, while the others do:
     a slow device gets less to do. mesh: as for `Pipeline`; where a rank has replicas, the slowest counts.
+
+    >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
+    >>> balanced(learner, torch.randn(4, 8), torch.tensor([0, 2, 1, 0])).ranks  # in a single process
+    (0, 0)
     """
     group, _ = dimensions(mesh)
     require(learner, BlockLocal, name="learner", needed="pass a bll.BlockLocal")

@@ -17,7 +17,12 @@ DataParallel = Callable[[nn.Module, DeviceMesh], nn.Module]
 
 
 def replicate(step: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Every replica holds the whole block (DDP)."""
+    """Every replica holds the whole block (DDP).
+
+    >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data",))
+    >>> type(replicate(nn.Linear(2, 2), mesh)).__name__
+    'DistributedDataParallel'
+    """
     _check(step, mesh)
     if not any(parameter.requires_grad for parameter in step.parameters()):
         return step
@@ -25,7 +30,12 @@ def replicate(step: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def shard(step: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Every replica holds a share of the block's parameters, gradients and optimizer state (FSDP2)."""
+    """Every replica holds a share of the block's parameters, gradients and optimizer state (FSDP2).
+
+    >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("data",))
+    >>> type(shard(nn.Linear(2, 2), mesh)).__name__
+    'FSDPLinear'
+    """
     _check(step, mesh)
     fully_shard(step, mesh=mesh)
     return step

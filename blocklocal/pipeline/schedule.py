@@ -30,7 +30,11 @@ Kind = Literal["F", "B", "SEND_F", "RECV_F", "SEND_C", "RECV_C"]
 
 
 class Action(NamedTuple):
-    """One thing that one rank does; `str` writes it as the literature on schedules does, such as 1SEND_F0."""
+    """One thing that one rank does; `str` writes it as the literature on schedules does, such as 1SEND_F0.
+
+    >>> print(Action(block=1, kind="SEND_F", minibatch=0))
+    1SEND_F0
+    """
 
     block: int
     kind: Kind
@@ -97,6 +101,9 @@ def schedule(
     """The actions of every rank in one window of minibatches.
 
     copies: for block k the minibatches before which the first unit of block k + 1 is copied to its border.
+
+    >>> print(*schedule(Placement((0, 1)), minibatches=1, prefetch=2)[0])
+    0F0 0SEND_F0 0B0
     """
     require(placement, Placement, name="placement", needed="pass a Placement, such as Placement((0, 0, 1))")
     minibatches = require_whole(minibatches, name="minibatches", least=1)

@@ -26,6 +26,9 @@ class Record:
     message over. copy: handing a copy of the block's first unit, as it is before the minibatch, to the border before
     it. wait: everything else before a forward pass, above all for a message, and at the end of a window until the last
     messages are taken. size: the bytes that were handed to another rank.
+
+    >>> Record(rank=0, replica=0, block=1, minibatch=2, phase="forward", start=1.0, end=1.5).seconds
+    0.5
     """
 
     rank: int
@@ -46,6 +49,12 @@ class Trace:
     """Takes the records of one rank like a stopwatch: a lap begins where the last one ended, so nothing is left out.
 
     On a GPU every lap waits for the device: a traced run shows where time goes, and takes a little more of it.
+
+    >>> trace = Trace(rank=0, replica=0, device=torch.device("cpu"))
+    >>> trace.start()
+    >>> trace.lap("forward", block=0, minibatch=0)
+    >>> trace.records[0].doing
+    'forward'
     """
 
     def __init__(self, *, rank: int, replica: int, device: torch.device) -> None:
@@ -81,6 +90,10 @@ def load(paths: Iterable[Path | str]) -> list[Record]:
     """The records of several ranks, a file of each, in the order of their start.
 
     ValueError: a file that holds something else, or not all of a line; a rank in two files.
+
+    >>> load([])
+    []
+    >>> records = load(Path("runs/first/trace").glob("*.jsonl"))
     """
     records, files, needed = [], {}, "pass a list of files"
     if isinstance(paths, str | bytes):

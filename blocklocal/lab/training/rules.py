@@ -146,8 +146,8 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
             criterion=task.criterion,
             add_beliefs=task.add_beliefs,
         )
-        sites = [border.site for border in learner.borders if isinstance(border, Border)]
-        if sites and task.changes.statistic != "mean" and not any(site.reduces for site in sites):
+        specs = [border.spec for border in learner.borders if isinstance(border, Border)]
+        if specs and task.changes.statistic != "mean" and not any(spec.reduces for spec in specs):
             raise ValueError(
                 f"--statistic {task.changes.statistic} has no effect: what crosses the borders has no positions"
             )
