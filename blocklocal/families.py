@@ -30,7 +30,20 @@ CHUNK = 2**20  # numbers, 4 MiB in single precision
 
 
 class Family(ABC):
-    """An exponential family whose members are independent over latents."""
+    """An exponential family whose members are independent over latents.
+
+    One of your own has `natural`, `log_normalizer` and `mean`, and `expected_log_base` where the base measure counts.
+
+    >>> class Exponential(Family):
+    ...     def natural(self, parameters):
+    ...         return -(-parameters.unsqueeze(-1)).exp()
+    ...     def log_normalizer(self, eta):
+    ...         return -(-eta[..., 0]).log()
+    ...     def mean(self, eta):
+    ...         return -1 / eta
+    >>> Exponential().entropy(torch.tensor([[-1.0]]))
+    tensor([1.])
+    """
 
     @abstractmethod
     def natural(self, parameters: Tensor) -> Tensor:

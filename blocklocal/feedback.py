@@ -32,7 +32,11 @@ from blocklocal.replicas import Group, Replicas
 
 @dataclass(frozen=True)
 class Targets:
-    """What the model is to predict: `size` classes (integer labels) or `size` numbers (dense targets)."""
+    """What the model is to predict: `size` classes (integer labels) or `size` numbers (dense targets).
+
+    >>> Targets(10, labels=True).size
+    10
+    """
 
     size: int
     labels: bool
@@ -75,7 +79,16 @@ class Targets:
 
 
 class Feedback(Protocol):
-    """Settings of a feedback network; `build` makes that of one border."""
+    """Settings of a feedback network; `build` makes that of one border: a module y -> beta (B, channels).
+
+    A module with fit(y, alpha) is called with every training batch.
+
+    >>> class Zeros(Feedback):
+    ...     def build(self, targets, *, channels):
+    ...         return nn.Embedding.from_pretrained(torch.zeros(targets.size, channels))
+    >>> Zeros().build(Targets(10, labels=True), channels=4)(torch.tensor([3])).shape
+    torch.Size([1, 4])
+    """
 
     def build(self, targets: Targets, *, channels: int) -> nn.Module: ...
 
@@ -194,7 +207,7 @@ class ClosedFormFeedback:
     the next; 0 fits the present batch alone, the paper's words.
 
     >>> feedback = ClosedFormFeedback(forgetting=0.0).build(Targets(size=2, labels=True), channels=3)
-    >>> feedback.update(torch.tensor([0, 1]), torch.eye(3)[:2])
+    >>> feedback.fit(torch.tensor([0, 1]), torch.eye(3)[:2])
     >>> feedback(torch.tensor([1, 0])).round(decimals=2)
     tensor([[0., 1., 0.],
             [1., 0., 0.]])

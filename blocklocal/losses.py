@@ -56,7 +56,16 @@ class WeightedSum(LocalLoss):
 
 
 class Term(LocalLoss):
-    """One term of a local loss."""
+    """One term of a local loss: settings that build the module of one border.
+
+    >>> class Decay(Term):
+    ...     def build(self, spec):
+    ...         return DecayTerm()
+    >>> class DecayTerm(nn.Module):
+    ...     def forward(self, message, y):
+    ...         return message.alpha.square().mean()
+    >>> loss = Predictive() + 0.01 * Decay()
+    """
 
     @property
     def terms(self) -> tuple[tuple[float, Term], ...]:

@@ -133,6 +133,11 @@ class BorderSpec:
     k. operations: of the block before it, in a forward pass for one sample; None where nobody has counted them.
     following: the block after it, of which a head may take copies; None while cuts are looked for. per_channel: numbers
     that the statistic makes of a channel.
+
+    >>> from blocklocal import BlockLocal
+    >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
+    >>> learner.borders[0].spec.shape
+    (16,)
     """
 
     shape: tuple[int, ...]
@@ -182,6 +187,11 @@ class BorderInput:
     the same, at least in single precision. Both carry the gradient. feedback: the border's feedback network, from which
     a loss gets beta. belief: what the exits before this one predict together, (B, n) or (B, T, n), where it has come
     along with h; a constant.
+
+    >>> from blocklocal import BlockLocal
+    >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
+    >>> learner.borders[0].message(torch.randn(4, 16)).alpha.shape
+    torch.Size([4, 16])
     """
 
     def __init__(

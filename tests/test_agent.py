@@ -215,7 +215,7 @@ from datetime import timedelta
 from blocklocal.lab.distributed import process_group
 process_group.START = timedelta(seconds=float(sys.argv[1]))
 with process_group.joined(device="cpu", timeout=0.5) as joined:
-    joined.meet()
+    joined.barrier()
 """
 
 

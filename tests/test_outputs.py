@@ -37,7 +37,7 @@ def no_work(monkeypatch):
     def begin(*args: object, **options: object) -> None:
         raise AssertionError("the work has begun")
 
-    work = "training.run.prepare", "commands.bench.find_device", "commands.timeline.load", "commands.report.compose"
+    work = "training.run.prepare", "bench.comparison.find_device", "commands.timeline.load", "commands.report.compose"
     for name in (*work, "sweeps.sweep._train"):
         monkeypatch.setattr(f"blocklocal.lab.{name}", begin)
 

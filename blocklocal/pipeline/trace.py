@@ -52,8 +52,8 @@ class Trace:
 
     >>> trace = Trace(rank=0, replica=0, device=torch.device("cpu"))
     >>> trace.start()
-    >>> trace.lap("forward", block=0, minibatch=0)
-    >>> trace.records[0].doing
+    >>> trace.record("forward", block=0, minibatch=0)
+    >>> trace.records[0].phase
     'forward'
     """
 

@@ -46,7 +46,7 @@ class Options(Settings):
         whole = replace(shared, add_beliefs=False, **{name: getattr(Settings, name) for name in CHANGES})
         return [
             replace(
-                shared if rules.find(rule).in_blocks else whole,
+                whole if rule in rules.WHOLE else shared,
                 rule=rule,
                 seed=seed,
                 out=str(self.home / folder_name(rule, f"seed{seed}")),

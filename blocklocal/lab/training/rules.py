@@ -188,6 +188,7 @@ RULES: dict[str, Rule] = {
     "drtp": aligned(lambda model, task: DirectRandomTargetProjection(model, example=task.example, seed=task.seed)),
 }
 """The rules of every command. One of the user's own is package.module:function, see `own`."""
+WHOLE = {name for name, rule in RULES.items() if not rule.in_blocks}
 
 OWN_ARGUMENTS = ("classes", "blocks", "at", "example", "criterion", "seed")
 
