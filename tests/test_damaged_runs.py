@@ -12,9 +12,9 @@ from blocklocal.lab import cli
 
 OPTIONS = ["--model=mlp", "--blocks=2", "--epochs=3", "--train-size=128", "--test-size=50"]
 TRACE = [
-    {"rank": 0, "replica": 0, "block": 0, "minibatch": m, "doing": doing, "start": 10 * m + t, "end": 10 * m + t + 1.0}
+    {"rank": 0, "replica": 0, "block": 0, "minibatch": m, "phase": phase, "start": 10 * m + t, "end": 10 * m + t + 1.0}
     for m in range(3)
-    for t, doing in enumerate(("wait", "forward", "send", "backward"))
+    for t, phase in enumerate(("wait", "forward", "send", "backward"))
 ]
 MISSING = object()
 
@@ -216,9 +216,9 @@ def test_half_a_line_at_the_end_is_what_a_kill_leaves(run, capsys):
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        *((name, MISSING) for name in ("rank", "replica", "block", "minibatch", "doing", "start", "end")),
+        *((name, MISSING) for name in ("rank", "replica", "block", "minibatch", "phase", "start", "end")),
         *((name, value) for name in ("rank", "block", "minibatch") for value in (-1, 1.0, "1", None, True, [])),
-        *(("doing", value) for value in ("sleep", None, 3, ["wait"], {})),
+        *(("phase", value) for value in ("sleep", None, 3, ["wait"], {})),
         *((name, value) for name in ("start", "end") for value in (math.nan, math.inf, "1", None, True, 10**400)),
         ("end", -5.0),
         ("colour", "red"),
@@ -257,7 +257,7 @@ def test_traces_that_are_not_whole(run, capsys):
         (["backward", "wait"], "rank 1 has learnt from none"),
         (["forward", "send"], "rank 1 has learnt from none"),
     ]:
-        file.write_bytes(b"".join(line for line in content.splitlines(True) if json.loads(line)["doing"] in kept))
+        file.write_bytes(b"".join(line for line in content.splitlines(True) if json.loads(line)["phase"] in kept))
         refused(run, "trace", words, capsys=capsys)
     file.write_bytes(b"".join(content.splitlines(True)[:4]))
     refused(run, "trace", "throughput needs at least two minibatches", capsys=capsys)

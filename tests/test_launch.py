@@ -86,6 +86,7 @@ def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic
     assert ours == theirs
 
 
+@pytest.mark.long
 def test_the_statistic_over_processes_is_that_of_one(tmp_path):
     options = ["--model=cnn", "--blocks=2", "--statistic=grid", "--train-size=256"]
     whole = faults.reference(tmp_path, *options, epochs=1)
@@ -140,6 +141,7 @@ def test_a_killed_process_changes_nothing(tmp_path, whole):
     faults.kill_one_after_another(tmp_path, whole, epochs=EPOCHS, kills=2, processes=2)
 
 
+@pytest.mark.long
 def test_a_killed_process_changes_nothing_where_copies_travel(tmp_path, capsys):
     """Checkpoints stand between two refreshes."""
     options = ("--lookahead=both", "--refresh=40", "--add-beliefs")

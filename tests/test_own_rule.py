@@ -38,53 +38,61 @@ SMALL = ["digits", "--model=mlp", "--blocks=3", "--epochs=1", "--train-size=256"
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(RULE)
+    (tmp_path / "own_rules.py").write_text(RULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    sys.modules.pop("mine", None)
+    sys.modules.pop("own_rules", None)
 
 
 def test_it_trains_as_the_built_in_rule_of_the_same_loss(here):
     """The default loss is 0.1 of the variational term; --variational makes it the loss of the function."""
-    own = ["train", *SMALL, "--rule=mine:evidence", "--out=own"]
+    own = ["train", *SMALL, "--rule=own_rules:evidence", "--out=own"]
     assert main(own) == 0
     assert main(["train", *SMALL, "--rule=bll", "--head=normalised", "--variational=1", "--out=built"]) == 0
     weights, expected = load_file("own/model.safetensors"), load_file("built/model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert json.loads((here / "own" / "config.json").read_text())["settings"]["rule"] == "mine:evidence"
+    assert json.loads((here / "own" / "config.json").read_text())["settings"]["rule"] == "own_rules:evidence"
 
 
 def test_a_run_with_it_is_opened_with_trust_alone(here, capsys):
-    assert main(["train", *SMALL, "--rule=mine:evidence", "--out=own"]) == 0
+    assert main(["train", *SMALL, "--rule=own_rules:evidence", "--out=own"]) == 0
     capsys.readouterr()
     for command in (["eval", "own"], ["train", *SMALL, "--out=own", "--resume"]):
         assert main(command) == 2
-        assert "the rule 'mine:evidence', whose code would be run" in capsys.readouterr().err
+        assert "the rule 'own_rules:evidence', whose code would be run" in capsys.readouterr().err
         assert main([*command, "--trust"]) == 0
-    assert main(["train", *SMALL, "--rule=mine:evidence", "--out=own", "--resume"]) == 0
+    assert main(["train", *SMALL, "--rule=own_rules:evidence", "--out=own", "--resume"]) == 0
 
 
 def test_it_is_compared_with_backpropagation_and_measured(here, capsys):
-    assert main(["compare", *SMALL, "--rules=bp,mine:evidence", "--seeds=1", "--head=linear", "--out=c"]) == 2
+    assert main(["compare", *SMALL, "--rules=bp,own_rules:evidence", "--seeds=1", "--head=linear", "--out=c"]) == 2
     assert "leave --head" in capsys.readouterr().err
-    args = ["bench", "--model=cnn", "--size=8", "--blocks=2", "--rules=mine:evidence", "--steps=1", "--batch-size=8"]
+    args = [
+        "bench",
+        "--model=cnn",
+        "--size=8",
+        "--blocks=2",
+        "--rules=own_rules:evidence",
+        "--steps=1",
+        "--batch-size=8",
+    ]
     assert main([*args, "--warmup=0", "--json"]) == 0
-    record = json.loads(capsys.readouterr().out.splitlines()[-1])["rules"]["mine:evidence"]
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])["rules"]["own_rules:evidence"]
     assert record["blocks"] == 2
 
 
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
-        ("mine:other", "must return a bll.BlockLocal of the model"),
-        ("mine:nothing", "must return a bll.BlockLocal of the model"),
-        ("mine:short", "must accept a model and classes=, blocks=, at="),
-        ("mine:broken", "cannot be applied: AttributeError"),
-        ("mine:absent", "has no function 'absent'"),
-        ("mine:number", "has no function 'number'"),
+        ("own_rules:other", "must return a bll.BlockLocal of the model"),
+        ("own_rules:nothing", "must return a bll.BlockLocal of the model"),
+        ("own_rules:short", "must accept a model and classes=, blocks=, at="),
+        ("own_rules:broken", "cannot be applied: AttributeError"),
+        ("own_rules:absent", "has no function 'absent'"),
+        ("own_rules:number", "has no function 'number'"),
         ("absent:rule", "there is no module 'absent'"),
-        ("mine", "or package.module:function"),
+        ("own_rules", "or package.module:function"),
     ],
 )
 def test_what_is_no_rule_is_refused_before_anything_is_written(here, capsys, rule, said):
