@@ -14,7 +14,7 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.ranges import Needs, Range
 
 THREADS = 1024  # far more than help, far fewer than a system refuses
-PATIENCE = 10**7  # seconds: four months
+LONGEST_TIMEOUT = 10**7  # seconds: four months
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Settings:
     clip: Annotated[float, Range(least=0)] = 0.0
     """highest norm of the gradient of a block with its border; 0: no limit"""
     schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
-    """course of the learning rate: a fall to zero after the warm-up, or a rise for 30 % of the steps and a fall"""
+    """learning rate schedule: a fall to zero after the warm-up, or a rise for 30 % of the steps and a fall"""
     warmup: Annotated[float, Range(least=0), Needs("schedule", ("cosine", "constant"))] = 1.0
     """epochs of linear rise before cosine or constant"""
     label_smoothing: Annotated[float, Range(least=0, below=1)] = 0.0
@@ -107,7 +107,7 @@ class Settings:
     """of initial weights, order and augmentation"""
     save_every: Annotated[int, Range(least=1)] = 500
     """minibatches between two checkpoints, besides those at the end of every epoch"""
-    timeout: Annotated[float, Range(above=0, most=PATIENCE)] = 300.0
+    timeout: Annotated[float, Range(above=0, most=LONGEST_TIMEOUT)] = 300.0
     """over processes: seconds without an answer after which another one is given up"""
     trace: bool = False
     """over processes: record what each does when, for bll timeline"""

@@ -4,8 +4,8 @@ A receive is posted `prefetch` minibatches early, into the slot of the ring that
 schedule posts it after the last action that reads the slot, and no stage hands on what shares storage with its input.
 A window begins with what the rank before reads in it, the number of rows and a digest of the targets of each
 minibatch, so that ranks which read different data are told, and with the steps of its heads that look through copies,
-see `copies`. Its first message is preceded by the forms of its tensors,
-so that a block gets the very tensors that the block before it gave.
+see `copies`. Its first message is preceded by the forms of its tensors, so that a block gets the very tensors that the
+block before it gave.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class Stage(nn.Module):
         return result.detach()
 
     def record(self, phase: Phase, *, minibatch: int | None = None, size: int = 0) -> None:
-        """The time since the last lap went into this. minibatch: by default the one of the last forward pass."""
+        """The time since the last record, as this phase. minibatch: by default that of the last forward pass."""
         if self.trace and self.training:
             number = self.minibatch if minibatch is None else minibatch
             self.trace.record(phase, block=self.k, minibatch=number, size=size)

@@ -46,9 +46,9 @@ class Record:
 
 
 class Trace:
-    """Takes the records of one rank like a stopwatch: a lap begins where the last one ended, so nothing is left out.
+    """Takes the records of one rank like a stopwatch: one begins where the last one ended, so nothing is left out.
 
-    On a GPU every lap waits for the device: a traced run shows where time goes, and takes a little more of it.
+    On a GPU every record waits for the device: a traced run shows where time goes, and takes a little more of it.
 
     >>> trace = Trace(rank=0, replica=0, device=torch.device("cpu"))
     >>> trace.start()
@@ -65,11 +65,11 @@ class Trace:
         self._last = 0.0
 
     def start(self) -> None:
-        """Let the first lap begin now."""
+        """Let the first record begin now."""
         self._last = time.time()
 
     def record(self, phase: Phase, *, block: int, minibatch: int, size: int = 0) -> None:
-        """The time since the last lap went into this."""
+        """Record the time since the last record as this phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.time()

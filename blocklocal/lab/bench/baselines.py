@@ -133,14 +133,14 @@ def summed(rule: str, work: Workload, blocks: int) -> Baseline:
 
 WHOLE: dict[str, Build] = {"bp": backpropagation, "bp-checkpoint": checkpointing, "bp-accumulate": accumulation}
 IN_BLOCKS: dict[str, Build] = {"bll-checkpoint": checkpointed_blocks, "bll-sum": summed}
+SPECIAL = WHOLE | IN_BLOCKS  # to this benchmark
 
 
 def find(rule: str) -> Build:
     """One of this benchmark, or any rule of `bll train`. UserError: neither."""
-    special = WHOLE | IN_BLOCKS
-    if rule not in special and not rules.is_own(rule) and rule not in rules.RULES:
-        raise UserError(f"unknown rule {rule!r}: choose {', '.join(dict.fromkeys([*rules.RULES, *special]))}")
-    return special.get(rule, ruled)
+    if rule not in SPECIAL and rule not in rules.RULES and not rules.is_own(rule):
+        raise UserError(f"unknown rule {rule!r}: choose {', '.join(dict.fromkeys([*rules.RULES, *SPECIAL]))}")
+    return SPECIAL.get(rule, ruled)
 
 
 def in_blocks(rule: str) -> bool:
@@ -167,13 +167,12 @@ def _whole(rule: str, work: Workload, model: nn.Module, *, batches: int = 1) -> 
 
 
 def _learning(rule: str, work: Workload, model: nn.Module, *, blocks: int) -> rules.Learning:
-    divided = rules.find(rule).in_blocks
     task = rules.Task(
         classes=work.classes,
         example=work.x[:EXAMPLE],
-        blocks=blocks if divided else 1,
+        blocks=blocks,
         balance=work.balance,
-        changes=rules.Changes(head=work.head if divided else None),
+        changes=rules.Changes(head=work.head if in_blocks(rule) else None),
     )
     learning = rules.apply(rule, model, task)
     if work.x.is_contiguous(memory_format=torch.channels_last):

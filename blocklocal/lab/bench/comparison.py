@@ -61,8 +61,7 @@ def record(measurement: Measurement, *, bp: Measurement, images: int) -> dict[st
     time_ratio: the median over rounds of the quotient within a round, so that a machine which is slow for a while is so
     for both. memory_bytes, allocated_bytes: what a step adds to what is there before it, as tensors alive and as bytes
     of the allocator, see `step_memory`. state_bytes: parameters, buffers, optimizer state. total_ratio: of
-    memory_bytes +
-    state_bytes.
+    memory_bytes + state_bytes.
     """
     step_memory = measurement.step_memory
     memory, reference = step_memory.alive, bp.step_memory.alive

@@ -1,4 +1,4 @@
-"""The course of a run: minibatch after minibatch, with looks at the losses and checkpoints on the way."""
+"""The training loop: minibatch after minibatch, with looks at the losses and checkpoints on the way."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ class Timeline:
         if not self.records:
             raise ValueError("a timeline needs records: was the pipeline made with trace=True?")
         for rank in self.ranks:
-            course = [record.phase for record in self._of(rank, lambda _: True)]
-            if "forward" not in course or "backward" not in course[course.index("forward") :]:
+            phases = [record.phase for record in self._of(rank, lambda _: True)]
+            if "forward" not in phases or "backward" not in phases[phases.index("forward") :]:
                 raise ValueError(f"a timeline needs minibatches of every rank, rank {rank} has learnt from none")
 
     @property
