@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from blocklocal.lab.data import sources
 from blocklocal.lab.data.dataset import Dataset, Sizes, Split
 from blocklocal.lab.errors import UserError
 
@@ -19,6 +18,8 @@ def load(name: str, *, train_size: int = 0, test_size: int = 0, validation: int 
     see `Dataset.hold_out`.
     UserError: no such data set or folder, files that cannot be read, images or labels that do not fit together.
     """
+    from blocklocal.lab.data import sources  # here, since what reads files and hub takes time to import
+
     sizes = Sizes(train_size, test_size)
     if name == "digits":
         dataset = sources.digits(sizes)
