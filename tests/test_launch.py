@@ -56,7 +56,10 @@ def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, 
     assert main(["eval", str(run.out)]) == 0
 
 
-@pytest.mark.parametrize(("dtype", "processes"), [("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp32", 2)])
+LONG = [pytest.param(*one, marks=pytest.mark.long) for one in (("bf16", 1), ("bf16", 2), ("fp32", 2))]
+
+
+@pytest.mark.parametrize(("dtype", "processes"), [*LONG, ("bf16", 3)])
 def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic(tmp_path, dtype, processes):
     """And validation, and where there are three of them, beliefs that add."""
     beliefs = processes == 3
@@ -247,8 +250,12 @@ def late(*, channels, size, classes):
     ("fault", "words"),
     [
         ("raise RuntimeError('too late')", r": rank 1, block 1, minibatch \d+: too late \(own_late.py, line "),
-        ("1 / 0", r"rank 1, block 1, minibatch \d+: ZeroDivisionError: division by zero \(own_late.py, line "),
-        ("sys.exit()", r"SystemExit \(own_late.py, line "),
+        pytest.param(
+            "1 / 0",
+            r"rank 1, block 1, minibatch \d+: ZeroDivisionError: division by zero \(own_late.py, line ",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("sys.exit()", r"SystemExit \(own_late.py, line ", marks=pytest.mark.long),
     ],
 )
 def test_a_model_that_fails_late_ends_the_run_in_one_line(tmp_path, monkeypatch, fault, words):
