@@ -120,7 +120,8 @@ def test_torchrun_runs_the_same_command(tmp_path, whole):
     assert faults.same(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("options", [pytest.param((), marks=pytest.mark.long), ("--shard",)])
+@pytest.mark.long
+@pytest.mark.parametrize("options", [(), ("--shard",)])
 def test_replicas_share_a_minibatch(tmp_path, whole, options, capsys):
     """Batch normalisation sees 8 images in place of 16: near, not the same. The weights that are kept are whole."""
     run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--replicas=2", *options, processes=4)
