@@ -67,6 +67,20 @@ class Reading(TorchFunctionMode):
         return None
 
 
+class Readings(TorchFunctionMode):
+    """A reading for each of the blocks that run one after the other while this is active; `begin` starts the next."""
+
+    def __init__(self, h: Tensor) -> None:
+        super().__init__()
+        self.all = [Reading(h)]
+
+    def begin(self, h: Tensor) -> None:
+        self.all.append(Reading(h))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.all[-1].__torch_function__(func, types, args, kwargs)
+
+
 def find_layout(h: Tensor, *, before: Reading, after: Reading) -> Layout | None:
     """The layout of h, from the weights of the block before it and the block after it; None where they do not tell."""
     if h.dim() == 2:

@@ -67,14 +67,14 @@ def probe_shapes(
     if not set(blocks) <= set(model.modules()):  # some are traced
         with mode(model, training=False), torch.random.fork_rng(devices=devices), Reading(example):
             _compare(h, model(example.clone()))
-    _require_batch_first(outputs)
+    require_batch_first(outputs)
     if any(h.dim() > 2 and h.shape[1] == len(h) for h in outputs):  # then one batch does not tell
         h, longer = torch.cat([example, example[:1]]), []
         with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
             for block in blocks:
                 h = block(h.clone())
                 longer.append(h)
-        _require_batch_first(longer)
+        require_batch_first(longer)
     counts: list[float | None] = [None] * len(blocks)
     if count:
         inputs = [example, *outputs]
@@ -148,7 +148,8 @@ def _require_own_gradient(output: Tensor, *, blocks: nn.ModuleList, k: int) -> N
             )
 
 
-def _require_batch_first(outputs: list[Tensor]) -> None:
+def require_batch_first(outputs: list[Tensor]) -> None:
+    """ValueError: features, of all blocks, whose first dimension is not the batch's."""
     for k, h in enumerate(outputs):
         if len(h) != len(outputs[-1]):
             raise ValueError(
