@@ -1,4 +1,4 @@
-"""Block-local learning: train any network in blocks that learn on their own, each from a local loss."""
+"""Block-local learning: train any network in blocks, each from its own local loss."""
 
 from typing import TYPE_CHECKING, Any
 

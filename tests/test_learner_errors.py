@@ -25,9 +25,9 @@ X = torch.randn(4, 6)
         (chain(), {"classes": 4}, "pass example=, a batch of inputs"),
         (chain(), {"example": X}, r"pass either classes= \(integer labels\) or outputs="),
         (chain(), {"classes": 4, "outputs": 4, "example": X}, "pass either classes="),
-        (chain(), {"classes": 0, "example": X}, "classes=0: allowed is a whole number, classes >= 1"),
+        (chain(), {"classes": 0, "example": X}, "classes=0: must be an integer, classes >= 1"),
         (chain(), {"classes": 1, "example": X}, "classes=1: with one class there is nothing to tell apart"),
-        (chain(), {"outputs": 2.5, "criterion": F.mse_loss, "example": X}, "outputs=2.5: allowed is a whole number"),
+        (chain(), {"outputs": 2.5, "criterion": F.mse_loss, "example": X}, "outputs=2.5: must be an integer"),
         (chain(), {"outputs": 4, "example": X}, "dense targets have no loss of their own: pass criterion="),
         (chain(), {"classes": 7, "example": X}, r"gives a tensor of shape \(4, 4\): its last dimension must be 7"),
         (chain(), {"classes": 4, "example": X, "at": ["0"], "blocks": 2}, "at= and blocks= both say"),
@@ -79,7 +79,7 @@ def test_labels_out_of_range_are_told_before_anything_moves() -> None:
         learner = bll.BlockLocal(nn.Sequential(*chain()), blocks=blocks, classes=CLASSES, example=X)
         before = copy.deepcopy(learner.state_dict())
         for step in (learner, learner.backward, learner.diagnose):
-            with pytest.raises(ValueError, match="labels run from 0 to 4: allowed is 0 to 3"):
+            with pytest.raises(ValueError, match="labels run from 0 to 4, but must be from 0 to 3"):
                 step(X, torch.tensor([0, 1, 4, 2]))
         assert all(torch.equal(value, before[name]) for name, value in learner.state_dict().items())
 

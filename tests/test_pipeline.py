@@ -298,7 +298,7 @@ def misused(rank: int) -> dict[str, Tensor]:
         Pipeline(learner(), optimizer=optimizer, window=0)
     with pytest.raises(ValueError, match="rank of block 0 reads the inputs"):
         list(Pipeline(learner(), optimizer=optimizer).train((None, y) for _, y in minibatches(1)))
-    with pytest.raises(ValueError, match="labels run from 4 to 4: allowed is 0 to 3"):
+    with pytest.raises(ValueError, match="labels run from 4 to 4, but must be from 0 to 3"):
         list(Pipeline(learner(), optimizer=optimizer).train((x, torch.full_like(y, 4)) for x, y in minibatches(1)))
     with pytest.raises(
         ValueError, match=r"block 0, minibatch 0: the block gives \(12, 6, 4, 4\) for 12 targets, and gave \(6, 6, 6\)"

@@ -196,7 +196,7 @@ def test_scaled_gradients_are_not_stepped(scale: float | Tensor) -> None:
     one = learner()
     before = copy.deepcopy(one)
     optimizers = [torch.optim.SGD(one.block_parameters(k), lr=0.05) for k in range(3)]
-    with pytest.raises(ValueError, match=r"scale=.* would step with scaled gradients: pass scaler="):
+    with pytest.raises(ValueError, match=r"scale=.* would make steps with scaled gradients: pass scaler="):
         one.backward(*data(), scale=scale, optimizers=optimizers)
     assert same(one, before)
 

@@ -159,10 +159,10 @@ def test_training_dependent_forward_is_refused_where_cut_and_left_alone_elsewher
             h = self.a(x)
             return self.b(h + torch.randn_like(h) if self.training else h)
 
-    with pytest.raises(ValueError, match=r"of Noisy takes another course in training.*nn\.Dropout"):
+    with pytest.raises(ValueError, match=r"of Noisy differs between training and evaluation.*nn\.Dropout"):
         bll.split(Noisy(), at=["a"])
     model = nn.Sequential(Noisy(), Noisy())
-    with pytest.raises(ValueError, match="of Sequential or '0' takes another course"):
+    with pytest.raises(ValueError, match="of Sequential or '0' differs between training"):
         bll.split(model, at=["0.a"])
     assert candidates(model) == ["0"]
 
