@@ -51,7 +51,7 @@ from blocklocal.shape_probe import border_spec, check_prediction, probe_shapes
 from blocklocal.split import split
 
 Features = Tensor | tuple[Tensor, Tensor]
-"""What a block reads: features, and where beliefs add, the belief of the exits before it."""
+"""What a block reads: features and, with add_beliefs, the belief of the exits before it."""
 
 
 class CollapseWarning(UserWarning):
@@ -62,30 +62,31 @@ class CollapseWarning(UserWarning):
 
 
 def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits (B, n) or per token (B, T, n) at labels (B,) or (B, T)."""
+    """Mean cross-entropy in nats of logits (B, n), or (B, T, n) per token, for labels (B,) or (B, T)."""
     if y.shape != prediction.shape[:-1]:
         raise ValueError(
-            f"y has shape {tuple(y.shape)}, and the prediction {tuple(prediction.shape)}: one label for each of its "
+            f"y has shape {tuple(y.shape)}, but the prediction {tuple(prediction.shape)}: one label for each of its "
             "vectors is needed"
         )
     return F.cross_entropy(prediction.flatten(0, -2), y.flatten())
 
 
 class BlockLocal(Convertible):
-    """Trains `model` in blocks: at each border a local loss, and no gradient crosses it.
+    """Trains `model` in blocks, with a local loss at each border; no gradient crosses a border.
 
-    model: any module, or a list of modules. at, blocks, balance: where to cut, see `split`; neither cuts a list or an
-    nn.Sequential between its modules; blocks=1 is backpropagation. example: a batch of inputs, needed for borders.
-    classes: labels are integers 0..classes-1, one per sample (B,) or per token (B, T). outputs: dense targets of so
-    many numbers, (B, outputs). loss: the local loss at each border. feedback, statistic: how beta and alpha are made.
+    model: any module, or a list of modules. at, blocks, balance: where to cut, see `split`; without them a list or an
+    nn.Sequential is cut between its modules; blocks=1 is backpropagation. example: an input batch, needed for borders.
+    classes: labels are integers 0..classes-1, one per sample (B,) or per token (B, T). outputs: number of dense targets
+    per sample, (B, outputs). loss: the local loss at each border. feedback, statistic: how beta and alpha are made.
     criterion: the loss of the last block and of predictions at borders, (prediction, y) -> scalar; cross-entropy for
     labels. layout: what the features are, "tokens" (channels last), "signal" or "map" (channels second), at all borders
-    or at each; by default found from the weights that write and read them. add_beliefs: every exit predicts the sum of
-    its own logits and those of the exits before it (Eq. 2 for categorical messages), which travel beside the features
-    and are constants for it. What was trained is then the model with its heads, see `predictor`, and not the model
-    alone.
+    or at each; by default inferred from the weights that write and read them. add_beliefs: every exit predicts the sum
+    of its own logits and those of the exits before it (Eq. 2 for categorical messages), which are handed on with the
+    features and are constants for it. The trained model is then the model with its heads, see `predictor`, not the
+    model alone.
 
-    The model passed in shares its parameters with the blocks: it is the trained model, its state dict is as it was.
+    The model passed in shares its parameters with the blocks: it is the trained model, and its state dict keeps its
+    names.
 
     >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
     >>> learner.backward(torch.randn(4, 8), torch.tensor([0, 2, 1, 0])).shape
@@ -177,7 +178,7 @@ class BlockLocal(Convertible):
         """Forward pass of block k: (local loss with its graph, output detached), from a detached input h.
 
         The output is what the next block reads; that of the last block is the prediction. With add_beliefs it is a
-        pair, the block's output and the belief, and so is h but for block 0.
+        pair, the block's output and the belief, and so is h except for block 0.
         """
         k = self._index(k)
         h, belief = self._received(k, h)
@@ -188,7 +189,7 @@ class BlockLocal(Convertible):
             return self._learn(k, self._forward(k, h), belief, y)
         except (RuntimeError, IndexError):
             if k < len(self.borders):
-                self.targets.check(y)  # whose values only now are worth a look
+                self.targets.check(y)  # its values, which are worth a check only now
             raise
 
     def exit(self, k: int, h: Features) -> tuple[Tensor, Any]:
@@ -197,8 +198,8 @@ class BlockLocal(Convertible):
         h, belief = self._received(k, h)
         h = self._forward(k, h)
         if k < len(self.borders):
-            message = self._border(k).message(h, belief)
-            return self._border(k).predict(message), self._handed_on(k, message)
+            border_input = self._border(k).message(h, belief)
+            return self._border(k).predict(border_input), self._handed_on(k, border_input)
         check_prediction(h, size=self.targets.size)
         prediction = add_belief(belief, h)
         return prediction, prediction
@@ -206,8 +207,8 @@ class BlockLocal(Convertible):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The local losses, with all graphs alive: the backward pass of their sum gives each block its own gradient.
 
-        In training mode closed-form feedback is fitted to the batch, unless no gradients are recorded: a loss for
-        validation, in torch.no_grad(), leaves the feedback as it is in either mode.
+        In training mode closed-form feedback is fitted to the batch, unless no gradients are recorded: a validation
+        loss in torch.no_grad() leaves the feedback unchanged in either mode.
         """
         self._check(x, y)
         if torch.is_grad_enabled():
@@ -227,12 +228,12 @@ class BlockLocal(Convertible):
         optimizers: Sequence[Optimizer] | None = None,
         scaler: GradScaler | None = None,
     ) -> Tensor:
-        """One step's gradients, block after block, with the graph of one block alive at a time (Fig. 2).
+        """Compute one step's gradients block by block, with the graph of one block alive at a time (Fig. 2).
 
-        Gradients of scale * loss add to those that are there: scale=1/n accumulates n batches. optimizers: one per
-        block; each is stepped and its gradients are freed directly after its block's backward. scaler: scales every
-        local loss, and steps the optimizers; after the batch call its update(), which this does not. Returns the local
-        losses (K,), detached and unscaled.
+        Gradients of scale * loss are added to existing ones: scale=1/n accumulates n batches. optimizers: one per
+        block; each is stepped and its gradients are freed right after its block's backward pass. scaler: scales every
+        local loss and steps the optimizers; call its update() after the batch, which this method does not. Returns the
+        local losses (K,), detached and unscaled.
         """
         require_gradients("backward")
         self._check(x, y)
@@ -266,9 +267,9 @@ class BlockLocal(Convertible):
         """Fit closed-form feedback to the batches of several processes that train this learner together.
 
         Each process has its share of every batch, as with DDP: the feedback is then that of the whole batch, the same
-        in all of them. group: a process group, or None for all processes. Call it on every process, before training and
-        before or after the groups are there; every process then goes through the same number of batches. False: this
-        learner is trained by this process alone, whatever the others do.
+        in all of them. group: a process group, None for all processes, or False if this process trains this learner
+        alone, whatever the others do. Call it on every process before training, before or after the process groups are
+        created; every process must then go through the same number of batches.
         """
         allowed = "pass a process group, None for all processes, or False for a learner of this process alone"
         if group is not None and group is not False:
@@ -321,9 +322,9 @@ class BlockLocal(Convertible):
 
     @torch.no_grad()
     def fit_exits(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, ...]:
-        """Weigh the exits for exit="all" by what they say of samples (x, y) that were held out; returns the weights.
+        """Fit the weights of the exits for exit="all" to held-out samples (x, y), and return them.
 
-        In evaluation mode: K numbers of least criterion for the combined prediction of all batches together.
+        In evaluation mode: the K numbers that minimise the criterion of the combined prediction on all batches.
 
         >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
         >>> len(learner.fit_exits([(torch.randn(4, 8), torch.tensor([0, 2, 1, 0]))]))
@@ -336,14 +337,14 @@ class BlockLocal(Convertible):
                 exits.append(self.exits(x))
                 targets.append(y)
         if not targets:
-            raise ValueError("batches is empty: held-out samples are needed to weigh the exits")
+            raise ValueError("batches is empty: held-out samples are needed to weight the exits")
         self.pool.fit(
             [torch.cat(parts) for parts in zip(*exits, strict=True)], torch.cat(targets), criterion=self.criterion
         )
         return self.pool.weights
 
     def predictor(self, *, exit: int | Literal["all"] | None = None) -> Predictor:
-        """`predict` as a module without learner, to be saved, compiled or exported; it shares the learner's weights.
+        """`predict` as a module without the learner, to save, compile or export; it shares the learner's weights.
 
         exit=None: the blocks alone. exit=k: blocks 0 to k and the head of exit k. exit="all": blocks, heads, weights.
         """
@@ -358,22 +359,24 @@ class BlockLocal(Convertible):
 
     @torch.no_grad()
     def diagnose(self, x: Tensor, y: Tensor) -> list[dict[str, float]]:
-        """What a batch shows of each border, in evaluation mode: see `Border.diagnose`. Warns of a collapsed block."""
+        """Report what a batch shows of each border, in evaluation mode: see `Border.diagnose`. Warns of a collapse."""
         self._check(x, y)
         reports: list[dict[str, float]] = []
         given: Features = x
         with mode(self, training=False):
             for k in range(len(self.borders)):
                 h, belief = self._received(k, given)
-                message = self._border(k).message(self._forward(k, h), belief)
-                reports.append(self._border(k).diagnose(message, y))
-                given = self._handed_on(k, message)
+                border_input = self._border(k).message(self._forward(k, h), belief)
+                reports.append(self._border(k).diagnose(border_input, y))
+                given = self._handed_on(k, border_input)
         warn_of_collapse(reports)
         return reports
 
     def compile(self, *, backend: str | Callable = "inductor", dynamic: bool | None = None) -> None:
-        """Compile each block with torch.compile, in place: alone for predictions, and for training in one region with
-        its border and its local loss."""
+        """Compile each block with torch.compile, in place.
+
+        For predictions it is compiled alone, for training together with its border and local loss.
+        """
         if not isinstance(backend, str):
             require_function(backend, name="backend", needed="pass the name of a backend or a function")
         elif backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -382,9 +385,9 @@ class BlockLocal(Convertible):
         require(dynamic, bool | None, name="dynamic", needed="pass True, False or None")
         for k, block in enumerate(self.blocks):
             if isinstance(block, torch.jit.ScriptModule):
-                raise ValueError(f"block {k} is a ScriptModule, which is compiled: pass the module it was made of")
+                raise ValueError(f"block {k} is a ScriptModule, which is already compiled: pass its original module")
         for block in self.blocks:
-            if type(block).__module__.startswith("torch.nn."):  # torch.compile passes over code of torch.nn itself
+            if type(block).__module__.startswith("torch.nn."):  # torch.compile skips the code of torch.nn itself
                 block.forward = partial(_call, block.forward)
             block.compile(backend=backend, dynamic=dynamic)
         self._regions = [Region(self, k) for k in range(len(self.blocks))]
@@ -396,7 +399,7 @@ class BlockLocal(Convertible):
         return super().train(mode)
 
     def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
-        """Put fn(tensor) in the place of each parameter and buffer; the blocks stay those of the model."""
+        """Replace each parameter and buffer by fn(tensor); the blocks stay those of the model."""
         self._outline.check()
         convert(self.model, fn, recurse=recurse)
         for name, child in self.named_children():  # the borders, and a criterion that is a module
@@ -407,7 +410,7 @@ class BlockLocal(Convertible):
         self._outline.note()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        weights = {"pool._extra_state": self.pool.get_extra_state()}  # stay, where the state is that of blocks alone
+        weights = {"pool._extra_state": self.pool.get_extra_state()}  # kept if the state has only the blocks
         result = super().load_state_dict({**weights, **state_dict}, strict=strict, assign=assign)
         if assign:
             for block in self._traced():
@@ -421,7 +424,7 @@ class BlockLocal(Convertible):
         return [block for block in self.blocks if block not in given]
 
     def _received(self, k: int, h: Features) -> tuple[Tensor, Tensor | None]:
-        """The features that block k is given, and the belief where there is one."""
+        """The features that block k receives, and the belief if there is one."""
         if k == 0 or not self.adds_beliefs:
             require_tensor(h, name="h")
             assert isinstance(h, Tensor)
@@ -435,12 +438,12 @@ class BlockLocal(Convertible):
             require_tensor(part, name="h")
         return h
 
-    def _handed_on(self, k: int, message: BorderInput, *, detached: bool = False) -> Features:
-        """What block k gives to the next one."""
-        h = message.h.detach() if detached else message.h
+    def _handed_on(self, k: int, border_input: BorderInput, *, detached: bool = False) -> Features:
+        """What block k hands on to the next one."""
+        h = border_input.h.detach() if detached else border_input.h
         if not self.adds_beliefs:
             return h
-        belief = self._border(k).predict(message)
+        belief = self._border(k).predict(border_input)
         return h, belief.detach() if detached else belief
 
     def _border(self, k: int) -> Border:
@@ -462,22 +465,22 @@ class BlockLocal(Convertible):
         check_batch(x, y, targets=self.targets, examples=self._examples)
 
     def _check_replicas(self) -> None:
-        """ValueError: several processes, and nobody has said what they share."""
+        """ValueError: several processes train, and what they share has not been said."""
         if not self.training or processes() == 1:
             return
         feedback = [border.feedback for border in self.borders]
         if any(getattr(one, "replicas", False) is None for one in feedback):
             raise ValueError(
-                f"{processes()} processes train, and each would fit its feedback to its own share of a batch alone: "
-                "call learner.share_feedback() where they train one learner together, as with DDP, and "
-                "learner.share_feedback(False) where each has a learner of its own"
+                f"{processes()} processes train, and each would fit its feedback to its own share of a batch only: "
+                "call learner.share_feedback() if they train one learner together, as with DDP, or "
+                "learner.share_feedback(False) if each trains its own learner"
             )
 
     def _learn(self, k: int, h: Tensor, belief: Tensor | None, y: Tensor) -> tuple[Tensor, Any]:
-        """What `local` gives, from the output h of block k."""
+        """What `local` returns, from the output h of block k."""
         if k < len(self.borders):
-            message = self._border(k).message(h, belief)
-            return self.borders[k](message, y), self._handed_on(k, message, detached=True)
+            border_input = self._border(k).message(h, belief)
+            return self.borders[k](border_input, y), self._handed_on(k, border_input, detached=True)
         check_prediction(h, size=self.targets.size)
         if self.borders:
             self.targets.match(y, h, what="the prediction")
@@ -494,11 +497,11 @@ class BlockLocal(Convertible):
             raise
 
     def _prepared(self, k: int, h: Tensor) -> Tensor:
-        """The input of block k, after a look at it, as the block gets it."""
+        """The input of block k as the block gets it, after a check."""
         if k == 0:
             self._outline.check()
         if h.is_meta:
-            raise ValueError("x is on the meta device, where tensors have no values: pass inputs on a real one")
+            raise ValueError("x is on the meta device, where tensors have no values: pass inputs on a real device")
         if self._examples:
             self._examples[k].check(h)
         if any(parameter.is_meta for parameter in islice(self.blocks[k].parameters(), 1)):
@@ -506,10 +509,10 @@ class BlockLocal(Convertible):
                 f"block {k} is on the meta device, where nothing is computed: give it memory with to_empty(device=...) "
                 "and initialise it, or build the model on a real device"
             )
-        torch.clear_autocast_cache()  # of weights as they were before an optimizer step, or cast without a graph
+        torch.clear_autocast_cache()  # it may hold weights from before an optimizer step, or without a graph
         if k > 0:
             require_dense(h, name="h")
-            h = dense(h)  # as it travels from one process to another: strides decide the last bits of what follows
+            h = dense(h)  # as between processes: strides decide the last bits of what follows
         return h.clone() if self._writes_input[k] else h
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:
@@ -532,7 +535,7 @@ class BlockLocal(Convertible):
 
 
 class Region(nn.Module):
-    """What of `BlockLocal.local` is compiled in one: block, border and loss."""
+    """The part of `BlockLocal.local` that is compiled as one: block, border and loss."""
 
     def __init__(self, learner: BlockLocal, k: int) -> None:
         super().__init__()
@@ -544,11 +547,11 @@ class Region(nn.Module):
 
 
 def warn_of_collapse(reports: Sequence[dict[str, float]]) -> None:
-    """A CollapseWarning for each border whose report, see `Border.diagnose`, shows that its block has collapsed."""
+    """Issue a CollapseWarning for each border whose report, see `Border.diagnose`, shows a collapsed block."""
     for k, report in enumerate(reports):
         ratio = report["variance_ratio"]
         if math.isnan(ratio):
-            warnings.warn(f"block {k} gives no finite number for any sample", CollapseWarning, stacklevel=3)
+            warnings.warn(f"block {k} returns no finite number for any sample", CollapseWarning, stacklevel=3)
         elif not ratio > 1e-3:
             warnings.warn(
                 f"block {k} has collapsed: its output no longer tells the targets apart "

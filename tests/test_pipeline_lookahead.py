@@ -348,7 +348,7 @@ def misused(rank: int, folder: str) -> dict[str, Tensor]:
         Pipeline(mine, optimizer=optimizer)
     Pipeline(mine, optimizer=optimizer, lookahead=True)
     mine.share_feedback(False)
-    with pytest.raises(RuntimeError, match="the next block learns in another process: train by the pipeline"):
+    with pytest.raises(RuntimeError, match="the next block learns in another process: train with the pipeline"):
         mine.backward(*next(minibatches()))
     mine = learner(ONCE)
     pipeline = Pipeline(mine, optimizer=optimizer, lookahead=True, timeout=0.5, placement=(0, 0, 0, 0, 1))

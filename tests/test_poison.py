@@ -110,7 +110,7 @@ def test_a_batch_with_nan_is_diagnosed_by_its_finite_samples() -> None:
         assert math.isnan(report["predictive"])
         assert report["variance_ratio"] == pytest.approx(expected["variance_ratio"])
         assert report["agreement"] == pytest.approx(expected["agreement"])
-    with pytest.warns(bll.CollapseWarning, match="gives no finite number"):
+    with pytest.warns(bll.CollapseWarning, match="returns no finite number"):
         one.diagnose(torch.full_like(x, math.nan), y)
 
 
