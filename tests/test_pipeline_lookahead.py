@@ -344,7 +344,7 @@ def misused(rank: int, folder: str) -> dict[str, Tensor]:
     """In the end rank 1 does nothing until rank 0 has given up."""
     gave_up = Path(folder, "gave-up")
     mine = learner(ONCE)
-    with pytest.raises(ValueError, match="messages flow one way: pass lookahead=True to let copies travel"):
+    with pytest.raises(ValueError, match="messages flow one way: pass lookahead=True to send copies"):
         Pipeline(mine, optimizer=optimizer)
     Pipeline(mine, optimizer=optimizer, lookahead=True)
     mine.share_feedback(False)
