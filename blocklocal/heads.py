@@ -144,7 +144,7 @@ class ResidualUnit(nn.Module):
 
 
 def halved(h: Tensor) -> Tensor:
-    """The mean of h (B, C, H, W) over squares of 2x2 pixels; at an odd edge over the pixels that are there."""
+    """The mean of h (B, C, H, W) over squares of 2x2 pixels; at an odd edge over the pixels left."""
     if h.is_cpu and h.is_contiguous() and h.shape[2] % 2 == h.shape[3] % 2 == 0 and not torch.compiler.is_compiling():
         return Halving.apply(h)
     return F.avg_pool2d(h, 2, ceil_mode=True, count_include_pad=False)

@@ -164,7 +164,7 @@ class BlockLocal(Convertible):
         if self.borders and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
             raise ValueError("criterion has parameters, which every border would train: pass one without")
         self._regions: list[Region] = []  # once compiled; in a list, since blocks are registered as blocks
-        self._steppers: tuple[int, ...] = ()  # the optimizers that were looked at last
+        self._steppers: tuple[int, ...] = ()  # the optimizers that were checked last
         self._examples: list[Example] = []  # of every block, and the prediction; none where there is no border
         if self.borders and example is not None:
             self._examples = [Example(k, tuple(h.shape), h.dtype) for k, h in enumerate([example, *seen.outputs])]

@@ -47,7 +47,7 @@ def dimensions(mesh: DeviceMesh | None) -> tuple[dist.ProcessGroup | None, Devic
         raise ValueError("a pipeline needs processes: call torch.distributed.init_process_group() first")
     if mesh is None:
         return None, None
-    require(mesh, DeviceMesh, name="mesh", needed='pass what init_device_mesh() gives, with a dimension "block"')
+    require(mesh, DeviceMesh, name="mesh", needed='pass what init_device_mesh() returns, with a dimension "block"')
     names = mesh.mesh_dim_names or ()
     if "block" not in names or not set(names) <= {"block", "data"}:
         raise ValueError(f'mesh with dimensions {names}: a pipeline needs "block", and may have "data"')
