@@ -1,11 +1,12 @@
-"""Block-local learning: train any network in blocks that learn on their own, each from a local loss."""
+"""Block-local learning: train any network in blocks, each from its own local loss."""
 
 from typing import TYPE_CHECKING, Any
 
 from blocklocal import alignment
 from blocklocal.families import Bernoulli, Categorical, Family, Gaussian, GaussianMeanVariance, Poisson
 from blocklocal.feedback import ClosedFormFeedback, Feedback, GradientFeedback, Targets
-from blocklocal.learner import BlockLocal, CollapseWarning
+from blocklocal.collapse import CollapseWarning
+from blocklocal.learner import BlockLocal
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Posterior, Predictive, Similarity, Term, Variational
 from blocklocal.messages import (

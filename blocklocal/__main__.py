@@ -1,4 +1,4 @@
-"""Entry of the command `bll` and of `python -m blocklocal`."""
+"""Entry point of the command `bll` and of `python -m blocklocal`."""
 
 import signal
 import sys
@@ -8,11 +8,11 @@ LAB = ("datasets", "matplotlib", "msgspec", "numpy", "PIL", "pyarrow", "rich", "
 
 
 def main() -> int:
-    """Run the command line. Returns the exit code: 0 done, 2 unusable arguments or data, 1 anything else."""
+    """Run the command line. Returns the exit code: 0 success, 2 unusable arguments or data, 1 any other failure."""
     missing = [package for package in LAB if find_spec(package) is None]
     if missing:
         print(
-            f"bll needs {', '.join(missing)}; install what it needs with: pip install 'blocklocal[lab]'",
+            f"bll needs {', '.join(missing)}; install its requirements with: pip install 'blocklocal[lab]'",
             file=sys.stderr,
         )
         return 2

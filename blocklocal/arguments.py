@@ -1,6 +1,6 @@
-"""Checks of what a caller passes. Each names the argument, what it was and what is allowed.
+"""Checks of the arguments that a caller passes. Each error names the argument, its value and what is allowed.
 
-TypeError: a thing of the wrong kind. ValueError: one that is out of range, or that the model cannot take.
+TypeError: a value of the wrong type. ValueError: a value that is out of range, or that the model cannot take.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def describe(value: object) -> str:
-    """A value in a few words."""
+    """Describe a value in a few words."""
     if isinstance(value, Tensor):
         if value.is_nested:
             return f"a nested tensor, {value.dtype} on {value.device}"
@@ -33,49 +33,49 @@ def describe(value: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line that an error says, or else its kind."""
+    """The first line of an error's message, or its type if there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def require(value: object, kind: type | UnionType | tuple[type, ...], *, name: str, needed: str) -> None:
-    """TypeError: `value` is no instance of `kind`."""
+    """TypeError: `value` is not an instance of `kind`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} is {describe(value)}: {needed}")
 
 
 def require_list(value: object, *, name: str, needed: str) -> None:
-    """TypeError: no sequence, or text."""
+    """TypeError: not a sequence, or a string."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"{name} is {describe(value)}: {needed}")
 
 
 def require_tensor(value: object, *, name: str) -> None:
     """TypeError: not a tensor."""
-    require(value, Tensor, name=name, needed="pass a torch.Tensor, such as torch.as_tensor() makes of numbers")
+    require(value, Tensor, name=name, needed="pass a torch.Tensor; torch.as_tensor() makes one from numbers")
 
 
 def require_dense(value: object, *, name: str) -> None:
-    """TypeError: not a tensor. ValueError: one without values, or without one at every place."""
+    """TypeError: not a tensor. ValueError: a tensor without values, or one that is not dense."""
     require_tensor(value, name=name)
     assert isinstance(value, Tensor)
     if value.is_meta:
-        raise ValueError(f"{name} is on the meta device, where tensors have no values: pass {name} on a real one")
+        raise ValueError(f"{name} is on the meta device, where tensors have no values: pass {name} on a real device")
     if value.is_nested or value.layout is not torch.strided:
         remedy = "pad it" if value.is_nested else f"pass {name}.to_dense()"
-        raise ValueError(f"{name} is {describe(value)}, and a dense one is needed: {remedy}")
+        raise ValueError(f"{name} is {describe(value)}, but must be dense: {remedy}")
 
 
 def require_device(value: object, *, name: str) -> torch.device:
-    """The device. TypeError: neither a name nor a device. ValueError: one that is not there, or computes nothing."""
+    """Return the device. TypeError: neither a name nor a device. ValueError: a missing device, or the meta device."""
     require(value, str | torch.device, name=name, needed='pass a torch.device or its name, such as "cuda:0"')
     assert isinstance(value, str | torch.device)
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{name}={str(value)!r} cannot be used ({first_line(error)}): pass another") from error
+        raise ValueError(f"{name}={str(value)!r} cannot be used ({first_line(error)}): pass another device") from error
     if device.type == "meta":
-        raise ValueError(f"{name}='meta', where nothing is computed: pass a real one")
+        raise ValueError(f"{name}='meta' computes nothing: pass a real device")
     return device
 
 
@@ -85,13 +85,13 @@ def require_module(value: object, *, name: str) -> None:
 
 
 def require_function(value: object, *, name: str, needed: str) -> None:
-    """TypeError: nothing that can be called, or a class whose instances are meant."""
+    """TypeError: not callable, or a class where an instance is meant."""
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} is {describe(value)}: {needed}")
 
 
 def require_choice(value: object, choices: Sequence[str], *, name: str) -> None:
-    """TypeError: not a string. ValueError: none of the choices."""
+    """TypeError: not a string. ValueError: not one of the choices."""
     allowed = f"choose {', '.join(map(repr, choices))}"
     require(value, str, name=name, needed=allowed)
     if value not in choices:
@@ -99,8 +99,8 @@ def require_choice(value: object, choices: Sequence[str], *, name: str) -> None:
 
 
 def require_whole(value: Any, *, name: str, least: int | None = None, most: int | None = None) -> int:
-    """The value as an int. TypeError: no number. ValueError: a fraction, a truth value, or out of range."""
-    allowed = f"allowed is a whole number{_range(name, least=least, most=most)}"
+    """Return the value as an int. TypeError: not a number. ValueError: a fraction, a bool, or out of range."""
+    allowed = f"must be an integer{_range(name, least=least, most=most)}"
     if not isinstance(value, Real | Tensor) and not hasattr(value, "__index__"):
         raise TypeError(f"{name} is {describe(value)}: {allowed}")
     try:
@@ -123,8 +123,8 @@ def require_number(
     below: float | None = None,
     most: float | None = None,
 ) -> None:
-    """TypeError: no number. ValueError: a truth value, infinite, nan or out of range."""
-    allowed = f"allowed is a finite number{_range(name, above=above, least=least, below=below, most=most)}"
+    """TypeError: not a number. ValueError: a bool, infinite, NaN or out of range."""
+    allowed = f"must be a finite number{_range(name, above=above, least=least, below=below, most=most)}"
     if not isinstance(value, Real):
         raise TypeError(f"{name} is {describe(value)}: {allowed}")
     try:
@@ -144,32 +144,32 @@ def require_number(
 
 
 def require_factor(value: object, *, name: str) -> None:
-    """A finite number, or a tensor that holds one. The value of a tensor is looked at on the CPU only."""
+    """TypeError, ValueError: not a finite number, nor a tensor that holds one. Tensors are read on the CPU only."""
     if not isinstance(value, Tensor):
         require_number(value, name=name)
     elif value.numel() != 1 or (value.device.type == "cpu" and not value.isfinite().all()):
-        raise ValueError(f"{name} is {describe(value)}: allowed is a finite number, or a tensor that holds one")
+        raise ValueError(f"{name} is {describe(value)}: must be a finite number, or a tensor that holds one")
 
 
 def require_scalar(loss: object, *, name: str) -> None:
-    """What a function given as `name` returned. TypeError: no tensor. ValueError: more than one number, or no real."""
-    require(loss, Tensor, name=f"{name}: what it gives", needed="a scalar tensor is needed")
+    """Check what the function `name` returned. TypeError: not a tensor. ValueError: not a scalar, or not real."""
+    require(loss, Tensor, name=f"the return value of {name}", needed="it must be a scalar tensor")
     assert isinstance(loss, Tensor)
     if loss.dim():
-        raise ValueError(f"{name} gives {describe(loss)}: a scalar is needed, the mean over samples")
+        raise ValueError(f"{name} returns {describe(loss)}: it must return a scalar, the mean over samples")
     if not loss.is_floating_point():
-        raise ValueError(f"{name} gives {describe(loss)}: a real number is needed, which has a gradient")
+        raise ValueError(f"{name} returns {describe(loss)}: it must return a real number, which has a gradient")
 
 
 def loss_of(criterion: Callable[[Tensor, Tensor], Any], prediction: Tensor, y: Tensor) -> Tensor:
-    """criterion(prediction, y). TypeError: no tensor. ValueError: no real scalar, or a criterion that fails."""
+    """Return criterion(prediction, y). TypeError: not a tensor. ValueError: not a real scalar, or a failure."""
     try:
         loss = criterion(prediction, y)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise ValueError(
-            f"criterion fails at a prediction, {describe(prediction)}, and y, {describe(y)} "
+            f"criterion fails for a prediction, {describe(prediction)}, and y, {describe(y)} "
             f"({type(error).__name__}: {first_line(error)}): pass a function (prediction, y) -> scalar that takes them"
         ) from error
     require_scalar(loss, name="criterion")
@@ -180,13 +180,13 @@ def require_gradients(what: str) -> None:
     """ValueError: in a context that records no gradients."""
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         raise ValueError(
-            f"{what} needs gradients, and here none are recorded: "
+            f"{what} needs gradients, but none are recorded here: "
             "call it outside torch.no_grad() and torch.inference_mode()"
         )
 
 
 def module_of(model: Any, *, name: str = "model") -> nn.Module:
-    """A module as it is, or a list of modules as nn.Sequential."""
+    """Return a module as it is, or a list of modules as an nn.Sequential."""
     if not isinstance(model, nn.Module):
         needed = "pass an nn.Module or a list of them"
         require(model, Sequence, name=name, needed=needed)
@@ -200,7 +200,7 @@ def module_of(model: Any, *, name: str = "model") -> nn.Module:
 
 @contextmanager
 def passes(value: Tensor, *, name: str, through: str) -> Iterator[None]:
-    """A context for a forward pass of `value`, whose failure is a ValueError that names it."""
+    """Context for a forward pass of `value`: a failure becomes a ValueError that names it."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -217,7 +217,7 @@ def _range(
     below: float | None = None,
     most: float | None = None,
 ) -> str:
-    """Of a number: ", 0 <= forgetting < 1"."""
+    """The range of a number as text, such as ", 0 <= forgetting < 1"."""
     low = "" if above is None and least is None else f"{above} < " if least is None else f"{least} <= "
     high = "" if below is None and most is None else f" < {below}" if most is None else f" <= {most}"
     if low and not high:

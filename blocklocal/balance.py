@@ -16,17 +16,17 @@ from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.memory import MemoryTracker
 
 BorderLoss = Callable[[Tensor, Tensor, Layout | None], Callable[[Tensor], Tensor]]
-"""From a segment's output h, the chain's prediction and the layout found at h the local loss, h -> scalar, of a border
-after that segment."""
+"""Makes the local loss, h -> scalar, of a border after a segment from the segment's output h, the chain's prediction
+and the layout found at h."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Forward and backward pass of one segment, or of the local loss that a border after it would have.
+    """Cost of the forward and backward pass of one segment, or of the local loss at a border after it.
 
-    seconds: the best of the repetitions. peak: the most bytes that the two passes have alive, its input's gradient
-    among them, those of parameters not. kept: bytes that the forward pass leaves for the backward pass, its output
-    among them. output: bytes of the output. What crosses no border costs infinitely much.
+    seconds: the shortest repetition. peak: the most bytes alive during the two passes, including the gradient of the
+    input but not those of parameters. kept: bytes that the forward pass keeps for the backward pass, including its
+    output. output: bytes of the output. A border that cannot be placed costs infinitely much.
     """
 
     seconds: float
@@ -41,19 +41,19 @@ IMPOSSIBLE = Cost(seconds=math.inf, peak=math.inf)
 
 @dataclass(frozen=True)
 class Profile:
-    """The costs of a chain's segments, and of a border after each of them; after the last one there is none."""
+    """The costs of a chain's segments, and of a border after each of them; the last segment has none."""
 
     segments: tuple[Cost, ...]
     borders: tuple[Cost, ...]
 
     def time(self, first: int, last: int) -> float:
-        """Seconds of the block made of segments first..last (inclusive), with its border."""
+        """Seconds for the block of segments first..last (inclusive), with its border."""
         return sum(cost.seconds for cost in self.segments[first : last + 1]) + self.borders[last].seconds
 
     def memory(self, first: int, last: int) -> float:
-        """Most bytes alive in the two passes of the block made of segments first..last (inclusive), with its border.
+        """Most bytes alive in the two passes of the block of segments first..last (inclusive), with its border.
 
-        While a segment is at its own peak, its block's input, what the segments before it keep, and the block's
+        When a segment is at its own peak, the block's input, what the segments before it keep, and the block's
         output are alive too.
         """
         alive, peaks = self.segments[first - 1].output if first else 0, []
@@ -71,10 +71,10 @@ def measure(
     border: BorderLoss | None = None,
     repetitions: int = 3,
 ) -> Profile:
-    """Profile a chain on `example`, on copies: parameters, statistics and random state stay as they are.
+    """Profile copies of a chain's segments on `example`; parameters, statistics and the random state do not change.
 
-    border: makes the local loss at a border; a ValueError says that no border can stand there. Without it borders are
-    free.
+    border: makes the local loss at a border; it raises ValueError where no border can be placed. Without it borders
+    are free.
     """
     segments = copy.deepcopy(list(segments))
     devices = [example.device] if example.is_cuda else []
@@ -123,7 +123,7 @@ def _cost(function: Callable[[Tensor], Tensor], h: Tensor, repetitions: int) -> 
         output = function(h)
         kept = tracker.alive
         if output.requires_grad and h.requires_grad:
-            total = (1.0 * output).sum()  # so that the gradient which comes in takes memory, and is let go when read
+            total = (1.0 * output).sum()  # so that the incoming gradient takes memory, and is freed once read
             torch.autograd.grad(total, h)
     return Cost(seconds, peak=tracker.timeline.peak, kept=kept, output=output.nbytes)
 
@@ -140,7 +140,7 @@ def _seconds(function: Callable[[Tensor], Tensor], h: Tensor) -> float:
 
 
 def _input(h: Tensor) -> Tensor:
-    """A copy, since a segment may write into its input, with gradient, since one inside a block passes it on."""
+    """A copy, since a segment may write into its input; it requires grad, as the input inside a block does."""
     return h.detach().requires_grad_(h.is_floating_point()).clone()
 
 
@@ -150,10 +150,10 @@ def _synchronize(tensor: Tensor) -> None:
 
 
 def partition(costs: Sequence[Callable[[int, int], float]], *, segments: int) -> list[int]:
-    """The first segments of all blocks but block 0, such that the dearest block is as cheap as can be.
+    """Find the first segments of all blocks but block 0, such that the most expensive block is as cheap as possible.
 
-    costs: of every block, cost(first, last) if it is made of segments first..last. Among the optima one with a small
-    sum of squares is taken, so that the other blocks are even too. Exact, by dynamic programming.
+    costs: for each block, cost(first, last) of a block of segments first..last. Among the optima, one with a small sum
+    of squares is chosen, so that the other blocks are balanced too. Exact, by dynamic programming.
     """
     tables = {
         cost: [[cost(i, j) if i <= j else 0.0 for j in range(segments)] for i in range(segments)]

@@ -1,4 +1,4 @@
-"""One border: the messages that meet there and the local loss of the block before it."""
+"""A border: the messages that meet there and the local loss of the block before it."""
 
 from __future__ import annotations
 
@@ -18,58 +18,58 @@ from blocklocal.messages import BorderInput, BorderSpec, Statistic
 class Border(nn.Module):
     """The local loss at one border, with its feedback network and its prediction head.
 
-    In training mode a closed-form feedback is fitted to the batch before its message is used: the E-step of the batch.
-    Where no gradients are recorded, as in torch.no_grad(), nothing learns: the feedback stays as it is.
+    In training mode, closed-form feedback is fitted to the batch before its message is used: the E-step on the batch.
+    Where no gradients are recorded, as in torch.no_grad(), nothing learns and the feedback does not change.
 
-    A term is a module with forward(message, y) -> scalar. It may have predict(message) -> prediction, and with
-    `trains_feedback` it says that the parameters of the feedback learn from it. A feedback is a module y -> beta, and
-    may have fit(y, alpha), which is called with each training batch.
+    A term is a module with forward(border_input, y) -> scalar. It may have predict(border_input) -> prediction, and
+    the attribute `trains_feedback` if the parameters of the feedback learn from it. A feedback is a module y -> beta
+    and may have fit(y, alpha), which is called with each training batch.
     """
 
     def __init__(self, spec: BorderSpec, *, loss: LocalLoss, feedback: Feedback, statistic: Statistic) -> None:
         super().__init__()
-        self.spec, self.statistic = replace(spec, following=None), statistic  # what heads copy from is not the border's
+        self.spec, self.statistic = replace(spec, following=None), statistic  # only heads read the following block
         if getattr(statistic, "reads_map", False) and spec.reduces and not spec.is_map:
             raise ValueError(
-                f"statistic={statistic} reads feature maps (B, C, H, W), and a sample at this border has shape "
-                f"{spec.shape} ({spec.layout}): pass another, such as bll.SpatialMoments()"
+                f"statistic={statistic} reads feature maps (B, C, H, W), but a sample at this border has shape "
+                f"{spec.shape} ({spec.layout}): pass another statistic, such as bll.SpatialMoments()"
             )
         self.weights = [weight for weight, _ in loss.terms]
         self.terms = nn.ModuleList(term.build(spec) for _, term in loss.terms)
         reads_feedback = any(getattr(module, "reads_feedback", False) for module in self.terms.modules())
         self.feedback = feedback.build(spec.targets, channels=spec.statistics) if reads_feedback else None
         if reads_feedback:
-            require_module(self.feedback, name="feedback: what it builds")
+            require_module(self.feedback, name="the return value of feedback.build()")
         learns = self.feedback is not None and any(True for _ in self.feedback.parameters())
         if learns and not any(getattr(term, "trains_feedback", False) for term in self.terms):
             raise ValueError(
-                f"{feedback} would never learn: only bll.Variational() trains feedback that has parameters; "
+                f"{feedback} would never learn: only bll.Variational() trains feedback with parameters; "
                 "add it to the local loss, or use bll.ClosedFormFeedback()"
             )
 
-    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
-        """The local loss, a scalar, of a message and targets y."""
-        parts = self.parts(message, y)
+    def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
+        """The local loss, a scalar, for targets y."""
+        parts = self.parts(border_input, y)
         return torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True)]).sum()
 
-    def parts(self, message: BorderInput, y: Tensor) -> list[Tensor]:
-        """The terms of the local loss, unweighted."""
-        self.spec.targets.match(y, message.alpha, what="alpha at this border")
+    def parts(self, border_input: BorderInput, y: Tensor) -> list[Tensor]:
+        """The unweighted terms of the local loss."""
+        self.spec.targets.match(y, border_input.alpha, what="alpha at this border")
         fit = getattr(self.feedback, "fit", None)
         if fit is not None and self.training and torch.is_grad_enabled():
-            fit(y, message.alpha.detach())
-        parts = [term(message, y) for term in self.terms]
+            fit(y, border_input.alpha.detach())
+        parts = [term(border_input, y) for term in self.terms]
         for term, part in zip(self.terms, parts, strict=True):
             require_scalar(part, name=type(term).__name__)
         return parts
 
     @torch.no_grad()
     def check(self, h: Tensor) -> None:
-        """ValueError: on an example of h, the statistic, the feedback or a head does not give what it should."""
-        message, n = self.message(h), self.spec.targets.size
+        """ValueError: for an example of h, the statistic, the feedback or a head does not return what it should."""
+        border_input, n = self.message(h), self.spec.targets.size
         rows = h.shape[:-1] if self.spec.tokens else h.shape[:1]
         with passes(h, name="h", through="statistic="):
-            _require_reals(message.statistics, (*rows, self.spec.statistics), h.device, name="statistic")
+            _require_reals(border_input.statistics, (*rows, self.spec.statistics), h.device, name="statistic")
         with mode(self, training=False):
             if self.feedback is not None:
                 labels = self.spec.targets.labels
@@ -82,34 +82,34 @@ class Border(nn.Module):
                 predict = getattr(term, "predict", None)
                 if predict is not None:
                     with passes(h, name="h", through="head="):
-                        _require_reals(predict(message), (*rows, n), h.device, name="head")
+                        _require_reals(predict(border_input), (*rows, n), h.device, name="head")
 
     def message(self, h: Tensor, belief: Tensor | None = None) -> BorderInput:
-        """From the block's output, and the belief of the exits before it where that has come along."""
+        """The input of this border: the block's output h and, if there is one, the belief of the earlier exits."""
         return BorderInput(h, spec=self.spec, statistic=self.statistic, feedback=self.feedback, belief=belief)
 
     @property
     def predictive(self) -> Any:
-        """The term that predicts at this border, of several the first. ValueError: there is none."""
+        """The first term that predicts at this border. ValueError: there is none."""
         for term in self.terms:
             if hasattr(term, "predict"):
                 return term
         raise ValueError("this border predicts nothing: add bll.Predictive() to its local loss")
 
-    def predict(self, message: BorderInput) -> Tensor:
-        """The prediction (B, n), or per token (B, T, n), of `predictive`."""
-        return self.predictive.predict(message)
+    def predict(self, border_input: BorderInput) -> Tensor:
+        """The prediction of `predictive`: (B, n), or (B, T, n) per token."""
+        return self.predictive.predict(border_input)
 
     @torch.no_grad()
-    def diagnose(self, message: BorderInput, y: Tensor) -> dict[str, float]:
-        """What one batch shows of the border.
+    def diagnose(self, border_input: BorderInput, y: Tensor) -> dict[str, float]:
+        """Report what one batch shows of the border.
 
-        Every loss term by its name, with its index where the name recurs; `agreement`: the mean cosine between alpha
-        and beta over samples, both centred over the batch; `variance_ratio`: the variance of alpha between targets over
-        that within them, from a least-squares fit of alpha to the targets of this batch, both centred. It goes to zero
-        where the block's output collapses. Agreement and ratio are those of the samples that are finite.
+        Every loss term under its name, with an index if the name recurs. `agreement`: the cosine between alpha and
+        beta, both centred over the batch, averaged over samples. `variance_ratio`: the variance of alpha between
+        targets divided by that within them, from a least-squares fit of alpha to the targets of this batch, both
+        centred; it goes to zero when the block's output collapses. Both are computed over the finite samples only.
         """
-        parts, alpha = self.parts(message, y), message.alpha.flatten(0, -2)
+        parts, alpha = self.parts(border_input, y), border_input.alpha.flatten(0, -2)
         targets = y.flatten() if self.spec.targets.labels else y.flatten(0, -2)
         finite = alpha.isfinite().all(1) & targets.view(len(alpha), -1).isfinite().all(1)
         alpha, targets = alpha[finite], targets[finite]
@@ -130,7 +130,7 @@ class Border(nn.Module):
 
     @property
     def diagnostics(self) -> list[str]:
-        """The names of what `diagnose` reports."""
+        """The names of the values that `diagnose` reports."""
         names = [type(term).__name__.removesuffix("Term").lower() for term in self.terms]
         names = [name if names.count(name) == 1 else f"{name}{i}" for i, name in enumerate(names)]
         return [*names, "agreement", "variance_ratio"]
@@ -138,6 +138,6 @@ class Border(nn.Module):
 
 def _require_reals(found: object, shape: tuple[int, ...], device: torch.device, *, name: str) -> None:
     if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
-        raise ValueError(f"{name} gives {describe(found)}: a tensor of shape {shape} is needed, of real numbers")
+        raise ValueError(f"{name} returns {describe(found)}: it must return a real tensor of shape {shape}")
     if found.device != device or found.layout is not torch.strided:
-        raise ValueError(f"{name} gives {describe(found)}: a dense tensor on {device} is needed")
+        raise ValueError(f"{name} returns {describe(found)}: it must return a dense tensor on {device}")

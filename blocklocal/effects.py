@@ -1,5 +1,4 @@
-"""What a forward pass does beside giving its output, and the context that it runs in: what a trace loses
-or freezes."""
+"""Side effects of a forward pass, and the context that it runs in: what a trace loses or freezes."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from blocklocal.internals import version_of
 
 
 class State:
-    """The attributes and buffers of a module, to be given back after its forward pass was traced."""
+    """The attributes and buffers of a module, to be restored after its forward pass has been traced."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -23,7 +22,7 @@ class State:
         self.buffers = {n: (b, b.clone(), version_of(b)) for n, b in module.named_buffers(recurse=False)}
 
     def restore(self) -> list[str]:
-        """The names of those that had changed."""
+        """Restore them, and return the names of those that had changed."""
         now, then = vars(self.module), self.attributes
         changed = [name for name in {**then, **now} if name not in then or then[name] is not now.get(name)]
         for name in changed:
@@ -39,13 +38,13 @@ class State:
 
 
 class Draws:
-    """The states of the generators of random numbers, to be given back."""
+    """The states of the random number generators, to be restored after a trace."""
 
     def __init__(self) -> None:
         self.python, self.torch = random.getstate(), torch.get_rng_state()
 
     def restore(self) -> bool:
-        """Whether anything had been drawn."""
+        """Restore them, and return whether anything had been drawn."""
         drawn = random.getstate() != self.python or not torch.equal(torch.get_rng_state(), self.torch)
         random.setstate(self.python)
         torch.set_rng_state(self.torch)
@@ -53,14 +52,14 @@ class Draws:
 
 
 def context() -> tuple[object, ...]:
-    """What decides how an operation runs, beside its arguments."""
+    """What decides how an operation runs, apart from its arguments."""
     casts = [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _devices()]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts
 
 
 @contextmanager
 def ambient(*, enabled: bool) -> Iterator[None]:
-    """Gradients and autocast on, or both off: a context that is entered inside shows against one of the two."""
+    """Turn gradients and autocast both on or both off: a context entered inside shows in one of the two settings."""
     with ExitStack() as contexts:
         contexts.enter_context(torch.set_grad_enabled(enabled))
         for device in _devices():

@@ -1,10 +1,10 @@
-"""What predicts once training is over: exits, all of them combined, and both as a module of their own.
+"""Prediction after training: single exits, all exits combined, and either of them as a standalone module.
 
 Exits are combined by log-linear pooling (Genest and Zidek, 1986),
 
     log p(y | x) = sum_k w_k log p_k(y | x) + const,
 
-the product of their distributions, each to the power of its weight. Dense predictions are added with the same weights.
+the product of their distributions, each to the power of its weight. For dense predictions it is the weighted sum.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from blocklocal.feedback import at_least_single
 from blocklocal.messages import BorderInput, Criterion, add_belief
 
 RIDGE = 1e-3
-"""Pull of the weights towards 1/K: it decides where all exits are right about all samples."""
+"""Pull of the weights towards 1/K; it decides if all exits are right about all samples."""
 
 
 class ExitPool(nn.Module):
-    """One prediction from those of K exits: logits for labels. The weights are 1/K until they are fitted.
+    """Combines the predictions of K exits (logits for labels) into one. The weights are 1/K until they are fitted.
 
-    They are plain numbers, which no change of device or dtype touches, and part of the state dict.
+    They are plain numbers, unaffected by changes of device or dtype, and part of the state dict.
 
     >>> ExitPool(2, labels=False)([torch.tensor([1.0]), torch.tensor([3.0])])
     tensor([2.])
@@ -38,18 +38,18 @@ class ExitPool(nn.Module):
         self.weights = (1 / exits,) * exits
 
     def forward(self, predictions: Sequence[Tensor] | Tensor) -> Tensor:
-        """From predictions (B, n), or per token (B, T, n), of all exits one like them, at least in single precision."""
+        """Combine the predictions of all exits, (B, n) or (B, T, n) per token, at least in single precision."""
         return torch.stack([w * p for w, p in zip(self.weights, map(self._evidence, predictions), strict=True)]).sum(0)
 
     def fit(self, predictions: Sequence[Tensor] | Tensor, y: Tensor, *, criterion: Criterion) -> None:
-        """The weights, none of them negative, of least criterion on held-out samples: K numbers, by L-BFGS.
+        """Fit the weights: the K non-negative numbers that minimise the criterion on held-out samples, by L-BFGS.
 
-        predictions: of each exit for all samples, (N, n) or (N, T, n). For cross-entropy and the mean squared error the
-        problem is convex. ValueError: the criterion gives no finite number.
+        predictions: of each exit for all samples, (N, n) or (N, T, n). For cross-entropy and mean squared error the
+        problem is convex. ValueError: the criterion is not finite.
         """
         with torch.inference_mode(False), torch.enable_grad():
             evidence = torch.stack([self._evidence(p.clone()).double() for p in predictions])
-            y = y.double() if y.is_floating_point() else y  # criteria may want one dtype
+            y = y.double() if y.is_floating_point() else y  # criteria may require a single dtype
             equal = torch.full((len(evidence), *[1] * (evidence.dim() - 1)), 1 / len(evidence)).to(evidence)
             roots = equal.sqrt().requires_grad_()
             optimizer = torch.optim.LBFGS([roots], max_iter=100, line_search_fn="strong_wolfe")
@@ -61,10 +61,10 @@ class ExitPool(nn.Module):
                 value.backward()
                 return value
 
-            optimizer.step(loss)  # pyright: ignore[reportArgumentType] (a tensor will do)
+            optimizer.step(loss)  # pyright: ignore[reportArgumentType] (a tensor works)
         weights = roots.detach().square()
         if not weights.isfinite().all():
-            raise ValueError("the exits cannot be weighed: their predictions or the criterion are not finite")
+            raise ValueError("the exits cannot be weighted: their predictions or the criterion are not finite")
         self.weights = tuple(weights.flatten().tolist())
 
     def get_extra_state(self) -> Tensor:
@@ -79,7 +79,7 @@ class ExitPool(nn.Module):
 
 
 class Exit(nn.Module):
-    """The prediction at a border, h -> (B, n): what of a border is still needed after training."""
+    """The prediction at a border, h -> (B, n): the part of a border that is still needed after training."""
 
     def __init__(self, border: Border) -> None:
         super().__init__()
@@ -93,11 +93,10 @@ class Exit(nn.Module):
 
 
 class Predictor(nn.Module):
-    """A trained chain as one module, x -> prediction: blocks one after the other, and the exits that count.
+    """A trained chain as one module, x -> prediction: the blocks in order, and the exits that are used.
 
-    exits: of the blocks in their order, None where a block's output is not read. pool: what makes one prediction of
-    those of all exits; without it the last block, or its exit, predicts. add_beliefs: see `BlockLocal`; then every exit
-    counts.
+    exits: one per block, None where a block's output is not read. pool: combines the predictions of all exits; without
+    it the last block, or its exit, predicts. add_beliefs: see `BlockLocal`; every exit is then used.
     """
 
     def __init__(

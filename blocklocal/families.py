@@ -4,13 +4,13 @@ A message about the latent variable z of one border is a member of a family
 
     p(z) = h(z) exp(<eta, T(z)> - A(eta)),
 
-independent over latents. A family says how the channel statistics of a border become natural parameters eta, what its
-log-normalizer A is, and what the mean m = grad A of the sufficient statistics T is. Everything that the method needs
-follows from these: the product of two messages adds their natural parameters (Eq. 2), the divergence of two members is
-the Bregman divergence of A, and the entropy is A(eta) - <eta, m(eta)> - E[log h].
+independent over latents. A family defines how the channel statistics of a border become natural parameters eta, its
+log-normalizer A, and the mean m = grad A of the sufficient statistics T. Everything the method needs follows from
+these: the product of two messages adds their natural parameters (Eq. 2), the divergence of two members is the Bregman
+divergence of A, and the entropy is A(eta) - <eta, m(eta)> - E[log h].
 
 Shapes: parameters (..., C) for C channels; eta and m (..., D, P) for D latents of P natural parameters each; A (...,
-D). A feedback message enters as the likelihood exp(<eta, T(z)>) of z, so that the product never leaves the family.
+D). A feedback message enters as the likelihood exp(<eta, T(z)>) of z, so that the product stays in the family.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHUNK = 2**20  # numbers, 4 MiB in single precision
 class Family(ABC):
     """An exponential family whose members are independent over latents.
 
-    One of your own has `natural`, `log_normalizer` and `mean`, and `expected_log_base` where the base measure counts.
+    A subclass defines `natural`, `log_normalizer` and `mean`, and `expected_log_base` if its base measure h is not 1.
 
     >>> class Exponential(Family):
     ...     def natural(self, parameters):
@@ -47,7 +47,7 @@ class Family(ABC):
 
     @abstractmethod
     def natural(self, parameters: Tensor) -> Tensor:
-        """Natural parameters (..., D, P) of the channel statistics (..., C)."""
+        """Natural parameters (..., D, P) from channel statistics (..., C)."""
 
     @abstractmethod
     def log_normalizer(self, eta: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Family(ABC):
         """The expected sufficient statistics grad A(eta), shape (..., D, P)."""
 
     def expected_log_base(self, eta: Tensor) -> Tensor:
-        """E[log h(z)], shape (..., D); zero where the base measure counts."""
+        """E[log h(z)], shape (..., D); by default zero, for h = 1."""
         return torch.zeros_like(eta[..., 0])
 
     def product(self, eta_alpha: Tensor, eta_beta: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ class Family(ABC):
         return self.log_normalizer(eta) - inner - self.expected_log_base(eta)
 
     def variational_loss(self, alpha: Tensor, beta: Tensor, *, fixed_posterior: bool) -> Tensor:
-        """KL(rho || alpha) + H(alpha) (Eqs. 5-6), shape (..., D), of the messages' channel statistics (..., C).
+        """KL(rho || alpha) + H(alpha) (Eqs. 5-6), shape (..., D), from the messages' channel statistics (..., C).
 
-        rho is the product of alpha and beta (Eq. 2); beta is a constant, and with `fixed_posterior` so is rho.
+        rho is the product of alpha and beta (Eq. 2); beta is a constant, and so is rho with `fixed_posterior`.
         """
         _require_alike(alpha, beta, names=("alpha", "beta"))
         eta_alpha = self.natural(alpha)
@@ -89,15 +89,15 @@ class Family(ABC):
         return self.kl_divergence(eta_rho, eta_alpha) + self.entropy(eta_alpha)
 
     def evidence(self, eta_alpha: Tensor, eta_beta: Tensor) -> Tensor:
-        """log of the integral of the product of two normalised messages, up to a constant, shape (..., D)."""
+        """Log of the integral of the product of two normalised messages, up to a constant, shape (..., D)."""
         joint = self.log_normalizer(self.product(eta_alpha, eta_beta))
         return joint - self.log_normalizer(eta_alpha) - self.log_normalizer(eta_beta)
 
     def evidence_matrix(self, alpha: Tensor, beta: Tensor) -> Tensor:
-        """`evidence` summed over latents, (..., n), of statistics alpha (..., C) with each of the n statistics beta.
+        """`evidence` summed over latents, (..., n), of statistics alpha (..., C) with each of n statistics beta (n, C).
 
-        beta: (n, C). It is computed for a few of the n at a time, and again in the backward pass, so that intermediate
-        results stay near CHUNK numbers. Gaussian and Poisson override it with one matrix product.
+        It is computed for a few of the n at a time, and again in the backward pass, so that intermediate results stay
+        near CHUNK numbers. Gaussian and Poisson override it with one matrix product.
         """
         eta_alpha, eta_beta = self.natural(alpha).unsqueeze(-3), self.natural(beta)
 
@@ -143,7 +143,7 @@ class Gaussian(GaussianNatural):
         return torch.stack([parameters / self.variance, quadratic], -1)
 
     def evidence_matrix(self, alpha: Tensor, beta: Tensor) -> Tensor:
-        """-|alpha - beta|^2 / 4 s2 and a constant, both centred on the mean of beta, so that less of it cancels."""
+        """-|alpha - beta|^2 / 4 s2 and a constant; centring both on the mean of beta reduces cancellation."""
         with torch.autocast(alpha.device.type, enabled=False):
             centre = beta.mean(0)
             alpha, beta = alpha - centre, beta - centre
@@ -153,7 +153,7 @@ class Gaussian(GaussianNatural):
         return -distances.view(squares.shape) / (4 * self.variance) - constant
 
     def variational_loss(self, alpha: Tensor, beta: Tensor, *, fixed_posterior: bool) -> Tensor:
-        """(beta - alpha)^2 / 8 s2 and constants: the same in a tenth of the operations."""
+        """(beta - alpha)^2 / 8 s2 and constants: the same value in a tenth of the operations."""
         _require_alike(alpha, beta, names=("alpha", "beta"))
         divergence = (beta.detach() - alpha).square() * (0.125 / self.variance)
         if fixed_posterior:
@@ -164,7 +164,7 @@ class Gaussian(GaussianNatural):
 
 @dataclass(frozen=True)
 class GaussianMeanVariance(GaussianNatural):
-    """Gaussian with its own variance: the first half of the channels are means, the second half log-variances.
+    """Gaussian of unknown variance: the first half of the channels are means, the second half log-variances.
 
     >>> GaussianMeanVariance().natural(torch.zeros(8, 16)).shape
     torch.Size([8, 8, 2])
@@ -243,7 +243,7 @@ class Poisson(Family):
             return joint - alpha.exp().sum(-1, keepdim=True) - beta.exp().sum(-1)
 
     def expected_log_base(self, eta: Tensor) -> Tensor:
-        """-E[log z!]: a sum over the counts that matter below a rate of 32, Stirling's series of the entropy above."""
+        """-E[log z!]: below a rate of 32 a sum over the counts that matter, above it from Stirling's entropy series."""
         rate = eta.squeeze(-1).exp()
         small, large = eta.clamp(max=math.log(32.0)), rate.clamp(min=32.0)
         counts = torch.arange(128, dtype=eta.dtype, device=eta.device)
@@ -257,22 +257,22 @@ class Poisson(Family):
 
 
 def _require_alike(p: Tensor, q: Tensor, *, names: tuple[str, str]) -> None:
-    """TypeError: no tensors. ValueError: tensors of two shapes, which would be broadcast."""
+    """TypeError: not tensors. ValueError: tensors of different shapes, which would be broadcast."""
     for name, value in zip(names, (p, q), strict=True):
         require_tensor(value, name=name)
     if p.shape != q.shape:
         ours, theirs = names
         raise ValueError(
-            f"{ours} has shape {tuple(p.shape)} and {theirs} {tuple(q.shape)}: two of one shape are needed"
+            f"{ours} has shape {tuple(p.shape)} and {theirs} {tuple(q.shape)}: their shapes must be the same"
         )
 
 
 def _latents(parameters: Tensor, size: int, family: Family) -> int:
-    """How many latents of `size` parameters the channels hold."""
+    """The number of latents of `size` parameters that the channels hold."""
     latents, rest = divmod(parameters.shape[-1], size)
     if rest:
         raise ValueError(
-            f"{family} needs a number of channels divisible by {size}, and the border has {parameters.shape[-1]}: "
+            f"{family} needs a number of channels divisible by {size}, but the border has {parameters.shape[-1]}: "
             "cut the model elsewhere or choose another family"
         )
     return latents

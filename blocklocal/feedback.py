@@ -1,17 +1,17 @@
-"""The feedback network: beta_k = g_k(y), the message about the latent variable of border k that the targets send.
+"""The feedback network beta_k = g_k(y): the message that the targets send about the latent variable of border k.
 
-Linear feedback is beta = Y W, Y being the one-hot labels or the dense targets. Its loss is convex in W, and the
+Linear feedback is beta = Y W, where Y holds the one-hot labels or the dense targets. Its loss is convex in W, and the
 optimum over a mini-batch is ridge least squares from two sufficient statistics (paper, section 2.1),
 
     S <- g S + Y'Y,   R <- g R + Y'A,   W <- W + (S + r I)^-1 (R - S W),
 
-with forgetting factor g and ridge r. The correction form pulls towards the present W instead of zero, so that
-directions which no target excites any more keep their weight; from W = 0 it is ordinary ridge regression. For one-hot
-labels S is diagonal and row c of W is the mean of alpha over class c; classes absent from a batch are left alone.
+with forgetting factor g and ridge r. This form pulls W towards its present value instead of zero, so that directions
+which no target excites any more keep their weight; from W = 0 it is ordinary ridge regression. For one-hot labels S is
+diagonal and row c of W is the mean of alpha over class c; classes absent from a batch keep their row.
 
-A sample whose alpha or dense target is not finite does not count, nor one so large that sums of it would not be finite:
-no batch can spoil the feedback for those that follow. Statistics and weight are kept in single precision at least,
-whatever the dtype of the model.
+Samples whose alpha or dense target is not finite are left out, as are those so large that sums would overflow: no batch
+can spoil the feedback for later ones. Statistics and weight are kept at least in single precision, whatever the dtype
+of the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from blocklocal.replicas import Group, Replicas
 
 @dataclass(frozen=True)
 class Targets:
-    """What the model is to predict: `size` classes (integer labels) or `size` numbers (dense targets).
+    """What the model predicts: `size` classes (integer labels) or `size` numbers (dense targets).
 
     >>> Targets(10, labels=True).size
     10
@@ -45,10 +45,12 @@ class Targets:
         require_whole(self.size, name="size", least=1)
 
     def check(self, y: Tensor) -> None:
-        """ValueError: y cannot be such targets. Values are looked at on the CPU only, where it is free."""
+        """ValueError: y cannot be such targets. Values are checked on the CPU only, where it is free."""
         self.check_kind(y)
         if self.labels and y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < self.size:
-            raise ValueError(f"y: labels run from {int(y.min())} to {int(y.max())}: allowed is 0 to {self.size - 1}")
+            raise ValueError(
+                f"y: labels run from {int(y.min())} to {int(y.max())}, but must be from 0 to {self.size - 1}"
+            )
 
     def check_kind(self, y: Tensor) -> None:
         """ValueError: y cannot be such targets, whatever its values."""
@@ -67,7 +69,7 @@ class Targets:
             )
 
     def match(self, y: Tensor, h: Tensor, *, what: str) -> None:
-        """ValueError: y has not one target for each vector of h (..., C), or is on another device."""
+        """ValueError: y does not have one target for each vector of h (..., C), or is on another device."""
         rows = y.shape if self.labels else y.shape[:-1]
         if rows != h.shape[:-1]:
             one = "token" if h.dim() > 2 else "sample"
@@ -79,9 +81,9 @@ class Targets:
 
 
 class Feedback(Protocol):
-    """Settings of a feedback network; `build` makes that of one border: a module y -> beta (B, channels).
+    """Settings of a feedback network; `build` makes the one of a border, a module y -> beta (B, channels).
 
-    A module with fit(y, alpha) is called with every training batch.
+    If the module has a method fit(y, alpha), it is called with every training batch.
 
     >>> class Zeros(Feedback):
     ...     def build(self, targets, *, channels):
@@ -94,11 +96,11 @@ class Feedback(Protocol):
 
 
 class LinearFeedback(Convertible):
-    """Linear feedback at its closed-form optimum, for any targets. beta (..., C) from y.
+    """Linear feedback at its closed-form optimum, y -> beta (..., C), for any targets.
 
-    `fit(y, alpha)` moves the sufficient statistics and the weight on; no gradient ever reaches them. `replicas` are
-    the processes over which the statistics of a batch are summed, so that each holds the same feedback; None where
-    nobody has decided that yet, see `share_feedback`.
+    `fit(y, alpha)` updates the sufficient statistics and the weight; no gradient ever reaches them. `replicas` are
+    the processes over which the statistics of a batch are summed, so that each holds the same feedback; None until
+    that has been decided, see `share_feedback`.
     """
 
     weight: Tensor
@@ -127,7 +129,7 @@ class LinearFeedback(Convertible):
 
     @torch.no_grad()
     def fit(self, y: Tensor, alpha: Tensor) -> None:
-        """Fit the weight to a batch: y as the targets say, alpha (..., C), at least in single precision."""
+        """Fit the weight to a batch of targets y and alpha (..., C), at least in single precision."""
         dtype = torch.promote_types(alpha.dtype, self.weight.dtype)
         with torch.autocast(alpha.device.type, enabled=False):
             second, cross = self._statistics(y, alpha.flatten(0, -2).to(dtype))
@@ -147,9 +149,9 @@ class LinearFeedback(Convertible):
                 self.weight.copy_(weight + torch.linalg.solve_ex(gram + ridge, self.cross - gram @ weight).result)
 
     def _statistics(self, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Y'Y (its diagonal for labels) and Y'A over the samples that count of a batch with alpha (M, C)."""
+        """Y'Y (its diagonal for labels) and Y'A over the usable samples of a batch with alpha (M, C)."""
         y = y.flatten() if self.targets.labels else y.flatten(0, -2).to(alpha.dtype)
-        if alpha.is_cpu and not torch.compiler.is_compiling():  # where asking takes no time: a GPU would be waited for
+        if alpha.is_cpu and not torch.compiler.is_compiling():  # the check is free here: a GPU would synchronise
             sums = self._sums(y, alpha, weights=torch.ones_like(alpha[:, 0]))
             if all(_summable(total.flatten()) for total in sums):
                 return sums
@@ -168,7 +170,7 @@ class LinearFeedback(Convertible):
         return second, alpha.new_zeros(n, alpha.shape[1]).index_add_(0, y, alpha)
 
     def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
-        """Put fn(tensor) in the place of each statistic, which never is of less than single precision."""
+        """Replace each statistic by fn(statistic), but never below single precision."""
         for name, buffer in self.named_buffers():
             converted = fn(buffer)
             dtype = at_least_single(converted.dtype)
@@ -183,18 +185,18 @@ def share_feedback(module: nn.Module, group: Group) -> None:
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """In which what half precision would spoil is computed and kept: sums over samples, statistics, probabilities."""
+    """The dtype for what half precision would spoil: sums over samples, statistics, probabilities."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _keep_single_precision(feedback: nn.Module, incompatible_keys: object) -> None:
-    """After load_state_dict(assign=True), which takes tensors over as they are."""
+    """Restore single precision after load_state_dict(assign=True), which takes tensors as they are."""
     for name, buffer in feedback.named_buffers():
         setattr(feedback, name, buffer.to(at_least_single(buffer.dtype)))
 
 
 def _summable(rows: Tensor) -> Tensor:
-    """Of each row whether sums of it and of its products stay finite: no nan, infinity or immense number."""
+    """Whether sums of a row and of its products stay finite, for each row: no NaN, infinity or immense number."""
     immense = torch.finfo(rows.dtype).max ** 0.4  # 2.6e15 in single precision
     return torch.linalg.vector_norm(rows, dim=-1) < immense
 
@@ -204,7 +206,7 @@ class ClosedFormFeedback:
     """Linear feedback fitted in closed form to every batch: the optimum of the paper.
 
     `ridge` is in units of Y'Y (for labels: in samples). `forgetting` is the weight that a batch keeps from one step to
-    the next; 0 fits the present batch alone, the paper's words.
+    the next; 0 fits the present batch alone, as in the paper.
 
     >>> feedback = ClosedFormFeedback(forgetting=0.0).build(Targets(size=2, labels=True), channels=3)
     >>> feedback.fit(torch.tensor([0, 1]), torch.eye(3)[:2])
@@ -225,7 +227,7 @@ class ClosedFormFeedback:
 
 
 class FeedbackNetwork(nn.Module):
-    """Feedback with ordinary parameters, trained by gradient descent on its own loss. beta (..., C) from y."""
+    """Feedback with ordinary parameters, y -> beta (..., C), trained by gradient descent on its own loss."""
 
     def __init__(self, targets: Targets, *, channels: int, depth: int, width: int) -> None:
         super().__init__()
@@ -243,10 +245,9 @@ class FeedbackNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class GradientFeedback:
-    """Feedback of `depth` linear layers, ReLU between them, `width` wide inside, stepped by the optimizer.
+    """Feedback of `depth` linear layers with ReLU between them, `width` wide inside, trained by the optimizer.
 
-    Its parameters are the optimizer's: a batch with nan moves them as it does those of the model, unless a GradScaler
-    skips the step.
+    A batch with NaN therefore spoils its parameters as it does those of the model, unless a GradScaler skips the step.
 
     >>> GradientFeedback(depth=2, width=64).build(Targets(size=10, labels=True), channels=3)(torch.tensor([1, 0])).shape
     torch.Size([2, 3])

@@ -1,6 +1,6 @@
-"""The graph of a model's forward pass, traced through the containers that are to be cut and no deeper.
+"""The graph of a model's forward pass, traced through the containers to be cut and no deeper.
 
-A module that is not a container stands in the graph as one call, whatever it does inside.
+Any other module is a single call in the graph, whatever it does inside.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from blocklocal.recompute import is_recomputed
 
 @dataclass(frozen=True)
 class Trace:
-    """A graph, and for each submodule that it calls the nodes that hold the submodule's output, one per call."""
+    """A graph and, for each submodule that it calls, the nodes that hold the submodule's output, one per call."""
 
     graph: fx.Graph
     outputs: dict[str, list[fx.Node]]
@@ -37,14 +37,14 @@ class ContainerTracer(fx.Tracer):
         self.context = context()
 
     def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        """The inputs of the graph: arguments of the forward pass without a default; the others keep theirs."""
+        """The inputs of the graph: arguments of the forward pass without a default. The others keep their default."""
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         _, *parameters = inspect.signature(root_fn).parameters.values()
         names = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
 
     def create_node(self, *args, **kwargs):
-        """A node of the graph, which runs in the context of its caller: one that the forward pass enters is lost."""
+        """Create a node. It will run in its caller's context: a context that the forward pass enters is lost."""
         if context() != self.context:
             raise ValueError(
                 "it enters a context, such as torch.no_grad() or torch.autocast(), which a trace would lose"
@@ -64,10 +64,10 @@ class ContainerTracer(fx.Tracer):
 def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
     """Trace `model` through `containers` (qualified names), in training and in evaluation mode.
 
-    ValueError where a forward pass cannot be traced or a trace would not do what it does: where a container does more
-    than its class's forward pass says, where it makes tensors out of nothing or draws numbers, which tracing would
-    freeze, enters a context or sets attributes, which tracing would lose, or where the two modes differ in the
-    functions called, since a traced block could then follow one of them only.
+    ValueError: the forward pass cannot be traced, or the trace would do something else. This is so if a container does
+    more than its class's forward pass, if it creates tensors or draws random numbers, which tracing would freeze, if it
+    enters a context or sets attributes, which tracing would lose, or if the two modes call different functions, since a
+    traced block could follow only one of them.
     """
     if found := obstacle(model):
         raise ValueError(f"{type(model).__name__} {found}: cut outside it")
@@ -109,14 +109,14 @@ def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
         traces[training] = Trace(graph, tracer.outputs)
     if str(traces[True].graph) != str(traces[False].graph):
         raise ValueError(
-            f"the forward pass of {where} takes another course in training than in evaluation: "
+            f"the forward pass of {where} differs between training and evaluation mode: "
             "move what depends on self.training into a submodule of its own, such as nn.Dropout, or cut outside it"
         )
     return traces[True]
 
 
 def obstacle(module: nn.Module) -> str | None:
-    """What a module does beside its class's forward pass, which is all that a trace through it follows."""
+    """What a module does apart from its class's forward pass, which is all that a trace follows; None if nothing."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is a ScriptModule, which has no Python code to trace"
     if is_recomputed(module):
@@ -129,7 +129,7 @@ def obstacle(module: nn.Module) -> str | None:
 
 
 def expand(model: nn.Module) -> frozenset[str]:
-    """All containers of `model` that can be traced through; the inside of one that cannot stays whole."""
+    """All containers of `model` that can be traced through; any other container stays whole."""
     trace(model, containers=frozenset())
     containers: set[str] = set()
     frontier = [name for name, _ in model.named_children()]
@@ -149,7 +149,7 @@ def expand(model: nn.Module) -> frozenset[str]:
 
 
 def crossing(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:
-    """The values made up to and including `node` that are used after it; parameters and buffers are not values."""
+    """The values computed up to and including `node` that are used after it, without parameters and buffers."""
     values, before = [], True
     positions = {other: i for i, other in enumerate(graph.nodes)}
     for other in graph.nodes:
@@ -167,7 +167,7 @@ def _is_container(module: nn.Module) -> bool:
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """All modules in training or evaluation mode; afterwards each in its own again."""
+    """Put all modules in training or evaluation mode; afterwards each is in its own mode again."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in flags:

@@ -1,10 +1,10 @@
-"""Prediction at a border: modules that map a BorderInput to logits (B, n), or (B, T, n) per token.
+"""Prediction heads at a border: modules that map a BorderInput to logits (B, n), or (B, T, n) per token.
 
-`linear`, `normalised` and `mlp` read the channel statistics; `conv` and `residual` the feature map itself, through two
-strided stages that end in its mean; `pooled` the map at half its resolution, `patches` its quarters one by one;
-`depthwise` the map through three stages of convolutions that look at one channel each. A deeper head approximates
-p(y | z_k) better, at more cost. `evidence` has no parameters: the messages themselves classify, since log q(y | x) is
-the logarithm of the integral of alpha_k(z) beta_k(z; y).
+`linear`, `normalised` and `mlp` read the channel statistics. The others read the feature map: `conv` and `residual`
+through two strided stages and the mean over space, `pooled` at half its resolution, `patches` its quarters one by one,
+`depthwise` through three stages of depth-wise separable convolutions. A deeper head approximates p(y | z_k) better, at
+a higher cost. `evidence` has no parameters: the messages themselves classify, since log q(y | x) is the logarithm of
+the integral of alpha_k(z) beta_k(z; y).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class LinearHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(spec.statistics, spec.targets.size)
 
-    def forward(self, message: BorderInput) -> Tensor:
-        return self.linear(message.statistics)
+    def forward(self, border_input: BorderInput) -> Tensor:
+        return self.linear(border_input.statistics)
 
 
 class NormalisedHead(nn.Module):
@@ -41,20 +41,20 @@ class NormalisedHead(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.LayerNorm(spec.statistics), nn.Linear(spec.statistics, spec.targets.size))
 
-    def forward(self, message: BorderInput) -> Tensor:
-        return self.layers(message.statistics)
+    def forward(self, border_input: BorderInput) -> Tensor:
+        return self.layers(border_input.statistics)
 
 
 class MLPHead(nn.Module):
-    """Two linear layers on the statistics, as wide inside as there are statistics, at least 64."""
+    """Two linear layers on the statistics, with as many hidden units as statistics, at least 64."""
 
     def __init__(self, spec: BorderSpec) -> None:
         super().__init__()
         width = max(spec.statistics, 64)
         self.layers = nn.Sequential(nn.Linear(spec.statistics, width), nn.ReLU(), nn.Linear(width, spec.targets.size))
 
-    def forward(self, message: BorderInput) -> Tensor:
-        return self.layers(message.statistics)
+    def forward(self, border_input: BorderInput) -> Tensor:
+        return self.layers(border_input.statistics)
 
 
 class MapHead(nn.Module):
@@ -63,8 +63,8 @@ class MapHead(nn.Module):
     features: nn.Module
     linear: nn.Linear
 
-    def forward(self, message: BorderInput) -> Tensor:
-        return self.linear(self.features(message.map).mean((2, 3)))
+    def forward(self, border_input: BorderInput) -> Tensor:
+        return self.linear(self.features(border_input.map).mean((2, 3)))
 
 
 class ConvHead(MapHead):
@@ -79,7 +79,7 @@ class ConvHead(MapHead):
 
 
 class ResidualHead(MapHead):
-    """Two strided residual units that widen as the network does, up to 128 and 256 channels, then mean and linear."""
+    """Two strided residual units that double the channels, up to 128 and 256, the mean over space, one linear layer."""
 
     name = "residual"
 
@@ -94,12 +94,12 @@ class ResidualHead(MapHead):
 
 
 class PooledResidualHead(ResidualHead):
-    """The residual head on the map averaged over squares of 2x2 pixels: a quarter of its cost."""
+    """The residual head on the map averaged over squares of 2x2 pixels, at a quarter of its cost."""
 
     name = "pooled"
 
-    def forward(self, message: BorderInput) -> Tensor:
-        return self.linear(self.features(halved(message.map)).mean((2, 3)))
+    def forward(self, border_input: BorderInput) -> Tensor:
+        return self.linear(self.features(halved(border_input.map)).mean((2, 3)))
 
 
 class PatchHead(ResidualHead):
@@ -107,14 +107,14 @@ class PatchHead(ResidualHead):
 
     name = "patches"
 
-    def forward(self, message: BorderInput) -> Tensor:
-        halves = [[slice(size - size // 2), slice(size // 2, None)] for size in message.map.shape[2:]]
-        quarters = torch.cat([message.map[:, :, rows, columns] for rows, columns in product(*halves)])
+    def forward(self, border_input: BorderInput) -> Tensor:
+        halves = [[slice(size - size // 2), slice(size // 2, None)] for size in border_input.map.shape[2:]]
+        quarters = torch.cat([border_input.map[:, :, rows, columns] for rows, columns in product(*halves)])
         return self.linear(self.features(quarters).mean((2, 3))).unflatten(0, (4, -1)).mean(0)
 
 
 class DepthwiseHead(MapHead):
-    """Three strided depth-wise separable convolutions, each with twice the channels of the one before, mean and linear
+    """Three strided depth-wise separable convolutions that double the channels, the mean over space, one linear layer
     (as in SEDONA; Pyeon et al., 2021)."""
 
     def __init__(self, spec: BorderSpec) -> None:
@@ -144,14 +144,14 @@ class ResidualUnit(nn.Module):
 
 
 def halved(h: Tensor) -> Tensor:
-    """The mean over squares of 2x2 pixels of h (B, C, H, W), with what is there of squares at an odd edge."""
+    """The mean of h (B, C, H, W) over squares of 2x2 pixels; at an odd edge over the pixels left."""
     if h.is_cpu and h.is_contiguous() and h.shape[2] % 2 == h.shape[3] % 2 == 0 and not torch.compiler.is_compiling():
         return Halving.apply(h)
     return F.avg_pool2d(h, 2, ceil_mode=True, count_include_pad=False)
 
 
 class Halving(torch.autograd.Function):
-    """The same by slices, rows first: in a quarter of the time of PyTorch on a CPU with channels outermost."""
+    """The same by slices, rows first: a quarter of PyTorch's time on a CPU with channels outermost."""
 
     @staticmethod
     def forward(ctx, h: Tensor) -> Tensor:
@@ -171,8 +171,8 @@ class Halving(torch.autograd.Function):
 class Fork(torch.autograd.Function):
     """(h, every `stride`-th pixel of h), both views; what reads the first must begin with a convolution.
 
-    The second gradient is added in place to the first, which the convolution has made for this: beside the block's
-    activations stands one map, where autograd would make two and their sum.
+    The second gradient is added in place to the first, which the convolution has just allocated: one map is alive
+    besides the block's activations, where autograd would need two and their sum.
     """
 
     @staticmethod
@@ -187,7 +187,7 @@ class Fork(torch.autograd.Function):
 
 
 class EvidenceHead(nn.Module):
-    """Classes scored by the evidence of their feedback message; for the Gaussian -|a - b_y|^2 / (4 s2)."""
+    """Scores each class by the evidence of its feedback message; for the Gaussian -|a - b_y|^2 / (4 s2)."""
 
     reads_feedback = True
 
@@ -197,11 +197,11 @@ class EvidenceHead(nn.Module):
             raise ValueError('head="evidence" compares classes: it needs labels (classes=), not dense targets')
         self.family, self.classes = family, spec.targets.size
 
-    def forward(self, message: BorderInput) -> Tensor:
-        assert message.feedback is not None
-        classes = torch.arange(self.classes, device=message.alpha.device)
-        beta = message.feedback(classes).detach().to(message.alpha.dtype)
-        return self.family.evidence_matrix(message.alpha, beta)
+    def forward(self, border_input: BorderInput) -> Tensor:
+        assert border_input.feedback is not None
+        classes = torch.arange(self.classes, device=border_input.alpha.device)
+        beta = border_input.feedback(classes).detach().to(border_input.alpha.dtype)
+        return self.family.evidence_matrix(border_input.alpha, beta)
 
 
 def default_head(spec: BorderSpec) -> Head:
@@ -211,8 +211,8 @@ def default_head(spec: BorderSpec) -> Head:
 def affordable_head(spec: BorderSpec, *, budget: float) -> Head:
     """The best head that takes at most `budget` times the operations of the block before it, or else the cheapest.
 
-    Two heads are none of them: residual units on the whole map take four times the operations of "pooled", and
-    depth-wise convolutions are slow on a CPU, few as their operations are.
+    Two heads are not considered: residual units on the whole map take four times the operations of "pooled", and
+    depth-wise convolutions are slow on a CPU, despite their few operations.
     """
     assert spec.operations is not None
     for head in (PooledResidualHead, ConvHead) if spec.is_map else ():
@@ -222,7 +222,7 @@ def affordable_head(spec: BorderSpec, *, budget: float) -> Head:
 
 
 def _operations(head: Head, spec: BorderSpec) -> float:
-    with torch.device("meta"):  # where nothing is computed, and no random number drawn
+    with torch.device("meta"):  # where nothing is computed and no random number is drawn
         module, h = head(spec).eval(), torch.empty(1, *spec.shape)
     return operations(lambda h: module(BorderInput(h, spec=spec, statistic=spatial_mean, feedback=None)), h)
 
@@ -246,7 +246,7 @@ def _conv(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
 
 
 def _separable(inputs: int, outputs: int) -> nn.Sequential:
-    """A strided 3x3 convolution of each channel by itself, then one of 1x1 pixels over all channels."""
+    """A strided 3x3 convolution of each channel by itself, then a 1x1 convolution over all channels."""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, stride=2, padding=1, groups=inputs, bias=False),
         nn.BatchNorm2d(inputs),
@@ -260,6 +260,6 @@ def _separable(inputs: int, outputs: int) -> nn.Sequential:
 def _require_map(spec: BorderSpec, *, head: str) -> None:
     if not spec.is_map:
         raise ValueError(
-            f'head="{head}" needs feature maps (B, C, H, W), and a sample at this border has shape {spec.shape} '
+            f'head="{head}" needs feature maps (B, C, H, W), but a sample at this border has shape {spec.shape} '
             f'({spec.layout}): use "normalised", "mlp" or "linear"'
         )

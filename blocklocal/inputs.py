@@ -1,4 +1,4 @@
-"""What a learner takes: settings, batches, and the optimizers that step it, looked at before anything moves."""
+"""Checks of what a learner is given, before anything changes: settings, batches, and the optimizers that step it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from blocklocal.losses import LocalLoss
 
 @dataclass(frozen=True)
 class Example:
-    """A learner's example= as it reached block k: the shape of a batch there, and its dtype."""
+    """A learner's example= as it reached block k: the shape and dtype of a batch there."""
 
     k: int
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def check(self, h: Tensor) -> None:
-        """ValueError: a batch of other dimensions."""
+        """ValueError: a batch with another number of dimensions."""
         if h.dim() != len(self.shape):
             there = f" at block {self.k}" if self.k else ""
             raise ValueError(
-                f"{self.name} has shape {tuple(h.shape)}, and example= had {self.shape}{there}: a batch of "
+                f"{self.name} has shape {tuple(h.shape)}, but example= had {self.shape}{there}: a batch of "
                 f"{len(self.shape)} dimensions is needed"
             )
 
     def explain(self, h: Tensor, error: Exception, *, block: nn.Module) -> None:
-        """ValueError: h is unlike the example, or unlike the block's parameters, which then is why the block failed."""
+        """ValueError: h differs from the example or from the block's parameters, which is why the block failed."""
         own = next(block.parameters(), h)
         real = h.is_floating_point() and self.dtype.is_floating_point
         cast = real and torch.is_autocast_enabled(h.device.type)
         of_one_dtype = cast or h.dtype == (own.dtype if real else self.dtype)
-        token = isinstance(error, IndexError) and not real  # which an embedding does not have
+        token = isinstance(error, IndexError) and not real  # one that an embedding does not have
         if of_one_dtype and h.shape[1:] == self.shape[1:] and h.device == own.device and not token:
             return
         through = f"block {self.k}, whose example= had shape {self.shape} and {self.dtype}"
@@ -53,8 +53,8 @@ class Example:
 
 
 def check_settings(*, loss: Any, feedback: Any, statistic: Any, criterion: Any, example: Any) -> None:
-    """TypeError, ValueError: a setting of a learner that is none."""
-    require(loss, LocalLoss, name="loss", needed="pass terms with weights, such as 0.1 * bll.Variational()")
+    """TypeError, ValueError: an invalid setting of a learner."""
+    require(loss, LocalLoss, name="loss", needed="pass weighted terms, such as 0.1 * bll.Variational()")
     if isinstance(feedback, type) or not callable(getattr(feedback, "build", None)):
         raise TypeError(f"feedback is {describe(feedback)}: pass settings, such as bll.ClosedFormFeedback()")
     require_function(statistic, name="statistic", needed="pass a function (B, C, P) -> (B, C), such as spatial_mean")
@@ -66,17 +66,17 @@ def check_settings(*, loss: Any, feedback: Any, statistic: Any, criterion: Any, 
 
 
 def check_parameters(model: nn.Module) -> None:
-    """ValueError: a parameter whose elements share memory, as expand() makes it: no optimizer can step it."""
+    """ValueError: a parameter whose elements share memory, as after expand(), so that no optimizer can step it."""
     for name, parameter in model.named_parameters():
         if not is_lazy(parameter) and parameter.layout is torch.strided and _overlaps(parameter):
-            raise ValueError(f"parameter {name!r} shares memory with itself, as after expand(): clone() it before")
+            raise ValueError(f"parameter {name!r} shares memory with itself, as after expand(): clone() it first")
 
 
 def check_batch(x: Tensor, y: Tensor, *, targets: Targets, examples: Sequence[Example]) -> None:
-    """TypeError, ValueError: a batch that nothing can be learnt from. examples: of all blocks, and the prediction."""
+    """TypeError, ValueError: a batch that cannot be learnt from. examples: of all blocks, and the prediction."""
     require_tensor(x, name="x")
     if x.is_nested:
-        raise ValueError(f"x is {describe(x)}, and one of a single shape is needed: pad it")
+        raise ValueError(f"x is {describe(x)}, but must have a single shape: pad it")
     targets.check(y)
     if not x.numel():
         raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch has no loss, leave it out")
@@ -100,7 +100,7 @@ def check_batch(x: Tensor, y: Tensor, *, targets: Targets, examples: Sequence[Ex
 
 
 def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> None:
-    """TypeError, ValueError: what cannot scale the losses of this number of blocks, or step them."""
+    """TypeError, ValueError: arguments that cannot scale the losses of this number of blocks, or step them."""
     require_factor(scale, name="scale")
     if scaler is not None:
         require(scaler, GradScaler, name="scaler", needed="pass a torch.amp.GradScaler")
@@ -114,13 +114,13 @@ def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> Non
             raise TypeError(f"optimizers[{k}] is {describe(optimizer)}: pass a torch.optim.Optimizer")
     if isinstance(scale, Tensor) or scale != 1:
         raise ValueError(
-            f"scale={scale} with optimizers=, which would step with scaled gradients: pass scaler= for mixed "
+            f"scale={scale} with optimizers= would make steps with scaled gradients: pass scaler= for mixed "
             "precision, or leave optimizers= out and step them after the last batch"
         )
 
 
 def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
-    """ValueError: an optimizer that does not step its block, or steps another's, whose gradient is gone or to come."""
+    """ValueError: an optimizer that does not step its own block, or steps another, which has no gradient then."""
     for k, optimizer in enumerate(optimizers):
         check_closure(optimizer, name=f"optimizers[{k}]")
     owners = {id(parameter): k for k, own in enumerate(parameters) for parameter in own}
@@ -135,26 +135,26 @@ def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Par
 
 
 def check_closure(optimizer: Any, *, name: str) -> None:
-    """ValueError: an optimizer that steps with a closure only, as LBFGS does."""
-    step = getattr(type(optimizer), "step", None)  # as the class has it: a schedule puts its own on the instance
+    """ValueError: an optimizer that needs a closure to step, as LBFGS does."""
+    step = getattr(type(optimizer), "step", None)  # the class's: a learning rate schedule wraps the instance's
     if not inspect.isfunction(step):
         return
     try:
         inspect.signature(step).bind(optimizer)
     except TypeError as error:
         raise ValueError(
-            f"{name} is {describe(optimizer)}, which computes the loss again and again ({error}): pass an optimizer "
+            f"{name} is {describe(optimizer)}, which computes the loss several times ({error}): pass an optimizer "
             "that steps without a closure, such as torch.optim.SGD"
         ) from error
 
 
 def stepped_by(optimizer: Any) -> list[int]:
-    """The identities of the parameters that an optimizer has."""
+    """The ids of the parameters that an optimizer steps."""
     return [id(parameter) for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
 
 
 def check_frozen(parameters: Iterable[nn.Parameter], *, k: int) -> None:
-    """ValueError: parameters to train in block k, whose loss has no gradient."""
+    """ValueError: block k has parameters to train, but its loss has no gradient."""
     if any(parameter.requires_grad for parameter in parameters):
         raise ValueError(
             f"the loss of block {k} depends on none of its parameters: is criterion= differentiable, and does the "
@@ -163,7 +163,7 @@ def check_frozen(parameters: Iterable[nn.Parameter], *, k: int) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements have one place in memory: a step along a dimension does not lead past those within it."""
+    """Whether elements share memory: a step along some dimension does not lead past the dimensions within it."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:

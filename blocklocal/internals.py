@@ -1,13 +1,13 @@
-"""Everything that this package uses of torch beyond its public interface. No other file reads a private name of torch.
+"""Every private name of torch that this package uses; no other file reads one.
 
 | private name | what it is for |
 |---|---|
-| `torch.utils._python_dispatch.TorchDispatchMode` | to see every operation, those of backward passes too: bytes alive |
+| `torch.utils._python_dispatch.TorchDispatchMode` | to see every operation, also in backward passes: bytes alive |
 | `torch.nn.Module._apply` | to take part in conversions (`to`, `half`, `to_empty`), all of which end there |
-| `torch.nn.Module._forward_hooks` and its like | to find out whether a module has hooks |
+| `torch.nn.Module._forward_hooks` and the other hooks | to find out whether a module has hooks |
 | `torch.Tensor._version` | to find out whether a tensor was written into |
 
-All of them are in torch 2.11 to 2.15. A torch without one of them can be used all the same: what needs that name raises
+All of them are in torch 2.11 to 2.15. A torch that lacks one of them can still be used: what needs that name raises
 UnsupportedTorch, and everything else works.
 """
 
@@ -24,7 +24,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 class UnsupportedTorch(ImportError):
-    """This torch does not have a private name without which it cannot be done."""
+    """This version of torch lacks a private name that is needed."""
 
     def __init__(self, name: str, *, purpose: str) -> None:
         super().__init__(
@@ -40,18 +40,18 @@ else:
     except ImportError:
 
         class OperationMode:
-            """What stands in for it where torch does not have it."""
+            """Stand-in for a torch that does not have it."""
 
             def __init__(self) -> None:
                 name = "torch.utils._python_dispatch.TorchDispatchMode"
-                raise UnsupportedTorch(name, purpose="to count the bytes alive, as for a cut by blocks=,")
+                raise UnsupportedTorch(name, purpose="counting the bytes alive, as for a cut by blocks=,")
 
 
 class Convertible(nn.Module):
-    """A module that says itself what a conversion does to it: `module.to(...)` and its like call `convert`."""
+    """A module that defines what a conversion does to it: `module.to(...)` and similar methods call `convert`."""
 
     def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
-        """Put fn(tensor) in the place of each parameter and buffer."""
+        """Replace each parameter and buffer by fn(tensor)."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
@@ -60,15 +60,15 @@ class Convertible(nn.Module):
 
 
 def convert(module: nn.Module, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
-    """Put fn(tensor) in the place of each parameter and buffer of a module."""
-    _private(module, "torch.nn.Module", "_apply", purpose="to convert a module")(fn, recurse)
+    """Replace each parameter and buffer of a module by fn(tensor)."""
+    _private(module, "torch.nn.Module", "_apply", purpose="converting a module")(fn, recurse)
 
 
 def refuse_conversions(kind: type[nn.Module]) -> None:
-    """Let the conversions of such modules raise UnsupportedTorch, since they would pass over some of their tensors."""
+    """Make conversions of such modules raise UnsupportedTorch, since they would miss some of their tensors."""
 
     def refuse(self: nn.Module, *args: object, **kwargs: object) -> None:
-        raise UnsupportedTorch("torch.nn.Module._apply", purpose=f"to convert a {type(self).__name__}")
+        raise UnsupportedTorch("torch.nn.Module._apply", purpose=f"converting a {type(self).__name__}")
 
     for name in CONVERSIONS:
         setattr(kind, name, refuse)
@@ -80,12 +80,12 @@ if not hasattr(nn.Module, "_apply"):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs more than its forward pass."""
-    return any(_private(module, "torch.nn.Module", name, purpose="to look for hooks") for name in HOOKS)
+    return any(_private(module, "torch.nn.Module", name, purpose="looking for hooks") for name in HOOKS)
 
 
 def version_of(tensor: Tensor) -> int:
-    """Another number after every operation that writes into the tensor."""
-    return _private(tensor, "torch.Tensor", "_version", purpose="to see what writes into a tensor")
+    """A number that changes with every operation that writes into the tensor."""
+    return _private(tensor, "torch.Tensor", "_version", purpose="seeing what writes into a tensor")
 
 
 def _private(owner: object, kind: str, name: str, *, purpose: str):

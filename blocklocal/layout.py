@@ -1,4 +1,4 @@
-"""Which dimension of a block's output holds its channels: told by the weights that write it and that read it."""
+"""Which dimension of a block's output holds its channels, inferred from the weights that write and read it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 @dataclass(frozen=True)
 class Channels:
-    """A dimension of a tensor, and whether it is sure or follows from the sizes."""
+    """A dimension of a tensor, and whether it is certain or only inferred from sizes."""
 
     axis: int
     sure: bool
 
 
 class Reading(TorchFunctionMode):
-    """While a block runs on h: which dimension of h its first weight reads as channels, and what its weights give.
+    """Records, as a block runs on h, which dimension of h its first weight reads as channels, and what weights write.
 
-    read: None where no weight reads h or a tensor of its sizes. written: shape and channel dimension of each result.
+    read: None if no weight reads h or a tensor of its sizes. written: shape and channel dimension of each result.
     """
 
     def __init__(self, h: Tensor) -> None:
@@ -58,7 +58,7 @@ class Reading(TorchFunctionMode):
 
     def _reads(self, given: Tensor, *, axis: int) -> Channels | None:
         h = self.h
-        if given.untyped_storage() is h.untyped_storage():  # a view of h, told apart by its strides
+        if given.untyped_storage() is h.untyped_storage():  # a view of h: the stride tells which dimension it is
             channels = given.shape[axis], given.stride(axis)
             found = [d for d in range(1, h.dim()) if (h.shape[d], h.stride(d)) == channels]
             return Channels(found[0], sure=True) if len(found) == 1 else None
@@ -82,7 +82,7 @@ class Readings(TorchFunctionMode):
 
 
 def find_layout(h: Tensor, *, before: Reading, after: Reading) -> Layout | None:
-    """The layout of h, from the weights of the block before it and the block after it; None where they do not tell."""
+    """The layout of h, from the weights of the block before it and the block after it; None if they do not tell."""
     if h.dim() == 2:
         return "vector"
     read = after.read
@@ -100,7 +100,7 @@ def find_layout(h: Tensor, *, before: Reading, after: Reading) -> Layout | None:
 
 
 def find_layouts(outputs: Sequence[Tensor], readings: Sequence[Reading]) -> list[Layout | None]:
-    """The layout at each border of a chain, from its blocks' outputs and from what was seen while they ran."""
+    """The layout at each border of a chain, from its blocks' outputs and what was recorded while they ran."""
     return [
         find_layout(h, before=before, after=after)
         for h, before, after in zip(outputs, readings, readings[1:], strict=False)
@@ -108,7 +108,7 @@ def find_layouts(outputs: Sequence[Tensor], readings: Sequence[Reading]) -> list
 
 
 def given_layouts(layout: Layout | Sequence[Layout] | None, *, borders: int) -> list[Layout | None]:
-    """One layout per border from what the user passed: one for all borders, or one for each."""
+    """One layout per border from the user's argument: one for all borders, or one for each."""
     if layout is not None:
         require(layout, Sequence, name="layout", needed=f"choose {', '.join(get_args(Layout))}, or pass one per border")
     layouts: list[Layout | None] = [layout] * borders if layout is None or isinstance(layout, str) else list(layout)

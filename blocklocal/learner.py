@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from blocklocal.arguments import (
@@ -29,63 +26,45 @@ from blocklocal.arguments import (
     require_whole,
 )
 from blocklocal.border import Border
+from blocklocal.collapse import warn_of_collapse
 from blocklocal.exits import Exit, ExitPool, Predictor
-from blocklocal.feedback import ClosedFormFeedback, Feedback, Targets, at_least_single, share_feedback
+from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
 from blocklocal.graph import mode
 from blocklocal.inputs import (
     Example,
     check_batch,
-    check_frozen,
-    check_owners,
     check_parameters,
     check_settings,
-    check_steps,
 )
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
+from blocklocal.local_learner import LocalLearner, cross_entropy, targets_of
 from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import BorderInput, Criterion, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
-from blocklocal.replicas import Group, processes
 from blocklocal.shape_probe import border_spec, check_prediction, probe_shapes
 from blocklocal.split import split
 
 Features = Tensor | tuple[Tensor, Tensor]
-"""What a block reads: features, and where beliefs add, the belief of the exits before it."""
+"""What a block reads: features and, with add_beliefs, the belief of the exits before it."""
 
 
-class CollapseWarning(UserWarning):
-    """A block's output no longer tells the targets apart.
+class BlockLocal(LocalLearner, Convertible):
+    """Trains `model` in blocks, with a local loss at each border; no gradient crosses a border.
 
-    >>> warnings.simplefilter("error", CollapseWarning)  # so that a loop which calls `diagnose` stops
-    """
-
-
-def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits (B, n) or per token (B, T, n) at labels (B,) or (B, T)."""
-    if y.shape != prediction.shape[:-1]:
-        raise ValueError(
-            f"y has shape {tuple(y.shape)}, and the prediction {tuple(prediction.shape)}: one label for each of its "
-            "vectors is needed"
-        )
-    return F.cross_entropy(prediction.flatten(0, -2), y.flatten())
-
-
-class BlockLocal(Convertible):
-    """Trains `model` in blocks: at each border a local loss, and no gradient crosses it.
-
-    model: any module, or a list of modules. at, blocks, balance: where to cut, see `split`; neither cuts a list or an
-    nn.Sequential between its modules; blocks=1 is backpropagation. example: a batch of inputs, needed for borders.
-    classes: labels are integers 0..classes-1, one per sample (B,) or per token (B, T). outputs: dense targets of so
-    many numbers, (B, outputs). loss: the local loss at each border. feedback, statistic: how beta and alpha are made.
+    model: any module, or a list of modules. at, blocks, balance: where to cut, see `split`; without them a list or an
+    nn.Sequential is cut between its modules; blocks=1 is backpropagation. example: an input batch, needed for borders.
+    classes: labels are integers 0..classes-1, one per sample (B,) or per token (B, T). outputs: number of dense targets
+    per sample, (B, outputs). loss: the local loss at each border. feedback, statistic: how beta and alpha are made.
     criterion: the loss of the last block and of predictions at borders, (prediction, y) -> scalar; cross-entropy for
     labels. layout: what the features are, "tokens" (channels last), "signal" or "map" (channels second), at all borders
-    or at each; by default found from the weights that write and read them. add_beliefs: every exit predicts the sum of
-    its own logits and those of the exits before it (Eq. 2 for categorical messages), which travel beside the features
-    and are constants for it. What was trained is then the model with its heads, see `predictor`, and not the model
-    alone.
+    or at each; by default inferred from the weights that write and read them. add_beliefs: every exit predicts the sum
+    of its own logits and those of the exits before it (Eq. 2 for categorical messages), which are handed on with the
+    features and are constants for it. The trained model is then the model with its heads, see `predictor`, not the
+    model alone.
 
-    The model passed in shares its parameters with the blocks: it is the trained model, its state dict is as it was.
+    The model passed in shares its parameters with the blocks: it is the trained model, and its state dict keeps its
+    names.
 
     >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
     >>> learner.backward(torch.randn(4, 8), torch.tensor([0, 2, 1, 0])).shape
@@ -111,7 +90,7 @@ class BlockLocal(Convertible):
     ) -> None:
         super().__init__()
         model = module_of(model)
-        self.targets = _targets(classes, outputs)
+        self.targets = targets_of(classes, outputs)
         if criterion is None:
             if not self.targets.labels:
                 raise ValueError("dense targets have no loss of their own: pass criterion=, such as mse_loss")
@@ -163,7 +142,6 @@ class BlockLocal(Convertible):
         if self.borders and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
             raise ValueError("criterion has parameters, which every border would train: pass one without")
         self._regions: list[Region] = []  # once compiled; in a list, since blocks are registered as blocks
-        self._steppers: tuple[int, ...] = ()  # the optimizers that were looked at last
         self._examples: list[Example] = []  # of every block, and the prediction; none where there is no border
         if self.borders and example is not None:
             self._examples = [Example(k, tuple(h.shape), h.dtype) for k, h in enumerate([example, *seen.outputs])]
@@ -177,7 +155,7 @@ class BlockLocal(Convertible):
         """Forward pass of block k: (local loss with its graph, output detached), from a detached input h.
 
         The output is what the next block reads; that of the last block is the prediction. With add_beliefs it is a
-        pair, the block's output and the belief, and so is h but for block 0.
+        pair, the block's output and the belief, and so is h except for block 0.
         """
         k = self._index(k)
         h, belief = self._received(k, h)
@@ -188,7 +166,7 @@ class BlockLocal(Convertible):
             return self._learn(k, self._forward(k, h), belief, y)
         except (RuntimeError, IndexError):
             if k < len(self.borders):
-                self.targets.check(y)  # whose values only now are worth a look
+                self.targets.check(y)  # its values, which are worth a check only now
             raise
 
     def exit(self, k: int, h: Features) -> tuple[Tensor, Any]:
@@ -197,8 +175,8 @@ class BlockLocal(Convertible):
         h, belief = self._received(k, h)
         h = self._forward(k, h)
         if k < len(self.borders):
-            message = self._border(k).message(h, belief)
-            return self._border(k).predict(message), self._handed_on(k, message)
+            border_input = self._border(k).message(h, belief)
+            return self._border(k).predict(border_input), self._handed_on(k, border_input)
         check_prediction(h, size=self.targets.size)
         prediction = add_belief(belief, h)
         return prediction, prediction
@@ -206,8 +184,8 @@ class BlockLocal(Convertible):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         """The local losses, with all graphs alive: the backward pass of their sum gives each block its own gradient.
 
-        In training mode closed-form feedback is fitted to the batch, unless no gradients are recorded: a loss for
-        validation, in torch.no_grad(), leaves the feedback as it is in either mode.
+        In training mode closed-form feedback is fitted to the batch, unless no gradients are recorded: a validation
+        loss in torch.no_grad() leaves the feedback unchanged in either mode.
         """
         self._check(x, y)
         if torch.is_grad_enabled():
@@ -227,54 +205,24 @@ class BlockLocal(Convertible):
         optimizers: Sequence[Optimizer] | None = None,
         scaler: GradScaler | None = None,
     ) -> Tensor:
-        """One step's gradients, block after block, with the graph of one block alive at a time (Fig. 2).
+        """Compute one step's gradients block by block, with the graph of one block alive at a time (Fig. 2).
 
-        Gradients of scale * loss add to those that are there: scale=1/n accumulates n batches. optimizers: one per
-        block; each is stepped and its gradients are freed directly after its block's backward. scaler: scales every
-        local loss, and steps the optimizers; after the batch call its update(), which this does not. Returns the local
-        losses (K,), detached and unscaled.
+        Gradients of scale * loss are added to existing ones: scale=1/n accumulates n batches. optimizers: one per
+        block; each is stepped and its gradients are freed right after its block's backward pass. scaler: scales every
+        local loss and steps the optimizers; call its update() after the batch, which this method does not. Returns the
+        local losses (K,), detached and unscaled.
         """
         require_gradients("backward")
         self._check(x, y)
         self._check_replicas()
-        check_steps(optimizers, scaler=scaler, scale=scale, blocks=len(self.blocks))
-        if optimizers is not None and self._steppers != (steppers := tuple(map(id, optimizers))):
-            check_owners(optimizers, [self.block_parameters(k) for k in range(len(self.blocks))])
-            self._steppers = steppers
+        step = self._stepper(scale=scale, optimizers=optimizers, scaler=scaler)
         losses, h = [], x
         for k in range(len(self.blocks)):
             loss, h = self.local(k, h, y)
-            learns = loss.requires_grad
-            if not learns:
-                check_frozen(self.block_parameters(k), k=k)
-            else:
-                with torch.autocast(loss.device.type, enabled=False):
-                    scaled = loss * scale
-                    (scaled if scaler is None else scaler.scale(scaled)).backward()
-                    del scaled
             losses.append(loss.detach())
+            step(k, loss)
             del loss
-            if optimizers is not None:
-                if scaler is None:
-                    optimizers[k].step()
-                elif learns:
-                    scaler.step(optimizers[k])
-                optimizers[k].zero_grad(set_to_none=True)
         return torch.stack(losses)
-
-    def share_feedback(self, group: Group = None) -> None:
-        """Fit closed-form feedback to the batches of several processes that train this learner together.
-
-        Each process has its share of every batch, as with DDP: the feedback is then that of the whole batch, the same
-        in all of them. group: a process group, or None for all processes. Call it on every process, before training and
-        before or after the groups are there; every process then goes through the same number of batches. False: this
-        learner is trained by this process alone, whatever the others do.
-        """
-        allowed = "pass a process group, None for all processes, or False for a learner of this process alone"
-        if group is not None and group is not False:
-            kind = torch.distributed.ProcessGroup if torch.distributed.is_available() else ()
-            require(group, kind, name="group", needed=allowed)
-        share_feedback(self, group)
 
     def block_parameters(self, k: int) -> list[nn.Parameter]:
         """The parameters that learn from local loss k: those of block k and of its border."""
@@ -319,31 +267,8 @@ class BlockLocal(Convertible):
             h = self.exit(j, h)[1] if self.adds_beliefs else self._forward(j, h)
         return self.exit(k, h)[0]
 
-    @torch.no_grad()
-    def fit_exits(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, ...]:
-        """Weigh the exits for exit="all" by what they say of samples (x, y) that were held out; returns the weights.
-
-        In evaluation mode: K numbers of least criterion for the combined prediction of all batches together.
-
-        >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
-        >>> len(learner.fit_exits([(torch.randn(4, 8), torch.tensor([0, 2, 1, 0]))]))
-        2
-        """
-        exits, targets = [], []
-        with mode(self, training=False):
-            for x, y in batches:
-                self._check(x, y)
-                exits.append(self.exits(x))
-                targets.append(y)
-        if not targets:
-            raise ValueError("batches is empty: held-out samples are needed to weigh the exits")
-        self.pool.fit(
-            [torch.cat(parts) for parts in zip(*exits, strict=True)], torch.cat(targets), criterion=self.criterion
-        )
-        return self.pool.weights
-
     def predictor(self, *, exit: int | Literal["all"] | None = None) -> Predictor:
-        """`predict` as a module without learner, to be saved, compiled or exported; it shares the learner's weights.
+        """`predict` as a module without the learner, to save, compile or export; it shares the learner's weights.
 
         exit=None: the blocks alone. exit=k: blocks 0 to k and the head of exit k. exit="all": blocks, heads, weights.
         """
@@ -358,22 +283,24 @@ class BlockLocal(Convertible):
 
     @torch.no_grad()
     def diagnose(self, x: Tensor, y: Tensor) -> list[dict[str, float]]:
-        """What a batch shows of each border, in evaluation mode: see `Border.diagnose`. Warns of a collapsed block."""
+        """Report what a batch shows of each border, in evaluation mode: see `Border.diagnose`. Warns of a collapse."""
         self._check(x, y)
         reports: list[dict[str, float]] = []
         given: Features = x
         with mode(self, training=False):
             for k in range(len(self.borders)):
                 h, belief = self._received(k, given)
-                message = self._border(k).message(self._forward(k, h), belief)
-                reports.append(self._border(k).diagnose(message, y))
-                given = self._handed_on(k, message)
+                border_input = self._border(k).message(self._forward(k, h), belief)
+                reports.append(self._border(k).diagnose(border_input, y))
+                given = self._handed_on(k, border_input)
         warn_of_collapse(reports)
         return reports
 
     def compile(self, *, backend: str | Callable = "inductor", dynamic: bool | None = None) -> None:
-        """Compile each block with torch.compile, in place: alone for predictions, and for training in one region with
-        its border and its local loss."""
+        """Compile each block with torch.compile, in place.
+
+        For predictions it is compiled alone, for training together with its border and local loss.
+        """
         if not isinstance(backend, str):
             require_function(backend, name="backend", needed="pass the name of a backend or a function")
         elif backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -382,9 +309,9 @@ class BlockLocal(Convertible):
         require(dynamic, bool | None, name="dynamic", needed="pass True, False or None")
         for k, block in enumerate(self.blocks):
             if isinstance(block, torch.jit.ScriptModule):
-                raise ValueError(f"block {k} is a ScriptModule, which is compiled: pass the module it was made of")
+                raise ValueError(f"block {k} is a ScriptModule, which is already compiled: pass its original module")
         for block in self.blocks:
-            if type(block).__module__.startswith("torch.nn."):  # torch.compile passes over code of torch.nn itself
+            if type(block).__module__.startswith("torch.nn."):  # torch.compile skips the code of torch.nn itself
                 block.forward = partial(_call, block.forward)
             block.compile(backend=backend, dynamic=dynamic)
         self._regions = [Region(self, k) for k in range(len(self.blocks))]
@@ -396,7 +323,7 @@ class BlockLocal(Convertible):
         return super().train(mode)
 
     def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
-        """Put fn(tensor) in the place of each parameter and buffer; the blocks stay those of the model."""
+        """Replace each parameter and buffer by fn(tensor); the blocks stay those of the model."""
         self._outline.check()
         convert(self.model, fn, recurse=recurse)
         for name, child in self.named_children():  # the borders, and a criterion that is a module
@@ -407,7 +334,7 @@ class BlockLocal(Convertible):
         self._outline.note()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        weights = {"pool._extra_state": self.pool.get_extra_state()}  # stay, where the state is that of blocks alone
+        weights = {"pool._extra_state": self.pool.get_extra_state()}  # kept if the state has only the blocks
         result = super().load_state_dict({**weights, **state_dict}, strict=strict, assign=assign)
         if assign:
             for block in self._traced():
@@ -421,7 +348,7 @@ class BlockLocal(Convertible):
         return [block for block in self.blocks if block not in given]
 
     def _received(self, k: int, h: Features) -> tuple[Tensor, Tensor | None]:
-        """The features that block k is given, and the belief where there is one."""
+        """The features that block k receives, and the belief if there is one."""
         if k == 0 or not self.adds_beliefs:
             require_tensor(h, name="h")
             assert isinstance(h, Tensor)
@@ -435,25 +362,13 @@ class BlockLocal(Convertible):
             require_tensor(part, name="h")
         return h
 
-    def _handed_on(self, k: int, message: BorderInput, *, detached: bool = False) -> Features:
-        """What block k gives to the next one."""
-        h = message.h.detach() if detached else message.h
+    def _handed_on(self, k: int, border_input: BorderInput, *, detached: bool = False) -> Features:
+        """What block k hands on to the next one."""
+        h = border_input.h.detach() if detached else border_input.h
         if not self.adds_beliefs:
             return h
-        belief = self._border(k).predict(message)
+        belief = self._border(k).predict(border_input)
         return h, belief.detach() if detached else belief
-
-    def _border(self, k: int) -> Border:
-        border = self.borders[k]
-        assert isinstance(border, Border)
-        return border
-
-    def _exit(self, exit: object) -> int:
-        last = len(self.blocks) - 1
-        try:
-            return last if exit is None else require_whole(exit, name="exit", least=0, most=last)
-        except (TypeError, ValueError):
-            raise ValueError(f'exit={exit!r}: choose a block 0 to {last} or "all"') from None
 
     def _index(self, k: int) -> int:
         return require_whole(k, name="k", least=0, most=len(self.blocks) - 1)
@@ -461,23 +376,11 @@ class BlockLocal(Convertible):
     def _check(self, x: Tensor, y: Tensor) -> None:
         check_batch(x, y, targets=self.targets, examples=self._examples)
 
-    def _check_replicas(self) -> None:
-        """ValueError: several processes, and nobody has said what they share."""
-        if not self.training or processes() == 1:
-            return
-        feedback = [border.feedback for border in self.borders]
-        if any(getattr(one, "replicas", False) is None for one in feedback):
-            raise ValueError(
-                f"{processes()} processes train, and each would fit its feedback to its own share of a batch alone: "
-                "call learner.share_feedback() where they train one learner together, as with DDP, and "
-                "learner.share_feedback(False) where each has a learner of its own"
-            )
-
     def _learn(self, k: int, h: Tensor, belief: Tensor | None, y: Tensor) -> tuple[Tensor, Any]:
-        """What `local` gives, from the output h of block k."""
+        """What `local` returns, from the output h of block k."""
         if k < len(self.borders):
-            message = self._border(k).message(h, belief)
-            return self.borders[k](message, y), self._handed_on(k, message, detached=True)
+            border_input = self._border(k).message(h, belief)
+            return self.borders[k](border_input, y), self._handed_on(k, border_input, detached=True)
         check_prediction(h, size=self.targets.size)
         if self.borders:
             self.targets.match(y, h, what="the prediction")
@@ -494,11 +397,11 @@ class BlockLocal(Convertible):
             raise
 
     def _prepared(self, k: int, h: Tensor) -> Tensor:
-        """The input of block k, after a look at it, as the block gets it."""
+        """The input of block k as the block gets it, after a check."""
         if k == 0:
             self._outline.check()
         if h.is_meta:
-            raise ValueError("x is on the meta device, where tensors have no values: pass inputs on a real one")
+            raise ValueError("x is on the meta device, where tensors have no values: pass inputs on a real device")
         if self._examples:
             self._examples[k].check(h)
         if any(parameter.is_meta for parameter in islice(self.blocks[k].parameters(), 1)):
@@ -506,10 +409,10 @@ class BlockLocal(Convertible):
                 f"block {k} is on the meta device, where nothing is computed: give it memory with to_empty(device=...) "
                 "and initialise it, or build the model on a real device"
             )
-        torch.clear_autocast_cache()  # of weights as they were before an optimizer step, or cast without a graph
+        torch.clear_autocast_cache()  # it may hold weights from before an optimizer step, or without a graph
         if k > 0:
             require_dense(h, name="h")
-            h = dense(h)  # as it travels from one process to another: strides decide the last bits of what follows
+            h = dense(h)  # as between processes: strides decide the last bits of what follows
         return h.clone() if self._writes_input[k] else h
 
     def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:
@@ -532,7 +435,7 @@ class BlockLocal(Convertible):
 
 
 class Region(nn.Module):
-    """What of `BlockLocal.local` is compiled in one: block, border and loss."""
+    """The part of `BlockLocal.local` that is compiled as one: block, border and loss."""
 
     def __init__(self, learner: BlockLocal, k: int) -> None:
         super().__init__()
@@ -541,31 +444,6 @@ class Region(nn.Module):
     def forward(self, h: Tensor, belief: Tensor | None, y: Tensor) -> tuple[Tensor, Any]:
         (learner,) = self._learner
         return learner._learn(self.k, learner.blocks[self.k](h), belief, y)
-
-
-def warn_of_collapse(reports: Sequence[dict[str, float]]) -> None:
-    """A CollapseWarning for each border whose report, see `Border.diagnose`, shows that its block has collapsed."""
-    for k, report in enumerate(reports):
-        ratio = report["variance_ratio"]
-        if math.isnan(ratio):
-            warnings.warn(f"block {k} gives no finite number for any sample", CollapseWarning, stacklevel=3)
-        elif not ratio > 1e-3:
-            warnings.warn(
-                f"block {k} has collapsed: its output no longer tells the targets apart "
-                f"(variance ratio {ratio:.1e}); raise the weight of bll.Predictive()",
-                CollapseWarning,
-                stacklevel=3,
-            )
-
-
-def _targets(classes: int | None, outputs: int | None) -> Targets:
-    if (classes is None) == (outputs is None):
-        raise ValueError("pass either classes= (integer labels) or outputs= (dense targets)")
-    if classes is not None:
-        if require_whole(classes, name="classes", least=1) == 1:
-            raise ValueError("classes=1: with one class there is nothing to tell apart; pass at least 2")
-        return Targets(int(classes), labels=True)
-    return Targets(require_whole(outputs, name="outputs", least=1), labels=False)
 
 
 def _call(forward: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""A head that looks through a copy of the unit that follows its border, as in Momentum Auxiliary Networks.
+"""A head that looks through a copy of the unit after its border, as in Momentum Auxiliary Networks.
 
-The block then learns features that the next unit can use, not only features that a shallow head can read, at the cost
-of one more unit in its step (Su et al., 2024). Nothing flows back: the copy is part of the border, and what it is
-refreshed from is not touched.
+The block then learns features that the next unit can use, not only ones that a shallow head can read, at the cost of
+one more unit per step (Su et al., 2024). Nothing flows back: the copy is part of the border, and the unit that it is
+refreshed from does not change.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from blocklocal.split import candidates, cut, places
 
 @dataclass(frozen=True)
 class Lookahead:
-    """A head for `Predictive(head=...)`: a copy of the next unit, and behind it another head.
+    """A head for `Predictive(head=...)`: a copy of the next unit, followed by another head.
 
-    head: as for `Predictive`, by default that of the shape behind the copy. refresh: every so many training
-    steps the copy takes the weights and statistics of the unit as it is; in between it is frozen. With refresh=1 the
-    two blocks overlap. None: the copy is taken once, and learns with the block. trainable: beside a frozen copy a
-    second one learns; what follows sees their mean. The unit is the shortest part of the next block that can be cut
+    head: as for `Predictive`; by default the one for the output of the copy. refresh: number of training steps after
+    which the copy takes the unit's current weights and statistics; in between it is frozen. With refresh=1 the two
+    blocks overlap. None: the copy is taken once, and learns with the block. trainable: in addition to the frozen copy a
+    second one learns, and the head sees their mean. The unit is the shortest part of the next block that can be cut
     off, or all of it.
 
-    Over processes `bll.Pipeline(..., lookahead=True)` brings the copies from the rank of the next block.
+    Over processes, `bll.Pipeline(..., lookahead=True)` fetches the copies from the rank of the next block.
 
     >>> import blocklocal as bll
     >>> loss = bll.Predictive(bll.Lookahead(refresh=100))
@@ -45,18 +45,18 @@ class Lookahead:
     trainable: bool = False
 
     def __post_init__(self) -> None:
-        Predictive(self.head)  # refuses what is no head
+        Predictive(self.head)  # refuses an invalid head
         if self.refresh is not None:
             require_whole(self.refresh, name="refresh", least=1)
         require(self.trainable, bool, name="trainable", needed="pass True or False")
 
     def __call__(self, spec: BorderSpec) -> nn.Module:
-        """ValueError: the output of the next unit is of another kind than its input, or one number for each channel."""
-        if spec.following is None:  # while cuts are looked for
+        """ValueError: the next unit's output differs in layout from its input, or has one number per channel."""
+        if spec.following is None:  # during the search for cuts
             return self._inner(spec)
         weight = next(spec.following.parameters(), None)
         if weight is None:
-            raise ValueError("Lookahead() copies a unit with weights, and the next block has none: use another head")
+            raise ValueError("Lookahead() copies a unit with weights, but the next block has none: use another head")
         example, shapes = torch.zeros(2, *spec.shape, device=weight.device, dtype=weight.dtype), []
         for unit in _units(spec.following):
             output, writes = _output(unit, example)
@@ -65,8 +65,9 @@ class Lookahead:
                 break
         else:
             raise ValueError(
-                f"Lookahead() looks through a unit that keeps the layout, and the next one makes {shapes[0]} of "
-                f"{tuple(example.shape)}: leave more of the model in the next block, or use another head"
+                f"Lookahead() looks through a unit that keeps the layout, but the next one turns "
+                f"{tuple(example.shape)} into {shapes[0]}: leave more of the model in the next block, or use another "
+                "head"
             )
         behind = replace(spec, shape=tuple(output.shape[1:]), following=None)
         head = LookaheadHead(unit, spec.following, self._inner(behind), spec=behind, settings=self)
@@ -78,9 +79,9 @@ class Lookahead:
 
 
 class LookaheadHead(nn.Module):
-    """The copies, frozen or learning, and the head behind them. `steps` counts those in training mode.
+    """The copies, frozen or learning, and the head behind them. `steps` counts the training steps.
 
-    elsewhere: the next block learns in another process, and what a refresh takes is `deliver`ed before it.
+    elsewhere: the next block learns in another process, and `deliver` provides what a refresh takes.
     """
 
     def __init__(
@@ -88,51 +89,53 @@ class LookaheadHead(nn.Module):
     ) -> None:
         super().__init__()
         self.head, self.spec, self.refresh = head, spec, settings.refresh
-        self._next = unit, block  # in a tuple, since they are not this border's
+        self._next = unit, block  # in a tuple, since they are not part of this border
         frozen = settings.refresh is not None
         self.frozen = copy.deepcopy(unit).requires_grad_(False) if frozen else None
         self.trained = copy.deepcopy(unit) if settings.trainable or not frozen else None
-        self.writes_input = False  # as a unit does that begins with an in-place activation
+        self.writes_input = False  # True for a unit that begins with an in-place activation
         self.steps = 0
         self.elsewhere = False
         self._delivered: Sequence[Tensor] | None = None
 
-    def forward(self, message: BorderInput) -> Tensor:
+    def forward(self, border_input: BorderInput) -> Tensor:
         if self.frozen is not None and self.training and torch.is_grad_enabled():
             if self.refreshes():
                 self._refresh()
             self.steps += 1
-        seen = [through(message.h.clone() if self.writes_input else message.h) for through in self.copies]
+        seen = [through(border_input.h.clone() if self.writes_input else border_input.h) for through in self.copies]
         behind = BorderInput(
             seen[0] if len(seen) == 1 else (seen[0] + seen[1]) / 2,
             spec=self.spec,
-            statistic=message.statistic,
+            statistic=border_input.statistic,
             feedback=None,
         )
         return self.head(behind)
 
     def refreshes(self, ahead: int = 0) -> bool:
-        """Whether the training step that comes after so many others begins with a refresh."""
+        """Whether the next training step, or the one `ahead` steps later, begins with a refresh."""
         return self.refresh is not None and (self.steps + ahead) % self.refresh == 0
 
     def source(self) -> list[Tensor]:
-        """The weights and statistics of the next unit, in the order of those of a copy."""
+        """The weights and statistics of the next unit, in the same order as those of a copy."""
         unit, block = self._next
         if not set(unit.parameters()) <= set(block.parameters()):
-            raise RuntimeError("the next block has other parameters than when its unit was copied: build a new learner")
+            raise RuntimeError(
+                "the next block's parameters were replaced after its unit was copied: build a new learner"
+            )
         return list(_tensors(unit))
 
     def deliver(self, tensors: Sequence[Tensor]) -> None:
-        """What `source` gives where the next block learns, for the refresh that comes."""
+        """Provide the tensors for the coming refresh: what `source` returns where the next block learns."""
         self._delivered = tensors
 
     def own(self) -> list[Tensor]:
-        """Those of a copy."""
+        """The weights and statistics of a copy."""
         return list(_tensors(self.copies[0]))
 
     @torch.no_grad()
     def begin(self, tensors: Sequence[Tensor]) -> None:
-        """Take all copies anew, from what `source` gives."""
+        """Take all copies again, from what `source` returns."""
         for made in self.copies:
             _fill(made, tensors)
 
@@ -144,7 +147,7 @@ class LookaheadHead(nn.Module):
     def _refresh(self) -> None:
         assert self.frozen is not None
         if self.elsewhere and self._delivered is None:
-            raise RuntimeError("the next block learns in another process: train by the pipeline, which brings copies")
+            raise RuntimeError("the next block learns in another process: train with the pipeline, which sends copies")
         tensors, self._delivered = self.source() if self._delivered is None else self._delivered, None
         _fill(self.frozen, tensors)
 
@@ -156,8 +159,10 @@ class LookaheadHead(nn.Module):
 
 
 def _units(block: nn.Module) -> Iterator[nn.Module]:
-    """The shortest part of a block that can be cut off, or all of it; then shorter ones, without what comes after the
-    last layer with weights, such as pooling."""
+    """The shortest part of a block that can be cut off, or all of it; then shorter ones, down to the last weights.
+
+    The shorter ones leave out layers without weights at the end, such as pooling.
+    """
     names, useful = places(block), candidates(block)
     end = names.index(useful[0]) + 1 if useful else len(names)
     if not useful:
@@ -170,7 +175,7 @@ def _units(block: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _output(unit: nn.Module, example: Tensor) -> tuple[Tensor, bool]:
-    """What the unit makes of the example, and whether it writes into it, or would in training mode."""
+    """The unit's output for the example, and whether it writes into its input, or would in training mode."""
     given = example.clone()
     before = version_of(given)
     with mode(unit, training=False):

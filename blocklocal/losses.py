@@ -1,7 +1,7 @@
-"""The local loss of one border, as settings that add and scale: 0.1 * Variational() + Predictive(head="conv").
+"""The local loss of a border, as settings that can be added and scaled: 0.1 * Variational() + Predictive(head="conv").
 
-A term's settings are frozen and know nothing of a model; `build(spec)` makes the module of one border, which maps
-(message, y) to a scalar: the mean over samples (and tokens) of the loss in nats.
+A term's settings are frozen and independent of a model; `build(spec)` makes the module of one border, which maps
+(border_input, y) to a scalar: the mean loss over samples (and tokens) in nats.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from blocklocal.messages import BorderInput, BorderSpec, spatial_std
 
 
 class LocalLoss:
-    """Terms with weights."""
+    """A local loss: terms with weights."""
 
     @property
     def terms(self) -> tuple[tuple[float, Term], ...]:
@@ -62,8 +62,8 @@ class Term(LocalLoss):
     ...     def build(self, spec):
     ...         return DecayTerm()
     >>> class DecayTerm(nn.Module):
-    ...     def forward(self, message, y):
-    ...         return message.alpha.square().mean()
+    ...     def forward(self, border_input, y):
+    ...         return border_input.alpha.square().mean()
     >>> loss = Predictive() + 0.01 * Decay()
     """
 
@@ -72,26 +72,26 @@ class Term(LocalLoss):
         return ((1.0, self),)
 
     def build(self, spec: BorderSpec) -> nn.Module:
-        """The term's module at one border: forward(message, y) -> scalar."""
+        """The term's module at one border: forward(border_input, y) -> scalar."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Variational(Term):
-    """KL(rho || alpha) + H(alpha), summed over latents (Eqs. 5-6), rho being the product of alpha and beta (Eq. 2).
+    """KL(rho || alpha) + H(alpha), summed over latents (Eqs. 5-6), where rho is the product of alpha and beta (Eq. 2).
 
-    For the Gaussian of known variance s2 this is |beta - alpha|^2 / (8 s2) and constants. beta is a constant for the
-    block; feedback that has parameters of its own gets their gradient from the same divergence with alpha held fixed.
-    With `fixed_posterior` rho too is held fixed, as in an E-step: the gradient in natural parameters is then the mean
-    of alpha less that of rho, twice as much for the Gaussian. A moving rho follows alpha the more, the surer alpha is,
-    so that for Bernoulli, Categorical and Poisson its gradient can lead away from beta.
+    For the Gaussian of known variance s2 this is |beta - alpha|^2 / (8 s2) plus constants. beta is a constant for the
+    block; feedback with parameters gets their gradient from the same divergence with alpha held fixed. With
+    `fixed_posterior` rho is held fixed too, as in an E-step: the gradient in natural parameters is then the mean of
+    alpha minus that of rho, for the Gaussian twice as large. If rho is not fixed, it follows alpha more closely the
+    more certain alpha is, so that for Bernoulli, Categorical and Poisson the gradient can lead away from beta.
 
-    estimate_variance: for the Gaussian, s2 of every channel is its estimate from the batch, the mean of
-    (alpha - beta)^2, in place of the family's: the M-step in closed form. Every channel then counts by its share of
-    what is left unexplained, not by its scale.
+    estimate_variance: for the Gaussian, estimate s2 of every channel from the batch, as the mean of (alpha - beta)^2,
+    instead of taking the family's: the M-step in closed form. A channel then counts by the share of it that is left
+    unexplained, not by its scale.
 
-    Families other than the Gaussian of known variance also have an entropy to lower. It is least where every latent is
-    certain, whatever the class, and without bound for GaussianMeanVariance: give them a small weight, such as 0.01.
+    Families other than the Gaussian of known variance also have an entropy to lower. It is lowest when every latent is
+    certain, whatever the class, and unbounded for GaussianMeanVariance: give them a small weight, such as 0.01.
 
     >>> loss = 0.1 * Variational(estimate_variance=True) + Predictive()
     >>> [weight for weight, term in loss.terms]
@@ -107,7 +107,7 @@ class Variational(Term):
         require(self.fixed_posterior, bool, name="fixed_posterior", needed="pass True or False")
         require(self.estimate_variance, bool, name="estimate_variance", needed="pass True or False")
         if self.estimate_variance and not isinstance(self.family, Gaussian):
-            raise ValueError(f"estimate_variance=True is for bll.Gaussian(), and the family is {self.family}")
+            raise ValueError(f"estimate_variance=True needs family=bll.Gaussian(), but the family is {self.family}")
 
     def build(self, spec: BorderSpec) -> nn.Module:
         self.family.natural(torch.zeros(1, spec.statistics))  # refuses channels that do not fit
@@ -121,10 +121,10 @@ class VariationalTerm(nn.Module):
         super().__init__()
         self.settings = settings
 
-    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
-        assert message.feedback is not None
-        family, alpha = self.settings.family, message.alpha
-        beta, log_scale = message.feedback(y).to(alpha.dtype), None
+    def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
+        assert border_input.feedback is not None
+        family, alpha = self.settings.family, border_input.alpha
+        beta, log_scale = border_input.feedback(y).to(alpha.dtype), None
         if self.settings.estimate_variance:
             scale = (alpha - beta).detach().square().flatten(0, -2).mean(0).clamp_min(1e-6).sqrt()
             family, alpha, beta, log_scale = Gaussian(), alpha / scale, beta / scale, scale.log()
@@ -140,14 +140,13 @@ class VariationalTerm(nn.Module):
 
 @dataclass(frozen=True)
 class Predictive(Term):
-    """The criterion of the model on a prediction made at the border (paper, section 3).
+    """The model's criterion on a prediction made at the border (paper, section 3).
 
     head: one of "linear", "normalised", "mlp", "conv", "residual", "pooled", "patches", "depthwise", "evidence", or a
-    function BorderSpec -> nn.Module that maps a BorderInput to logits. By default "pooled" at feature maps and
-    "normalised" at vectors and tokens. budget: choose the head by what it costs, the first of "pooled", "conv" that
-    takes at most this share of its own block's operations (0.1: a tenth), and where none does, "normalised"; it is
-    chosen once the cuts are known, which are found with the default. A torch that cannot count operations gets the
-    default.
+    function BorderSpec -> nn.Module, where the module maps a BorderInput to logits. By default "pooled" for feature
+    maps and "normalised" for vectors and tokens. budget: choose the head by its cost: the first of "pooled" and "conv"
+    that takes at most this share of the operations of its own block (0.1: a tenth), or else "normalised". It is chosen
+    once the cuts are known; those are found with the default. A torch that cannot count operations gets the default.
 
     >>> 0.1 * Variational() + Predictive(budget=0.5) == BLL
     True
@@ -179,9 +178,9 @@ class Predictive(Term):
             module = head(spec)
         except TypeError as error:
             raise TypeError(
-                f"head cannot be made of a spec ({error}): pass a function BorderSpec -> nn.Module"
+                f"head cannot be called with a BorderSpec ({error}): pass a function BorderSpec -> nn.Module"
             ) from error
-        require(module, nn.Module, name="head: what it makes", needed="a function BorderSpec -> nn.Module is needed")
+        require(module, nn.Module, name="the return value of head", needed="pass a function BorderSpec -> nn.Module")
         return PredictiveTerm(module, spec=spec)
 
 
@@ -192,25 +191,25 @@ class PredictiveTerm(nn.Module):
         super().__init__()
         self.head, self.criterion = head, spec.criterion
 
-    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
-        return loss_of(self.criterion, self.predict(message), y)
+    def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
+        return loss_of(self.criterion, self.predict(border_input), y)
 
-    def predict(self, message: BorderInput) -> Tensor:
-        return message.predict(self.head)
+    def predict(self, border_input: BorderInput) -> Tensor:
+        return border_input.predict(self.head)
 
 
 @dataclass(frozen=True)
 class Posterior(Predictive):
-    """Cross-entropy of a border's prediction with the posterior of the targets and of the belief that has come along.
+    """Cross-entropy of a border's prediction with the posterior of the targets and the belief of the earlier exits.
 
-    For categorical messages, whose natural parameters are logits, that is the product of powers
+    For categorical messages, whose natural parameters are logits, the posterior is the product of powers
 
         p*(y) ~ p_y^a p_(k-1)^(1-a)    (Eq. 2),
 
     with a = `power` and the targets p_y: the labels, of which a share, `softness` (1 - depth), is spread evenly over
-    all classes, most at the first border. The belief p_(k-1) of the exits before border k travels forward with
-    `add_beliefs=True`, and is a constant; at the first border, or without it, p* is p_y. Labels of no softness decide
-    alone, whatever the belief.
+    all classes, most at the first border. The belief p_(k-1) of the exits before border k is handed on with
+    `add_beliefs=True`, and is a constant; at the first border, or without it, p* is p_y. With `softness` 0 the labels
+    alone decide, whatever the belief.
 
     >>> loss = Posterior(power=0.9, softness=0.2)
     """
@@ -223,7 +222,7 @@ class Posterior(Predictive):
         require_number(self.power, name="power", least=0, most=1)
         require_number(self.softness, name="softness", least=0, most=1)
         if self.power < 1 and self.softness == 0:
-            raise ValueError(f"power={self.power} has no effect with softness=0, where labels decide alone: raise it")
+            raise ValueError(f"power={self.power} has no effect with softness=0, where labels alone decide: raise it")
 
     def build(self, spec: BorderSpec) -> PosteriorTerm:
         if not spec.targets.labels:
@@ -237,10 +236,10 @@ class PosteriorTerm(PredictiveTerm):
         self.classes, self.power = spec.targets.size, settings.power
         self.softness = settings.softness * (1 - spec.depth)
 
-    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
-        prediction = message.predict(self.head)
+    def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
+        prediction = border_input.predict(self.head)
         prediction = prediction.to(at_least_single(prediction.dtype))
-        target = self._target(message.belief, y, dtype=prediction.dtype)
+        target = self._target(border_input.belief, y, dtype=prediction.dtype)
         return F.cross_entropy(prediction.flatten(0, -2), target.flatten(0, -2))
 
     def _target(self, belief: Tensor | None, y: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -255,8 +254,8 @@ class PosteriorTerm(PredictiveTerm):
 class Similarity(Term):
     """Similarity matching, the "sim" of Pred-Sim (Nokland and Eidnes, 2019).
 
-    Mean squared difference between the similarity matrices of the batch, that of a 3x3 convolution (for vectors: a
-    linear layer) of h and that of the one-hot labels. A similarity matrix is the Gram matrix of one feature vector
+    Mean squared difference between two similarity matrices of the batch: that of a 3x3 convolution (for vectors: a
+    linear layer) of h, and that of the one-hot labels. A similarity matrix is the Gram matrix of one feature vector
     per sample, centred and of unit length; the features of a map are its channels' standard deviations over space.
     Pred-Sim is 0.99 * Similarity() + 0.01 * Predictive(head="linear").
 
@@ -275,24 +274,24 @@ class SimilarityTerm(nn.Module):
             raise ValueError("Similarity() compares samples: it does not apply to targets per token")
         if spec.targets.size < 2 or spec.channels < 2:
             raise ValueError(
-                f"Similarity() compares patterns, and there are {spec.targets.size} targets and {spec.channels} "
+                f"Similarity() compares patterns, but there are {spec.targets.size} targets and {spec.channels} "
                 "channels: at least two of each are needed"
             )
         self.targets = spec.targets
         c = spec.channels
         self.transform = nn.Conv2d(c, c, 3, padding=1, bias=False) if spec.is_map else nn.Linear(c, c, bias=False)
 
-    def forward(self, message: BorderInput, y: Tensor) -> Tensor:
-        if message.spec.is_map:
-            features = spatial_std(self.transform(message.map).flatten(2).to(message.alpha.dtype))
+    def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
+        if border_input.spec.is_map:
+            features = spatial_std(self.transform(border_input.map).flatten(2).to(border_input.alpha.dtype))
         else:
-            features = self.transform(message.statistics).to(message.alpha.dtype)
+            features = self.transform(border_input.statistics).to(border_input.alpha.dtype)
         target = F.one_hot(y, self.targets.size) if self.targets.labels else y
         return F.mse_loss(similarity(features), similarity(target.to(features.dtype)))
 
 
 def similarity(features: Tensor) -> Tensor:
-    """Gram matrix (B, B) of features (B, F), each sample centred and of unit length."""
+    """Gram matrix (B, B) of features (B, F), with each sample centred and scaled to unit length."""
     centred = features - features.mean(1, keepdim=True)
     unit = F.normalize(centred, dim=1)
     return unit @ unit.T
@@ -302,7 +301,7 @@ PRED_SIM = 0.99 * Similarity() + 0.01 * Predictive(LinearHead)
 """Pred-Sim (Nokland and Eidnes, 2019)."""
 
 BLL = 0.1 * Variational() + Predictive(budget=0.5)
-"""Block-local learning as it is by default."""
+"""Block-local learning with the default local loss."""
 
 BLL_PAPER = Variational() + Predictive(LinearHead)
-"""Block-local learning with the paper's own local loss."""
+"""Block-local learning with the paper's local loss."""

@@ -1,10 +1,10 @@
-"""Bytes alive while operations run, counted from the operations themselves, alike on every device.
+"""Bytes alive while operations run, counted from the operations themselves, in the same way on every device.
 
-Counted is the storage of every tensor that an operation makes, from then until its last owner lets go: activations,
-what autograd saves for the backward pass, gradients of activations and of parameters, temporaries between operations.
-A storage counts once, however many tensors view it. Not counted: what was there before (parameters, buffers, optimizer
-state, the batch), workspace inside an operation, and what compiled code allocates, since no operation shows it. Where
-two gradients meet, one map too many is counted: unwatched, autograd adds the second to the first in place.
+The storage of every tensor that an operation creates is counted until its last owner releases it: activations, what
+autograd saves for the backward pass, gradients of activations and parameters, temporaries between operations. A storage
+counts once, however many tensors view it. Not counted: what existed before (parameters, buffers, optimizer state, the
+batch), workspace inside an operation, and what compiled code allocates, since no operation shows it. Where two
+gradients meet, one map too many is counted: without tracking, autograd adds the second to the first in place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Timeline:
 
 
 class MemoryTracker(OperationMode):
-    """While it is active, writes the timeline of the bytes alive.
+    """Records the timeline of the bytes alive while it is active.
 
     >>> import torch
     >>> with MemoryTracker() as tracker:
@@ -50,7 +50,7 @@ class MemoryTracker(OperationMode):
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.perf_counter() - self._start
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -80,7 +80,7 @@ class MemoryTracker(OperationMode):
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """Those that an operation takes or gives, which may be in tuples, lists and dictionaries."""
+    """The tensors in an operation's arguments or results, also inside tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple | dict):

@@ -1,8 +1,8 @@
-"""What stands at a border for one batch: the block's output, its channel statistics and the feedback they meet.
+"""What a border gets for one batch: the block's output, its channel statistics and the feedback they meet.
 
 A statistic reduces positions, h (B, C, P) -> (B, C), or to `per_channel` numbers for each channel: feature maps
-(B, C, H, W) have P = H W positions, signals (B, C, L) P = L, token sequences (B, T, D) P = T, vectors (B, D) one. Where
-the model predicts per token, every token is a position of its own and alpha is (B, T, D).
+(B, C, H, W) have P = H W positions, signals (B, C, L) P = L, token sequences (B, T, D) P = T, vectors (B, D) one. If
+the model predicts per token, every token has its own statistics and alpha is (B, T, D).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 def spatial_mean(positions: Tensor) -> Tensor:
     """Mean over positions: (B, C, P) -> (B, C).
 
-    A sum that is divided after, since the gradient of torch.mean is written out for every position.
+    Computed as a sum and a division, since the gradient of torch.mean is written out for every position.
 
     >>> spatial_mean(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))
     tensor([[2., 2.]])
@@ -47,7 +47,7 @@ def spatial_max(positions: Tensor) -> Tensor:
 
 
 def spatial_std(positions: Tensor) -> Tensor:
-    """Standard deviation over positions: (B, C, P) -> (B, C). Zero, with gradient zero, where there is one position.
+    """Standard deviation over positions: (B, C, P) -> (B, C). Zero, with zero gradient, if there is one position.
 
     >>> spatial_std(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]))
     tensor([[1., 0.]])
@@ -73,9 +73,9 @@ class SpatialMoments:
 
 @dataclass(frozen=True)
 class SpatialGrid:
-    """Means over the cells of a grid of `size` x `size`, which tell where something is: (B, C, H, W) -> (B, C size^2).
+    """Means over the cells of a `size` x `size` grid, which keep coarse positions: (B, C, H, W) -> (B, C size^2).
 
-    For feature maps only, of at least `size` pixels a side.
+    Only for feature maps of at least `size` pixels per side.
 
     >>> SpatialGrid(2)(torch.zeros(8, 16, 7, 7)).shape
     torch.Size([8, 64])
@@ -94,7 +94,7 @@ class SpatialGrid:
     def __call__(self, map: Tensor) -> Tensor:
         if map.dim() != 4 or min(map.shape[2:]) < self.size:
             raise ValueError(
-                f"map is {describe(map)}: (B, C, H, W) of at least {self.size} pixels a side is needed; pass "
+                f"map is {describe(map)}: it must be (B, C, H, W) with at least {self.size} pixels per side; pass "
                 "another statistic="
             )
         return F.adaptive_avg_pool2d(map, self.size).flatten(1)
@@ -106,19 +106,18 @@ def memory_order(h: Tensor) -> tuple[int, ...]:
 
 
 def dense(h: Tensor) -> Tensor:
-    """h, or a contiguous copy where it does not fill its memory (a slice, an expanded tensor)."""
+    """h itself, or a contiguous copy if it does not fill its memory (a slice, an expanded tensor)."""
     return h if h.permute(memory_order(h)).is_contiguous() else h.contiguous()
 
 
 def _require_positions(positions: Tensor) -> None:
     require_tensor(positions, name="positions")
     if positions.dim() != 3:
-        raise ValueError(f"positions is {describe(positions)}: three dimensions (B, C, P) are needed")
+        raise ValueError(f"positions is {describe(positions)}: it must have three dimensions (B, C, P)")
 
 
 def add_belief(belief: Tensor | None, evidence: Tensor) -> Tensor:
-    """Natural parameters of categorical messages add (Eq. 2), at least in single precision; without a belief, evidence
-    alone."""
+    """Add the natural parameters of categorical messages (Eq. 2), at least in single precision. belief may be None."""
     if belief is None:
         return evidence
     return belief + evidence.to(at_least_single(evidence.dtype))
@@ -126,13 +125,13 @@ def add_belief(belief: Tensor | None, evidence: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BorderSpec:
-    """Where a border stands: the shape and layout of one sample of h, and what to predict there.
+    """What a border is built for: the shape and layout of one sample of h, and what to predict there.
 
-    shape: (D,) of a vector, (T, D) or (H, W, D) of tokens, (C, L) of a signal, (C, H, W) of a map. tokens: there is one
-    prediction per token, not one per sample. depth: 0 at the first border of a chain of K blocks, k / (K - 1) at border
-    k. operations: of the block before it, in a forward pass for one sample; None where nobody has counted them.
-    following: the block after it, of which a head may take copies; None while cuts are looked for. per_channel: numbers
-    that the statistic makes of a channel.
+    shape: (D,) for a vector, (T, D) or (H, W, D) for tokens, (C, L) for a signal, (C, H, W) for a map. tokens: whether
+    there is one prediction per token instead of one per sample. depth: k / (K - 1) at border k of a chain of K blocks.
+    operations: of a forward pass of the block before it for one sample; None if they have not been counted. following:
+    the block after it, which a head may copy; None during the search for cuts. per_channel: the number of statistics
+    per channel.
 
     >>> from blocklocal import BlockLocal
     >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
@@ -160,7 +159,7 @@ class BorderSpec:
 
     @property
     def reduces(self) -> bool:
-        """Whether a statistic reduces positions; a vector or a token that is predicted from is its own statistic."""
+        """Whether a statistic reduces positions; a vector, or a token with its own prediction, is its own statistic."""
         return not self.tokens and self.layout != "vector"
 
     @property
@@ -176,17 +175,17 @@ class BorderSpec:
 
     @property
     def is_map(self) -> bool:
-        """Whether a message has a `map`."""
+        """Whether a BorderInput has a `map`."""
         return len(self.shape) == 3 and not self.tokens
 
 
 class BorderInput:
-    """The forward message of one batch at one border.
+    """What terms and heads read at one border for one batch: the block's output and what follows from it.
 
-    h: the block's output. statistics: its channel statistics, (B, C) or per token (B, T, C), which heads read. alpha:
-    the same, at least in single precision. Both carry the gradient. feedback: the border's feedback network, from which
-    a loss gets beta. belief: what the exits before this one predict together, (B, n) or (B, T, n), where it has come
-    along with h; a constant.
+    h: the block's output. statistics: its channel statistics, (B, C) or (B, T, C) per token, which heads read. alpha:
+    the same, at least in single precision. Both carry gradients. feedback: the border's feedback network, from which a
+    loss gets beta. belief: the joint prediction of the earlier exits, (B, n) or (B, T, n), if it is handed on with h; a
+    constant.
 
     >>> from blocklocal import BlockLocal
     >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
@@ -209,14 +208,14 @@ class BorderInput:
         self._alpha: Tensor | None = None
 
     def predict(self, head: nn.Module) -> Tensor:
-        """The prediction of a head, added to the belief that has come along. Computed once."""
+        """The prediction of a head, added to the belief if there is one. Computed once."""
         if head not in self._predictions:
             self._predictions[head] = add_belief(self.belief, head(self))
         return self._predictions[head]
 
     @property
     def statistics(self) -> Tensor:
-        if self._statistics is None:  # a cached_property has a lock, at which a compiled region would end
+        if self._statistics is None:  # a cached_property has a lock, which would break the compiled graph
             self._statistics = self._reduced()
         return self._statistics
 
@@ -231,7 +230,7 @@ class BorderInput:
 
     @property
     def map(self) -> Tensor:
-        """The features as a map (B, C, H, W), where the spec `is_map`."""
+        """The features as a map (B, C, H, W), if the spec `is_map`."""
         assert self.spec.is_map
         return self.h if self.spec.channels_first else self.h.permute(0, 3, 1, 2)
 

@@ -1,4 +1,4 @@
-"""How many operations a module takes: those of matrix products and convolutions, which all other costs follow."""
+"""The number of operations of a module: those of matrix products and convolutions, which all other costs follow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blocklocal.internals import UnsupportedTorch
 
 @torch.no_grad()
 def operations(forward: Callable[[Tensor], object], h: Tensor) -> float:
-    """Floating-point operations of a forward pass for one sample of h (B, ...), an addition being one.
+    """Floating-point operations of a forward pass for one sample of h (B, ...); an addition counts as one.
 
     UnsupportedTorch: this torch has no way to count them.
 
@@ -20,7 +20,7 @@ def operations(forward: Callable[[Tensor], object], h: Tensor) -> float:
     64.0
     """
     try:
-        from torch.utils.flop_counter import FlopCounterMode  # here, since it needs a name that is not public
+        from torch.utils.flop_counter import FlopCounterMode  # here, since it needs a private name
     except ImportError as error:
         purpose = "counting operations"
         raise UnsupportedTorch("torch.utils._python_dispatch.TorchDispatchMode", purpose=purpose) from error

@@ -1,4 +1,4 @@
-"""The containers of a model that was cut. None is called any more, so that a change in one must not go unnoticed."""
+"""The containers of a model that was cut. They are no longer called, so a change in one must not go unnoticed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from blocklocal.graph import obstacle, trace
 
 
 class Outline:
-    """What the containers of `model` held when it was cut into `blocks`: the modules that are in no block themselves.
+    """What the containers of `model`, the modules that are in no block themselves, held when it was cut into `blocks`.
 
-    `check` is cheap and belongs at the beginning of each pass; `note` takes the containers as they are now.
+    `check` is cheap and belongs at the beginning of each pass; `note` records the containers as they are now.
     """
 
     def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
@@ -32,7 +32,7 @@ class Outline:
         self.graph = self._graph()
 
     def check(self) -> None:
-        """ValueError: a container has hooks, or other submodules, tensors or constants than when it was cut."""
+        """ValueError: a container has hooks, or its submodules, tensors or constants have changed since it was cut."""
         for name, module in self.containers.items():
             if found := obstacle(module):
                 raise ValueError(f"{_called(name)} {found}: build a new learner, cut outside it")
@@ -40,7 +40,7 @@ class Outline:
             changed = [member for member in {**then, **now} if then.get(member) is not now.get(member)]
             if changed:
                 raise ValueError(
-                    f"{_called(name)} has another {changed[0]!r} than when it was cut, and the blocks do not see it: "
+                    f"{changed[0]!r} of {_called(name)} has changed since it was cut, and the blocks do not see it: "
                     "build a new learner; change tensors in place, and move the learner, not the model"
                 )
         constants = {name: _constants(module) for name, module in self.containers.items()}
@@ -50,7 +50,7 @@ class Outline:
             self.constants = constants
 
     def _graph(self) -> str:
-        """The graph as text, its constants among it; that of a chain which was not traced says nothing."""
+        """The graph as text, including its constants; empty for a chain that was not traced."""
         if not self.traced:
             return ""
         return str(trace(self.containers[""], containers=frozenset(self.containers) - {""}).graph)
@@ -60,19 +60,19 @@ class Outline:
             for constant, then in self.constants[name].items():
                 if now.get(constant) != then:
                     return f"{constant!r} of {_called(name)} was {then!r} when it was cut"
-        return "the forward pass takes another course than when it was cut"
+        return "the forward pass has changed since the model was cut"
 
 
 def stand_ins(model: nn.Module, block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of a block cut from `model` that are not the model's own: empty ones in place of its containers."""
+    """The modules of a block cut from `model` that are not the model's own: empty stand-ins for its containers."""
     return [(path, module) for path, module in block.named_modules() if module is not model.get_submodule(path)]
 
 
 def share(model: nn.Module, block: nn.Module) -> None:
-    """Let a block cut from `model` hold the parameters and buffers that the model's containers hold now.
+    """Make a block cut from `model` hold the parameters and buffers that the model's containers hold now.
 
-    A module is in its block itself. A container that was cut stands in a block as an empty module with the tensors
-    that the block reads, and these go their own way as soon as the container replaces its own.
+    A submodule is itself part of its block. A container that was cut is represented in a block by an empty module with
+    the tensors that the block reads, which become outdated as soon as the container replaces its own.
     """
     for path, stand_in in stand_ins(model, block):
         container = model.get_submodule(path)
@@ -81,7 +81,7 @@ def share(model: nn.Module, block: nn.Module) -> None:
 
 
 def adopt(model: nn.Module, block: nn.Module) -> None:
-    """Let the model's containers hold the parameters and buffers that a block cut from `model` holds now."""
+    """Make the model's containers hold the parameters and buffers that a block cut from `model` holds now."""
     for path, stand_in in stand_ins(model, block):
         container = model.get_submodule(path)
         for name, tensor in [*stand_in.named_parameters(recurse=False), *stand_in.named_buffers(recurse=False)]:

@@ -1,4 +1,4 @@
-"""Activation checkpointing: a module's inside is computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: a module's activations are computed again in the backward pass instead of being kept."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ NORMS = (
     nn.InstanceNorm2d,
     nn.InstanceNorm3d,
 )
-"""The normalisation layers that may keep running statistics, as buffers which a forward pass moves."""
+"""The normalisation layers that may keep running statistics, in buffers that a forward pass updates."""
 
 
 def recompute(module: nn.Module) -> None:
-    """Make `module` keep its input alone for the backward pass, and run its forward pass again there; in place.
+    """Make `module` keep only its input for the backward pass, and run its forward pass again there; in place.
 
     For whole units, such as residual units, inside a block: half the memory or less, for a third more time. Outputs,
-    gradients, dropout masks and names of parameters stay what they are; running statistics of normalisation layers are
-    updated once per step. Other state that a forward pass changes is changed twice. The chain is then cut around the
-    module, never inside it. A second call changes nothing.
+    gradients, dropout masks and parameter names stay the same; running statistics of normalisation layers are updated
+    once per step. Other state that a forward pass changes is changed twice. The model is then cut around the module,
+    never inside it. A second call changes nothing.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)))
     >>> recompute(model[1])
     """
     require_module(module, name="module")
     if isinstance(module, torch.jit.ScriptModule):
-        raise ValueError("module is a ScriptModule, which cannot be run again: pass the module that it was made of")
+        raise ValueError("module is a ScriptModule, which cannot be run again: pass its original module")
     if not is_recomputed(module):
         module.forward = _Recomputed(module, module.forward).run
 
 
 def is_recomputed(module: nn.Module) -> bool:
-    """Whether `recompute` has been applied to this very module."""
+    """Whether `recompute` has been applied to this module itself."""
     forward = vars(module).get("forward")
     return isinstance(getattr(forward, "__self__", None), _Recomputed)
 
@@ -58,7 +58,7 @@ class _Recomputed:
         forward = partial(self.forward, **kwargs)
         if not torch.is_grad_enabled():
             return forward(*args)
-        if torch.compiler.is_compiling():  # what a compiled graph computes again leaves statistics alone
+        if torch.compiler.is_compiling():  # recomputation in a compiled graph leaves statistics alone
             return checkpoint(forward, *args, use_reentrant=False)
         return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts)
 
@@ -68,7 +68,7 @@ class _Recomputed:
 
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Running statistics of `module` stand still: the first forward pass has already moved them."""
+    """Freeze the running statistics of `module`, which the first forward pass has already updated."""
     norms = [norm for norm in module.modules() if isinstance(norm, NORMS)]
     saved = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:

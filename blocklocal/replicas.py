@@ -1,4 +1,4 @@
-"""Whose batches a closed-form feedback is fitted to, where several processes train the same learner."""
+"""The processes whose batches a closed-form feedback is fitted to when several train the same learner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group: TypeAlias = "dist.ProcessGroup | Literal[False] | None"
-"""Processes that share something: those of a group, all of them (None), or every one has its own (False)."""
+"""Processes that share something: those of a group, all of them (None), or none (False)."""
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ def processes() -> int:
 
 
 def _restore(group: Literal[False, "gone"] | None) -> Replicas | None:
-    """After unpickling. A process group does not outlive its process: nothing is decided then."""
+    """Restore after unpickling. A process group does not outlive its process: what is shared is then undecided."""
     return None if group == "gone" else Replicas(group)

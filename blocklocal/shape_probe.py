@@ -1,4 +1,4 @@
-"""What a chain's blocks give on an example, and where its borders therefore stand."""
+"""What a chain's blocks return for an example, and the specs of its borders that follow."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 @dataclass(frozen=True)
 class ShapeProbe:
-    """The blocks' outputs, the layouts found at the borders, which blocks write into their input, and where they were
-    counted, the operations of each block for one sample."""
+    """What the blocks of a chain do with an example.
+
+    layouts: those found at the borders. operations: of each block for one sample, None if they were not counted.
+    """
 
     outputs: list[Tensor]
     layouts: list[Layout | None]
@@ -35,10 +37,10 @@ class ShapeProbe:
 def probe_shapes(
     model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, size: int, count: bool = False
 ) -> ShapeProbe:
-    """What the blocks cut from `model` do on `example` in evaluation mode.
+    """Run the blocks cut from `model` on `example` in evaluation mode.
 
-    Nothing for a chain of one block, which has no border. ValueError: no example, a block that gives no features, a
-    prediction of another size, or another prediction than the model's.
+    A chain of one block, which has no border, is not run. ValueError: no example, a block that returns no features, a
+    prediction of the wrong size, or one that differs from the model's.
     """
     if len(blocks) == 1:
         return ShapeProbe([], [], [False], [None])
@@ -53,12 +55,12 @@ def probe_shapes(
     with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
         for k, block in enumerate(blocks):
             before = version_of(h)
-            name = "example" if k == 0 else f"what block {k - 1} gives on example="
+            name = "example" if k == 0 else f"the output of block {k - 1} for example="
             with passes(h, name=name, through=f"block {k}"), Reading(h) as reading, torch.enable_grad():
                 output = block(h)
             writes_input.append(k > 0 and (version_of(h) != before or drops_in_place(block)))
             if not isinstance(output, Tensor) or output.dim() < 2:
-                raise ValueError(f"block {k} gives {_describe(output)}: a block gives one tensor (B, ...) of features")
+                raise ValueError(f"block {k} returns {_describe(output)}: a block must return one tensor (B, ...)")
             _require_own_gradient(output, blocks=blocks, k=k)
             h = output.detach()
             outputs.append(h)
@@ -68,7 +70,7 @@ def probe_shapes(
         with mode(model, training=False), torch.random.fork_rng(devices=devices), Reading(example):
             _compare(h, model(example.clone()))
     require_batch_first(outputs)
-    if any(h.dim() > 2 and h.shape[1] == len(h) for h in outputs):  # then one batch does not tell
+    if any(h.dim() > 2 and h.shape[1] == len(h) for h in outputs):  # then one batch size does not tell
         h, longer = torch.cat([example, example[:1]]), []
         with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
             for block in blocks:
@@ -88,18 +90,18 @@ def check_example(model: nn.Module, example: Tensor) -> None:
     meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     if meta != example.is_meta:
         raise ValueError(
-            f"example= is on the device {example.device} and the model {'is' if meta else 'is not'} on the meta "
+            f"example= is on the device {example.device}, but the model {'is' if meta else 'is not'} on the meta "
             "device: put both on it, or neither"
         )
 
 
 def check_prediction(prediction: object, *, size: int) -> None:
-    """ValueError: a prediction for another number of classes or outputs, or for no batch."""
+    """ValueError: a prediction with the wrong number of classes or outputs, or without a batch."""
     if isinstance(prediction, Tensor) and prediction.shape == (size,):
-        raise ValueError(f"the model gives {_describe(prediction)} for x: a batch is needed, such as x.unsqueeze(0)")
+        raise ValueError(f"the model returns {_describe(prediction)} for x: a batch is needed, such as x.unsqueeze(0)")
     if not isinstance(prediction, Tensor) or prediction.dim() < 2 or prediction.shape[-1] != size:
         raise ValueError(
-            f"the model gives {_describe(prediction)}: its last dimension must be {size}, the number of classes or "
+            f"the model returns {_describe(prediction)}: its last dimension must be {size}, the number of classes or "
             "outputs"
         )
 
@@ -107,30 +109,30 @@ def check_prediction(prediction: object, *, size: int) -> None:
 def border_spec(
     h: Tensor, *, layout: Layout | None, prediction: Tensor, targets: Targets, criterion: Criterion
 ) -> BorderSpec:
-    """The spec of a border at h, in a model that gives this prediction: per token where it has three dimensions."""
+    """The spec of a border at h in a model with this prediction, which is per token if it has three dimensions."""
     if h.dim() == 2:
         layout = "vector"
     if layout is None:
         raise ValueError(
-            f"a block gives {_describe(h)}, and no layer beside the border tells which dimension holds the channels: "
+            f"a block returns {_describe(h)}, and no layer at the border tells which dimension holds the channels: "
             'pass layout="tokens" if it is the last, "signal" (B, C, L) or "map" (B, C, H, W) if it is the second'
         )
     if h.dim() not in DIMENSIONS[layout]:
-        raise ValueError(f"a block gives {_describe(h)}, which is no {layout}: pass another layout=")
+        raise ValueError(f"a block returns {_describe(h)}, which does not fit layout={layout!r}: pass another layout=")
     spec = BorderSpec(
         tuple(h.shape[1:]), layout=layout, targets=targets, tokens=prediction.dim() > 2, criterion=criterion
     )
     rows = h.movedim(1, -1) if spec.channels_first else h
     if spec.tokens and rows.shape[:-1] != prediction.shape[:-1]:
         raise ValueError(
-            f"a block gives {_describe(h)}, and the model predicts per token, {_describe(prediction)}: "
+            f"a block returns {_describe(h)}, but the model predicts per token, {_describe(prediction)}: "
             "cut where the features are one vector per token"
         )
     return spec
 
 
 def _require_own_gradient(output: Tensor, *, blocks: nn.ModuleList, k: int) -> None:
-    """ValueError where the output of block k has a gradient for parameters of an earlier block."""
+    """ValueError: the output of block k has a gradient for parameters of an earlier block."""
     earlier = ((j, name, p) for j, block in enumerate(blocks[:k]) for name, p in block.named_parameters())
     foreign: dict[object, tuple[int, str]] = {p: (j, name) for j, name, p in earlier}
     waiting, known = [output.grad_fn], set()
@@ -153,29 +155,29 @@ def require_batch_first(outputs: list[Tensor]) -> None:
     for k, h in enumerate(outputs):
         if len(h) != len(outputs[-1]):
             raise ValueError(
-                f"block {k} gives {_describe(h)} where the model gives {_describe(outputs[-1])}: the first dimension "
-                "of features is the batch; cut elsewhere, or put the batch first"
+                f"block {k} returns {_describe(h)} and the model {_describe(outputs[-1])}: the first dimension of "
+                "features must be the batch; cut elsewhere, or put the batch first"
             )
 
 
 def _compare(chain: Tensor, prediction: object) -> None:
-    """ValueError where the blocks predict otherwise than the model that they were cut from."""
+    """ValueError: the prediction of the blocks differs from that of the model they were cut from."""
     if not isinstance(prediction, Tensor) or (prediction.shape, prediction.dtype) != (chain.shape, chain.dtype):
-        raise ValueError(f"the blocks give {_describe(chain)} for example=, and the model {_describe(prediction)}")
+        raise ValueError(f"the blocks return {_describe(chain)} for example=, but the model {_describe(prediction)}")
     if chain.is_meta:
         return
     largest = prediction.abs().nan_to_num(posinf=0.0).max().item()
     rounding = largest * torch.finfo(chain.dtype).eps ** 0.75
     if not torch.allclose(chain, prediction, rtol=0.0, atol=rounding, equal_nan=True):
         raise ValueError(
-            "the blocks give another prediction for example= than the model, by up to "
-            f"{(chain - prediction).abs().max().item():.2g}: its forward pass does what a trace loses; cut outside it, "
+            "the blocks' prediction for example= differs from the model's by up to "
+            f"{(chain - prediction).abs().max().item():.2g}: a trace loses part of its forward pass; cut outside it, "
             "or pass the blocks as a list of modules"
         )
 
 
 def drops_in_place(block: nn.Module) -> bool:
-    """Whether dropout, which evaluation mode does not show, may write into the block's input."""
+    """Whether dropout, which evaluation mode hides, may write into the block's input."""
     return any(isinstance(module, DROPOUTS) and module.inplace for module in block.modules())
 
 

@@ -23,15 +23,14 @@ def split(
     balance: Literal["time", "memory"] = "memory",
     border: BorderLoss | None = None,
 ) -> nn.Sequential:
-    """Cut `model` into blocks; their composition is the model, with the model's own parameters, buffers and names.
+    """Cut `model` into blocks whose composition is the model, with the model's own parameters, buffers and names.
 
-    at: a border stands after each of these submodules (qualified names). blocks: so many blocks, such that the
-    slowest is as fast ("time") or the largest as small ("memory") as can be, measured on the batch `example`; what the
-    local losses cost counts where `border` makes them. With neither, a list of modules or an nn.Sequential is a chain
-    as it stands.
+    at: submodules (qualified names) to put a border after. blocks: number of blocks, cut such that the slowest is as
+    fast ("time") or the largest as small ("memory") as possible, measured on the batch `example`; the cost of the local
+    losses is included if `border` makes them. With neither, a list of modules or an nn.Sequential is a chain as it is.
 
-    ValueError: a submodule that is not there or not called exactly once, a value that bypasses a border, parameters
-    on both sides of one, more blocks than cuts.
+    ValueError: a submodule that does not exist or is not called exactly once, a value that bypasses a border,
+    parameters on both sides of a border, too many blocks for the possible cuts.
 
     >>> chain = split(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), at=["1"])
     >>> [name for name, _ in chain[1].named_parameters()]
@@ -81,7 +80,7 @@ def candidates(model: nn.Module) -> list[str]:
 
 
 def places(model: nn.Module) -> list[str]:
-    """All submodules whose output alone crosses to what follows, in the same order: layers without weights too."""
+    """All submodules whose output alone is read by what follows, in the same order, even layers without weights."""
     return _places(model)[1]
 
 
@@ -113,14 +112,14 @@ def cut(model: nn.Module, *, at: Sequence[str]) -> nn.Sequential:
 
 
 def _borders(traced: Trace, *, at: Sequence[str]) -> list[fx.Node]:
-    """The nodes at whose values the borders stand, in the order of the forward pass."""
+    """The nodes whose values cross the borders, in the order of the forward pass."""
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     nodes: dict[fx.Node, str] = {}
     for name in at:
         calls = traced.outputs.get(name, [])
         if len(calls) != 1:
             raise ValueError(
-                f"at={name!r}: a border needs a submodule called once, this one is called {len(calls)} times"
+                f"at={name!r}: a border needs a submodule called once, but this one is called {len(calls)} times"
             )
         node = calls[0]
         if node in nodes:
@@ -132,7 +131,7 @@ def _borders(traced: Trace, *, at: Sequence[str]) -> list[fx.Node]:
                 f"{name!r} may cross it; cut where the model is a chain"
             )
         if not node.users or order[node] >= len(order) - 2:
-            raise ValueError(f"at={name!r}: no computation follows this submodule, so no block would stand after it")
+            raise ValueError(f"at={name!r}: no computation follows this submodule, so there would be no block after it")
         nodes[node] = name
     return sorted(nodes, key=order.__getitem__)
 
@@ -165,7 +164,7 @@ def _segments(model: nn.Module, traced: Trace, *, borders: list[fx.Node]) -> nn.
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:
-    """The chain, after a check that nothing that a step changes is on both sides of a border."""
+    """Return the chain, after checking that nothing that a step changes is on both sides of a border."""
     blocks = list(chain)
     for k, block in enumerate(blocks):
         names = _changing(block)
@@ -175,13 +174,13 @@ def _checked(chain: nn.Sequential) -> nn.Sequential:
                     kind = "parameter" if isinstance(part, nn.Parameter) else "running statistics"
                     raise ValueError(
                         f"{kind} {name!r} of block {j} is also {names[part]!r} of block {k}: "
-                        "no border may stand between two uses of one"
+                        "no border may separate two uses of it"
                     )
     return chain
 
 
 def _changing(block: nn.Module) -> dict[nn.Parameter | nn.Module, str]:
-    """The parameters of a block and its layers with running statistics, with their names."""
+    """The parameters and the layers with running statistics of a block, with their names."""
     norms = {
         norm: name or type(norm).__name__
         for name, norm in block.named_modules()
@@ -191,9 +190,9 @@ def _changing(block: nn.Module) -> dict[nn.Parameter | nn.Module, str]:
 
 
 def _useful(model: nn.Module, traced: Trace, names: list[str]) -> list[str]:
-    """The cuts that a weight matrix or kernel follows at once, and that no parameter or running statistics bridge.
+    """The cuts directly before a weight matrix or kernel that no parameter or running statistics bridge.
 
-    What follows a layer without one (normalisation, activation, dropout, pooling) belongs to the layer's block.
+    Layers without one (normalisation, activation, dropout, pooling) belong to the block of the layer before them.
     """
     chain = _segments(model, traced, borders=[traced.outputs[name][0] for name in names])
     owners: dict[nn.Parameter | nn.Module, list[int]] = {}

@@ -15,12 +15,12 @@ import blocklocal as bll
 
 
 class BlockLocalModule(lightning.LightningModule):
-    """Any model, in blocks. The sum of the local losses has, for each block, the gradient of its own loss alone."""
+    """Any model, trained in blocks. For each block, the sum of the local losses has the gradient of its own loss."""
 
     def __init__(self, model: nn.Module, **options) -> None:
         super().__init__()
         self.learner = bll.BlockLocal(model, **options)
-        self.learner.share_feedback()  # with the processes of strategy="ddp", where there are several
+        self.learner.share_feedback()  # with the other processes under strategy="ddp"
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         losses = self.learner(*batch)

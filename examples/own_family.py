@@ -1,4 +1,4 @@
-"""An exponential family of your own in the variational term, on 8x8 digits.
+"""Your own exponential family in the variational term, on 8x8 digits.
 
 Run: python examples/own_family.py  (needs scikit-learn for the data; seconds on a CPU)
 """
@@ -12,7 +12,7 @@ import blocklocal as bll
 
 
 class Exponential(bll.Family):
-    """Exponential distributions of mean softplus(alpha), with natural parameter eta < 0 and A(eta) = -log(-eta)."""
+    """Exponential distributions with mean softplus(alpha), natural parameter eta < 0 and A(eta) = -log(-eta)."""
 
     def natural(self, parameters: Tensor) -> Tensor:
         return -1 / (F.softplus(parameters) + 1e-2)[..., None]

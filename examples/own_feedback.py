@@ -1,4 +1,4 @@
-"""A feedback of your own in the variational term, on 8x8 digits.
+"""Your own feedback in the variational term, on 8x8 digits.
 
 Run: python examples/own_feedback.py  (needs scikit-learn for the data; seconds on a CPU)
 """
@@ -14,7 +14,7 @@ import blocklocal as bll
 
 @dataclass(frozen=True)
 class ClassMeans(bll.Feedback):
-    """A feedback: settings that build the module of one border."""
+    """Feedback: settings that build the module of one border."""
 
     def build(self, targets: bll.Targets, *, channels: int) -> nn.Module:
         return ClassMeansFeedback(targets.size, channels)

@@ -1,4 +1,4 @@
-"""Train a network of your own in blocks, in a loop of your own: digits of 8x8 pixels, three blocks, one optimizer.
+"""Train your own network in blocks, in your own loop: digits of 8x8 pixels, three blocks, one optimizer.
 
 Run: python examples/own_loop.py  (needs scikit-learn for the data; seconds on a CPU)
 """

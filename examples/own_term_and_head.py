@@ -1,4 +1,4 @@
-"""A term and a head of your own at the borders of a network, on 8x8 digits.
+"""Your own loss term and head at the borders of a network, on 8x8 digits.
 
 Run: python examples/own_term_and_head.py  (needs scikit-learn for the data; seconds on a CPU)
 """
@@ -22,23 +22,23 @@ class Compactness(bll.Term):
 
 
 class CompactnessTerm(nn.Module):
-    """The mean squared distance of alpha to the mean of its class in the batch."""
+    """The mean squared distance of alpha from the mean of its class in the batch."""
 
-    def forward(self, message: bll.BorderInput, y: Tensor) -> Tensor:
-        one_hot = F.one_hot(y).to(message.alpha)  # (B, n)
-        means = one_hot.T @ message.alpha / one_hot.sum(0)[:, None].clamp(min=1)
-        return (message.alpha - means[y]).square().mean()
+    def forward(self, border_input: bll.BorderInput, y: Tensor) -> Tensor:
+        alpha, one_hot = border_input.alpha, F.one_hot(y).to(border_input.alpha)  # (B, C), (B, n)
+        means = one_hot.T @ alpha / one_hot.sum(0)[:, None].clamp(min=1)
+        return (alpha - means[y]).square().mean()
 
 
 class CosineHead(nn.Module):
-    """A head: any function of a BorderSpec that gives a module. Logits are scaled cosines with a vector per class."""
+    """A head: any function of a BorderSpec that returns a module. Logits are scaled cosines with a vector per class."""
 
     def __init__(self, spec: bll.BorderSpec) -> None:
         super().__init__()
         self.classes = nn.Parameter(torch.randn(spec.targets.size, spec.statistics))
 
-    def forward(self, message: bll.BorderInput) -> Tensor:
-        return 16 * F.normalize(message.statistics, dim=-1) @ F.normalize(self.classes, dim=-1).T
+    def forward(self, border_input: bll.BorderInput) -> Tensor:
+        return 16 * F.normalize(border_input.statistics, dim=-1) @ F.normalize(self.classes, dim=-1).T
 
 
 def main(*, epochs: int = 10) -> float:

@@ -1,4 +1,4 @@
-"""Four blocks in two processes: `torchrun --standalone --nproc-per-node 2 examples/pipeline.py`, or up to four."""
+"""Four blocks on two processes: `torchrun --standalone --nproc-per-node 2 examples/pipeline.py`, or up to four."""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
-    torch.manual_seed(0)  # every process builds the same model, and trains its own blocks of it
+    torch.manual_seed(0)  # every process builds the same model and trains its own blocks
     widths = [64, 128, 128, 128]
     hidden = [nn.Sequential(nn.Linear(i, 128), nn.BatchNorm1d(128), nn.ReLU()) for i in widths[:-1]]
     learner = bll.BlockLocal([*hidden, nn.Linear(128, 10)], classes=10, example=x[:8])

@@ -1,6 +1,6 @@
 """Uneven devices: `torchrun --standalone --nproc-per-node 2 examples/uneven_devices.py` (Linux, two cores).
 
-Each process has a core, and that of rank 1 does other work besides. Blocks are placed evenly, then as measured.
+Each process has one core, and that of rank 1 has other work to do. Blocks are placed evenly, then as measured.
 """
 
 import os

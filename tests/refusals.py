@@ -10,7 +10,7 @@ import blocklocal as bll
 
 PACKAGE = Path(bll.__file__).parent
 REMEDIES = (
-    *("pass ", "Pass ", "allowed", "choose ", "need", "leave it out", "it has", "is criterion=", "does not go through"),
+    *("pass ", "Pass ", "must ", "choose ", "need", "leave it out", "it has", "is criterion=", "does not go through"),
     *("cut outside it", "blocks at most", "build the module"),
 )
 

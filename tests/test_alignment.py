@@ -133,7 +133,7 @@ def test_the_state_of_another_rule_is_refused(rule):
     before = copy.deepcopy(alignment.feedback)
     for other in RULES.keys() - {rule}:
         state = RULES[other](Residual(), x, 2).state_dict()
-        with pytest.raises(ValueError, match=re.escape(f"the state is of {state['rule']}, and this is ")):
+        with pytest.raises(ValueError, match=re.escape(f"the state is of {state['rule']}, but this is ")):
             alignment.load_state_dict(state)
     with pytest.raises(ValueError, match="a rule without a name"):
         alignment.load_state_dict({"feedback": alignment.feedback})
@@ -242,7 +242,7 @@ def test_uses_that_are_refused():
     with pytest.raises(ValueError, match="another model: the feedback of classifier"):
         alignment.load_state_dict(other)
     alignment.feedback["first"] = alignment.feedback["first"].to("meta")
-    with pytest.raises(ValueError, match="first runs on cpu and its feedback is on meta"):
+    with pytest.raises(ValueError, match="first runs on cpu, but its feedback is on meta"):
         alignment.backward(x, y)
     with pytest.raises(ValueError, match="magnitude='random'"):
         SignSymmetry(Residual(), magnitude="random")  # pyright: ignore[reportArgumentType]

@@ -79,7 +79,7 @@ class Two(nn.Module):
     ("call", "message"),
     [
         (lambda m, x: m.b(m.a(m.a(x))), "a is used twice"),
-        (lambda m, x: m.a(x), "does not use b on the example"),
+        (lambda m, x: m.a(x), "does not use b for the example"),
         (lambda m, x: m.b(m.a(x)).sum(), r"output is \(\): DirectFeedbackAlignment needs a tensor \(batch, n\)"),
         (lambda m, x: (m.b(m.a(x)),), "output is a tuple"),
         (lambda m, x: m.b(m.a(x)[:1]), "b gets a batch of 1 from one of 2"),

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import blocklocal as bll
 from blocklocal.border import Border
 from blocklocal.feedback import LinearFeedback
-from blocklocal.learner import cross_entropy
+from blocklocal.local_learner import cross_entropy
 from blocklocal.losses import LocalLoss
 from blocklocal.messages import BorderSpec
 

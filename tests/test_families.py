@@ -211,7 +211,7 @@ def test_settings_are_refused() -> None:
         bll.Gaussian(float("nan"))
     with pytest.raises(ValueError, match="categories >= 2"):
         bll.Categorical(1)
-    with pytest.raises(ValueError, match="divisible by 4, and the border has 6"):
+    with pytest.raises(ValueError, match="divisible by 4, but the border has 6"):
         bll.Categorical(4).natural(torch.zeros(3, 6))
-    with pytest.raises(ValueError, match="divisible by 2, and the border has 5"):
+    with pytest.raises(ValueError, match="divisible by 2, but the border has 5"):
         bll.GaussianMeanVariance().natural(torch.zeros(3, 5))

@@ -209,7 +209,7 @@ def test_statistics_never_get_a_gradient() -> None:
 @pytest.mark.parametrize(
     ("targets", "y", "message"),
     [
-        (Targets(3, labels=True), torch.tensor([0, 3]), "labels run from 0 to 3: allowed is 0 to 2"),
+        (Targets(3, labels=True), torch.tensor([0, 3]), "labels run from 0 to 3, but must be from 0 to 2"),
         (Targets(3, labels=True), torch.tensor([-1, 2]), "labels run from -1 to 2"),
         (Targets(3, labels=True), torch.tensor([0.0, 1.0]), "labels are integers.*outputs="),
         (Targets(3, labels=True), torch.tensor([True]), "torch.bool"),

@@ -137,7 +137,7 @@ def test_the_layout_is_found_or_asked_for(case: str) -> None:
     *blocks, x, layout = CASES[case]
     options: dict = {"loss": bll.Predictive("linear")}
     if layout is None:
-        with pytest.raises(ValueError, match=r'no layer beside the border tells .* pass layout="tokens" if it is the'):
+        with pytest.raises(ValueError, match=r'no layer at the border tells .* pass layout="tokens" if it is the'):
             first(blocks, x, **options)
         layout = "tokens"
         spec = first(blocks, x, layout=layout, **options)
@@ -215,8 +215,11 @@ def test_layouts_are_given() -> None:
     ("options", "message"),
     [
         ({"layout": "maps"}, "layout='maps' is unknown: choose vector, tokens, signal, map"),
-        ({"layout": "map"}, r"a block gives a tensor of shape \(4, 8, 8\), which is no map: pass another layout="),
-        ({"layout": "vector"}, "which is no vector"),
+        (
+            {"layout": "map"},
+            r"returns a tensor of shape \(4, 8, 8\), which does not fit layout='map': pass another layout=",
+        ),
+        ({"layout": "vector"}, "which does not fit layout='vector'"),
         ({"layout": ["signal", "signal"]}, "layout= has 2 entries for 1 borders"),
         ({"layout": ["signal"], "blocks": 2}, "with blocks=K pass one for all"),
     ],
@@ -229,7 +232,9 @@ def test_layouts_that_cannot_be(options: dict, message: str) -> None:
 @pytest.mark.parametrize("length", [BATCH, BATCH + 1])
 def test_a_batch_that_is_not_first_is_refused(length: int) -> None:
     blocks = [nn.Linear(6, 8), Do(lambda h: h.transpose(0, 1)), read_out(nn.Linear(8, 8), Do(lambda h: h.mean(0)))]
-    with pytest.raises(ValueError, match=r"block 1 gives .*: the first dimension of features is the batch; cut else"):
+    with pytest.raises(
+        ValueError, match=r"block 1 returns .*: the first dimension of features must be the batch; cut else"
+    ):
         bll.BlockLocal(blocks, classes=CLASSES, example=torch.randn(BATCH, length, 6))
 
 

@@ -120,7 +120,7 @@ def test_state_goes_on_to_the_bit() -> None:
 def test_the_next_unit_must_keep_the_layout_and_be_in_this_process() -> None:
     blocks = [nn.Conv2d(3, 6, 3), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, CLASSES))]
     x = torch.randn(2, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"the next one makes \(2, 4\) of \(2, 6, 6, 6\)"):
+    with pytest.raises(ValueError, match=r"the next one turns \(2, 6, 6, 6\) into \(2, 4\)"):
         bll.BlockLocal(blocks, classes=CLASSES, example=x, loss=bll.Predictive(bll.Lookahead()))
     blocks = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Sequential(nn.Flatten(), nn.Linear(216, CLASSES))]
     with pytest.raises(ValueError, match="the next block has none"):

@@ -129,7 +129,7 @@ def test_tokens_are_averaged_like_samples() -> None:
 
 
 def test_family_must_fit_the_channels() -> None:
-    with pytest.raises(ValueError, match="divisible by 4, and the border has 6"):
+    with pytest.raises(ValueError, match="divisible by 4, but the border has 6"):
         bll.Variational(bll.Categorical(4)).build(spec(CHANNELS))
 
 
@@ -215,7 +215,7 @@ def test_estimated_variance_is_the_m_step() -> None:
     likelihood = lambda v: -0.5 * ((alpha - beta).square() / v + v.log()).mean(0)  # noqa: E731
     assert (likelihood(variance) >= likelihood(1.1 * variance)).all()
     assert (likelihood(variance) >= likelihood(0.9 * variance)).all()
-    with pytest.raises(ValueError, match=r"estimate_variance=True is for bll.Gaussian\(\)"):
+    with pytest.raises(ValueError, match=r"estimate_variance=True needs family=bll.Gaussian\(\)"):
         bll.Variational(bll.Bernoulli(), estimate_variance=True)
 
 
@@ -301,7 +301,7 @@ def test_richer_statistics_are_those_of_numpy() -> None:
         h[:, :, rows, columns].mean((2, 3)) for rows in (slice(2), slice(2, 4)) for columns in (slice(3), slice(3, 6))
     ]
     assert_close(bll.SpatialGrid(2)(h), torch.stack(cells, 2).flatten(1))
-    with pytest.raises(ValueError, match="of at least 5 pixels a side"):
+    with pytest.raises(ValueError, match="with at least 5 pixels per side"):
         bll.SpatialGrid(5)(h)
 
 

@@ -76,7 +76,7 @@ def test_a_model_and_its_example_are_on_meta_together(model: str, example: str) 
     is_or_not = "is" if model == "meta" else "is not"
     several: list[dict] = [{"at": ["1"]}, {}]
     for cuts in several:
-        with pytest.raises(ValueError, match=f"on the device {example} and the model {is_or_not} on the meta device"):
+        with pytest.raises(ValueError, match=f"on the device {example}, but the model {is_or_not} on the meta device"):
             bll.BlockLocal(network(model), classes=CLASSES, example=X.to(example), **cuts)
 
 

@@ -96,7 +96,7 @@ def test_every_pass_notices(run: Callable[[bll.BlockLocal], object]) -> None:
     ours = learner()
     run(ours)
     ours.model.head = nn.Linear(4, 3)
-    with pytest.raises(ValueError, match=r"the model has another 'head' than when it was cut.*build a new learner"):
+    with pytest.raises(ValueError, match=r"'head' of the model has changed since it was cut.*build a new learner"):
         run(ours)
 
 
@@ -139,12 +139,12 @@ def recompute_container(model: Net) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (replace_layer, "'body' has another '2'"),
-        (add_layer, "'body' has another '3'"),
-        (replace_parameter, "the model has another 'offset'"),
-        (replace_buffer, "the model has another 'shift'.*change tensors in place"),
-        (load_by_assignment, "the model has another 'offset'"),
-        (move_the_model, "the model has another 'shift'.*move the learner, not the model"),
+        (replace_layer, "'2' of 'body' has changed"),
+        (add_layer, "'3' of 'body' has changed"),
+        (replace_parameter, "'offset' of the model has changed"),
+        (replace_buffer, "'shift' of the model has changed.*change tensors in place"),
+        (load_by_assignment, "'offset' of the model has changed"),
+        (move_the_model, "'shift' of the model has changed.*move the learner, not the model"),
         (change_constant, "'temperature' of the model was 2.0 when it was cut"),
         (replace_forward, "'body' has a forward pass of its own"),
         (recompute_container, "'body' is recomputed as a whole"),
@@ -191,7 +191,7 @@ def test_a_sequential_and_a_list_are_watched_too() -> None:
         ours.model.epoch = 3  # type: ignore[assignment]
         ours.backward(X, Y)
         ours.model.append(nn.Linear(3, 3))  # type: ignore[operator]
-        with pytest.raises(ValueError, match="the model has another '2'"):
+        with pytest.raises(ValueError, match="'2' of the model has changed"):
             ours.backward(X, Y)
 
 

@@ -298,10 +298,11 @@ def misused(rank: int) -> dict[str, Tensor]:
         Pipeline(learner(), optimizer=optimizer, window=0)
     with pytest.raises(ValueError, match="rank of block 0 reads the inputs"):
         list(Pipeline(learner(), optimizer=optimizer).train((None, y) for _, y in minibatches(1)))
-    with pytest.raises(ValueError, match="labels run from 4 to 4: allowed is 0 to 3"):
+    with pytest.raises(ValueError, match="labels run from 4 to 4, but must be from 0 to 3"):
         list(Pipeline(learner(), optimizer=optimizer).train((x, torch.full_like(y, 4)) for x, y in minibatches(1)))
     with pytest.raises(
-        ValueError, match=r"block 0, minibatch 0: the block gives \(12, 6, 4, 4\) for 12 targets, and gave \(6, 6, 6\)"
+        ValueError,
+        match=r"block 0, minibatch 0: the block returns \(12, 6, 4, 4\) for 12 targets, but returned \(6, 6, 6\)",
     ):
         list(Pipeline(learner(), optimizer=optimizer).train((x[..., 1:-1, 1:-1], y) for x, y in minibatches(1)))
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("rows",))
@@ -395,7 +396,7 @@ def broken(rank: int) -> dict[str, Tensor]:
     wide = Pipeline(learner(), optimizer=optimizer)
     wide.learner.blocks[0].double()
     wide.learner.borders[0].double()
-    with pytest.raises(ValueError, match=r"the block gives torch.float64, and messages are torch.float32"):
+    with pytest.raises(ValueError, match=r"the block returns torch.float64, but messages are torch.float32"):
         list(wide.train((x.double(), y) for x, y in minibatches(1)))
     return {}
 

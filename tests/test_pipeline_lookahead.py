@@ -344,11 +344,11 @@ def misused(rank: int, folder: str) -> dict[str, Tensor]:
     """In the end rank 1 does nothing until rank 0 has given up."""
     gave_up = Path(folder, "gave-up")
     mine = learner(ONCE)
-    with pytest.raises(ValueError, match="messages flow one way: pass lookahead=True to let copies travel"):
+    with pytest.raises(ValueError, match="messages flow one way: pass lookahead=True to send copies"):
         Pipeline(mine, optimizer=optimizer)
     Pipeline(mine, optimizer=optimizer, lookahead=True)
     mine.share_feedback(False)
-    with pytest.raises(RuntimeError, match="the next block learns in another process: train by the pipeline"):
+    with pytest.raises(RuntimeError, match="the next block learns in another process: train with the pipeline"):
         mine.backward(*next(minibatches()))
     mine = learner(ONCE)
     pipeline = Pipeline(mine, optimizer=optimizer, lookahead=True, timeout=0.5, placement=(0, 0, 0, 0, 1))

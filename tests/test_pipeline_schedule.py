@@ -107,7 +107,7 @@ def test_a_message_leaves_before_the_local_backward_and_is_expected_ahead(
 
 @pytest.mark.parametrize("ranks", [(), (1, 1), (0, 2), (0, 1, 0), (0, 0, 2)])
 def test_a_placement_is_consecutive(ranks: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="consecutive blocks"):
+    with pytest.raises(ValueError, match="ascending order without gaps"):
         Placement(ranks)
 
 

@@ -110,7 +110,7 @@ def test_a_batch_with_nan_is_diagnosed_by_its_finite_samples() -> None:
         assert math.isnan(report["predictive"])
         assert report["variance_ratio"] == pytest.approx(expected["variance_ratio"])
         assert report["agreement"] == pytest.approx(expected["agreement"])
-    with pytest.warns(bll.CollapseWarning, match="gives no finite number"):
+    with pytest.warns(bll.CollapseWarning, match="returns no finite number"):
         one.diagnose(torch.full_like(x, math.nan), y)
 
 
@@ -196,7 +196,7 @@ def test_scaled_gradients_are_not_stepped(scale: float | Tensor) -> None:
     one = learner()
     before = copy.deepcopy(one)
     optimizers = [torch.optim.SGD(one.block_parameters(k), lr=0.05) for k in range(3)]
-    with pytest.raises(ValueError, match=r"scale=.* would step with scaled gradients: pass scaler="):
+    with pytest.raises(ValueError, match=r"scale=.* would make steps with scaled gradients: pass scaler="):
         one.backward(*data(), scale=scale, optimizers=optimizers)
     assert same(one, before)
 

@@ -93,7 +93,9 @@ def test_a_parameter_of_a_container_read_on_both_sides_is_refused() -> None:
 
 
 def test_a_submodule_called_twice_is_no_border() -> None:
-    with pytest.raises(ValueError, match="at='a': a border needs a submodule called once, this one is called 2 times"):
+    with pytest.raises(
+        ValueError, match="at='a': a border needs a submodule called once, but this one is called 2 times"
+    ):
         bll.split(Chain(lambda m, x: m.b(m.a(m.a(x)))), at=["a"])
     with pytest.raises(ValueError, match=r"at='extra': .* is called 0 times"):
         bll.split(Chain(lambda m, x: m.b(m.a(x))), at=["extra"])
@@ -159,10 +161,10 @@ def test_training_dependent_forward_is_refused_where_cut_and_left_alone_elsewher
             h = self.a(x)
             return self.b(h + torch.randn_like(h) if self.training else h)
 
-    with pytest.raises(ValueError, match=r"of Noisy takes another course in training.*nn\.Dropout"):
+    with pytest.raises(ValueError, match=r"of Noisy differs between training and evaluation.*nn\.Dropout"):
         bll.split(Noisy(), at=["a"])
     model = nn.Sequential(Noisy(), Noisy())
-    with pytest.raises(ValueError, match="of Sequential or '0' takes another course"):
+    with pytest.raises(ValueError, match="of Sequential or '0' differs between training"):
         bll.split(model, at=["0.a"])
     assert candidates(model) == ["0"]
 
@@ -292,7 +294,7 @@ def test_blocks_that_predict_otherwise_than_the_model_are_refused() -> None:
     def run(m: Chain, x: Tensor) -> Tensor:
         return m.b(m.a(x if isinstance(x, Tensor) else 2 * x))  # traced, x is no Tensor
 
-    with pytest.raises(ValueError, match=r"the blocks give another prediction for example= than the model, by up to"):
+    with pytest.raises(ValueError, match=r"the blocks' prediction for example= differs from the model's by up to"):
         bll.BlockLocal(Chain(run), at=["a"], classes=6, example=torch.randn(2, 6))
 
 

@@ -1,21 +1,21 @@
 """Feedback alignment and its relatives: other backward passes for the Linear and convolution layers of any model.
 
-Backpropagation sends W'δ to the input of a layer with weight W, δ being the gradient at the layer's output. These
-rules send something else and leave the rest: the values of the forward pass, the weight gradient from δ and the
-layer's input, and the true gradient through whatever lies between two layers (norms, activations, pooling, sums).
+Backpropagation sends W'δ to the input of a layer with weight W, where δ is the gradient at the layer's output. These
+rules send something else and keep the rest: the values of the forward pass, the weight gradient from δ and the
+layer's input, and the true gradient through everything between two layers (norms, activations, pooling, sums).
 
     FeedbackAlignment              B'δ           B fixed and random, of the shape of W
-    SignSymmetry                   (M sign W)'δ  M positive: uniform, fixed random, or random anew for every batch
+    SignSymmetry                   (M sign W)'δ  M positive: uniform, fixed random, or drawn again for every batch
     DirectFeedbackAlignment        B'e           e the gradient of the loss at the model's output
     DirectRandomTargetProjection   B'y           y the targets
 
-Like an optimizer, a rule is the model's companion: made once the model is on its device and before torch.compile, with
-a state dict of its own. Parameter names and the training loop stay the user's.
+Like an optimizer, a rule is created for a model, once the model is on its device and before torch.compile, and has its
+own state dict. Parameter names and the training loop stay as they are.
 
 >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
 >>> x, y = torch.randn(4, 8), torch.tensor([0, 2, 1, 0])
 >>> alignment = FeedbackAlignment(model, seed=0)
->>> loss = alignment.backward(x, y)  # or, as ever: criterion(model(x), y).backward()
+>>> loss = alignment.backward(x, y)  # or, as usual: criterion(model(x), y).backward()
 >>> list(alignment.angles(x, y))  # degrees between the rule's gradient and the true one, per layer
 ['0', '2']
 >>> alignment.remove()  # backpropagation again

@@ -1,4 +1,4 @@
-"""The autograd functions of the rules. Forward each is the identity or zero; the rule is in what they send back."""
+"""The autograd functions of the rules. Forward, each is the identity or zero; the rule is in what it sends back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layers import Layer
 
 
 def connect(x: Tensor, y: Tensor, *, layer: Layer, feedback: Tensor) -> Tensor:
-    """y = layer(x.detach()), whose gradient goes to x as if `feedback` were the layer's weight."""
+    """Return y = layer(x.detach()), whose gradient goes to x as if `feedback` were the layer's weight."""
     if isinstance(layer, nn.Linear):
         return LinearAdjoint.apply(x, y, feedback)
     padding = layer.padding
@@ -22,7 +22,7 @@ def connect(x: Tensor, y: Tensor, *, layer: Layer, feedback: Tensor) -> Tensor:
         reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         total = reach if padding == "same" else [0] * len(reach)
         padding = [t // 2 for t in total]
-        if any(t % 2 for t in total):  # an odd total has one more at the end, which the adjoint cannot know of
+        if any(t % 2 for t in total):  # an odd total has one more at the end, unknown to the adjoint
             x = F.pad(x, [side for t in reversed(total) for side in (0, t % 2)])
     return ConvolutionAdjoint.apply(x, y, feedback, layer.stride, padding, layer.dilation, layer.groups)
 
@@ -47,7 +47,7 @@ class LinearAdjoint(torch.autograd.Function):
 
 
 class ConvolutionAdjoint(torch.autograd.Function):
-    """y forward; backward δ to y and the transposed convolution of δ with B to x. A sample without batch is allowed."""
+    """y forward; backward δ to y and the transposed convolution of δ with B to x. Unbatched inputs are allowed."""
 
     @staticmethod
     def forward(
@@ -97,7 +97,7 @@ class Tap(torch.autograd.Function):
 
 
 class Broadcast(torch.autograd.Function):
-    """The prediction forward; backward every tap gets the prediction's gradient, or `signal` where that is given."""
+    """The prediction forward; backward every tap gets the prediction's gradient, or `signal` if that is given."""
 
     @staticmethod
     def forward(prediction: Tensor, signal: Tensor | None, *taps: Tensor) -> Tensor:

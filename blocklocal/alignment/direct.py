@@ -1,4 +1,4 @@
-"""Rules that send one signal from the model's end straight to every layer: its error (DFA) or the targets (DRTP)."""
+"""Rules that send one signal from the end of the model directly to every layer: its error (DFA) or targets (DRTP)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .rule import DEFAULT_GAIN, Alignment, Forward, feedback_seed, kaiming_unifo
 
 
 class DirectFeedbackAlignment(Alignment):
-    """Direct feedback alignment (Nøkland 2016): each layer sends B'e to its input, e being the error at the output.
+    """Direct feedback alignment (Nøkland 2016): each layer sends B'e to its input, where e is the error at the output.
 
-    For a chain of Linear layers and activations f this is δ = B'e ⊙ f'(a). In any other model, too, what lies between
-    layers gets its true gradient. B has the shape (n, *features), that of the whole input of the layer, and standard
-    deviation gain / √features: the norm of B'e is about gain times that of e.
+    For a chain of Linear layers and activations f this is δ = B'e ⊙ f'(a). In any other model too, what lies between
+    layers gets its true gradient. B has the shape (n, *features), where features is that of the layer's whole input,
+    and standard deviation gain / √features: the norm of B'e is about gain times that of e.
 
-    `example` is a batch of inputs, to see the shapes by. The model is called as a whole, its output is (batch, n), and
-    a layer is used once in it.
+    `example` is a batch of inputs, which shows the shapes. The model must be called as a whole, return (batch, n), and
+    use each layer once.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
     >>> alignment = DirectFeedbackAlignment(model, example=torch.randn(4, 8))
@@ -71,7 +71,7 @@ class DirectFeedbackAlignment(Alignment):
         return Broadcast.apply(prediction, self.signal(prediction), *taps) if taps else prediction
 
     def _measure(self, example: Tensor) -> tuple[int, dict[str, torch.Size]]:
-        """The number of the model's outputs, and per layer the shape of a sample of its input."""
+        """The number of the model's outputs, and for each layer the shape of one sample of its input."""
         features: dict[str, torch.Size] = {}
 
         def look(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -94,19 +94,18 @@ class DirectFeedbackAlignment(Alignment):
             found = tuple(prediction.shape) if isinstance(prediction, Tensor) else f"a {type(prediction).__name__}"
             raise ValueError(f"the model's output is {found}: {type(self).__name__} needs a tensor (batch, n)")
         if unused := self.layers.keys() - features.keys():
-            raise ValueError(f"the model does not use {', '.join(sorted(unused))} on the example: take it out")
+            raise ValueError(f"the model does not use {', '.join(sorted(unused))} for the example: remove it")
         return prediction.shape[1], features
 
 
 class DirectRandomTargetProjection(DirectFeedbackAlignment):
-    """Direct random target projection (Frenkel, Lefebvre & Bol 2021): each layer sends B'y to its input, y the targets.
+    """Direct random target projection (Frenkel, Lefebvre & Bol 2021): each layer sends B'y to its input for targets y.
 
     Targets are labels (batch,), as one-hot vectors, or dense (batch, n). They are divided by the batch size, the scale
-    at which a mean criterion has its error. The last layer learns from its true error. Train with
-    `alignment.backward(x, y)`, or call the model in
-    `with alignment.with_targets(y):`; a factor on the loss goes to either.
-    Targets never fade as errors do: hidden activations must be bounded or normalised (tanh, batch norm), since plain
-    ReLU layers run away.
+    of the error of a mean criterion. The last layer learns from its true error. Train with `alignment.backward(x, y)`,
+    or call the model in `with alignment.with_targets(y):`; pass a factor on the loss to either as `scale`. Unlike
+    errors, targets never fade: hidden activations must be bounded or normalised (tanh, batch norm), since plain ReLU
+    layers diverge.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
     >>> alignment = DirectRandomTargetProjection(model, example=torch.randn(4, 8))
@@ -139,7 +138,7 @@ class DirectRandomTargetProjection(DirectFeedbackAlignment):
             vectors = y if y.is_floating_point() else F.one_hot(y.long(), prediction.shape[1])
         if vectors.shape != prediction.shape:
             raise ValueError(
-                f"y is {describe(y)}, and the model gives {tuple(prediction.shape)}: labels (batch,) are needed, or "
+                f"y is {describe(y)}, but the model returns {tuple(prediction.shape)}: labels (batch,) are needed, or "
                 "targets of that shape"
             )
         return vectors.to(prediction.dtype) * scale / len(prediction)

@@ -1,4 +1,4 @@
-"""The layers of a model that get feedback weights, and the models that cannot be trained so."""
+"""The layers of a model that get feedback weights, and the models that cannot be trained with them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Uncovered = nn.MultiheadAttention | nn.RNNBase | nn.RNNCellBase | nn.Bilinear | 
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every Linear and convolution of the model by its dotted name.
+    """Every Linear and convolution layer of the model by its qualified name.
 
-    Raises ValueError where there is none, and where errors would travel over true weights in spite of the rule or
-    over undefined ones: another module with weights, padding other than zeros, one weight in two layers.
+    ValueError: there is none, or errors would pass through true weights despite the rule, or through undefined ones:
+    another module with weights, padding other than zeros, one weight in two layers.
     """
     layers: dict[str, Layer] = {}
     for name, module in model.named_modules():

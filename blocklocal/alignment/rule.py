@@ -1,4 +1,4 @@
-"""What the rules share: feedback weights beside a model, attached to its layers, measured, saved and removed."""
+"""The base class of the rules: feedback weights for a model, attached to its layers, measured, saved and removed."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ DEFAULT_GAIN = 1 / math.sqrt(3)  # PyTorch's for Linear and convolutions, and N�
 
 
 class Alignment(ABC):
-    """A backward pass of `model` through feedback weights: `feedback` has one tensor for the name of each layer.
+    """A backward pass of `model` through feedback weights; `feedback` maps the name of each layer to a tensor.
 
-    From construction to `remove()` the gradients of `loss.backward()` are the rule's. One seed gives the same fixed
+    From construction to `remove()`, `loss.backward()` computes the rule's gradients. The same seed gives the same fixed
     feedback weights on every device and in every process.
 
     >>> from blocklocal.alignment import FeedbackAlignment
@@ -59,19 +59,19 @@ class Alignment(ABC):
 
     @abstractmethod
     def route(self, name: str, forward: Forward, input: Tensor) -> Tensor:
-        """The forward pass of a layer, `forward` being its own, on an input that wants a gradient."""
+        """Run a layer, whose own forward pass is `forward`, on an input that requires grad."""
 
     def attach(self) -> None:
         for name, layer in self.layers.items():
             self.replace(layer, partial(self._enter, name, layer.forward))
 
     def replace(self, module: nn.Module, forward: Forward) -> None:
-        """Run `forward` in the place of the module's own, until `remove()`."""
+        """Run `forward` in place of the module's own, until `remove()`."""
         self.replaced.append((module, vars(module).get("forward")))
         vars(module)["forward"] = forward
 
     def remove(self) -> None:
-        """Give the model its own backward pass back. Its parameters stay as they are."""
+        """Restore the model's own backward pass. Its parameters stay as they are."""
         while self.replaced:
             module, forward = self.replaced.pop()
             del vars(module)["forward"]
@@ -101,8 +101,8 @@ class Alignment(ABC):
     def angles(self, x: Tensor, y: Tensor, *, criterion: Criterion = F.cross_entropy) -> dict[str, float]:
         """Degrees between the rule's gradient and the true one, for the weight of each layer that is trained.
 
-        Below 90 a small step along the rule's gradient lowers the loss. nan where a gradient is zero. The model stays
-        as it is: buffers, parameters, their gradients and the random state.
+        Below 90, a small step along the rule's gradient lowers the loss. NaN if a gradient is zero. The model stays as
+        it is: buffers, parameters, their gradients and the random state.
         """
         self._check(x, y, criterion)
         parameters = {name: dict(layer.named_parameters(recurse=False)) for name, layer in self.layers.items()}
@@ -124,7 +124,7 @@ class Alignment(ABC):
 
     @property
     def rule(self) -> str:
-        """The name under which its state is kept."""
+        """The name under which its state is saved."""
         return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,16 +133,16 @@ class Alignment(ABC):
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ValueError: the state of another rule or of another model; nothing is loaded then."""
-        require(state, dict, name="state", needed="pass what state_dict() gave")
+        """Load a state. ValueError: it is that of another rule or of another model; nothing is loaded then."""
+        require(state, dict, name="state", needed="pass what state_dict() returned")
         if state.get("rule") != self.rule:
             other = state.get("rule", "a rule without a name")
-            raise ValueError(f"the state is of {other}, and this is {self.rule}: pass what the same rule gave")
+            raise ValueError(f"the state is of {other}, but this is {self.rule}: pass a state of the same rule")
         if unknown := sorted(map(str, state.keys() - self.state_dict().keys())):
-            raise ValueError(f"state: {', '.join(unknown)} is unknown to {self.rule}: pass what state_dict() gave")
+            raise ValueError(f"state: {', '.join(unknown)} is unknown to {self.rule}: pass what state_dict() returned")
         feedback, own = state.get("feedback"), self.feedback
         if not isinstance(feedback, dict) or not all(isinstance(tensor, Tensor) for tensor in feedback.values()):
-            raise ValueError("state: its feedback is no dict of tensors: pass what state_dict() gave")
+            raise ValueError("state: its feedback is not a dict of tensors: pass what state_dict() returned")
         shapes = {name: tensor.shape for name, tensor in feedback.items()}
         expected = {name: tensor.shape for name, tensor in own.items()}
         if shapes != expected:
@@ -154,11 +154,11 @@ class Alignment(ABC):
             require_dense(tensor, name=f"state['feedback'][{name!r}]")
             if tensor.dtype != own[name].dtype:
                 raise ValueError(
-                    f"state: the feedback of {name} is {tensor.dtype}, and this has {own[name].dtype}: pass what "
-                    "state_dict() gave for a model of this dtype"
+                    f"state: the feedback of {name} is {tensor.dtype}, but this has {own[name].dtype}: pass what "
+                    "state_dict() returned for a model of this dtype"
                 )
             if not tensor.isfinite().all():
-                raise ValueError(f"state: the feedback of {name} is not finite: pass what state_dict() gave")
+                raise ValueError(f"state: the feedback of {name} is not finite: pass what state_dict() returned")
         for name, tensor in own.items():
             tensor.copy_(feedback[name])
 
@@ -167,7 +167,7 @@ class Alignment(ABC):
             return forward(input)
         if self.feedback[name].device != input.device:
             raise ValueError(
-                f"{name} runs on {input.device} and its feedback is on {self.feedback[name].device}: "
+                f"{name} runs on {input.device}, but its feedback is on {self.feedback[name].device}: "
                 f"make the {type(self).__name__} once the model is on its device"
             )
         return self.route(name, forward, input)
@@ -204,13 +204,13 @@ class Alignment(ABC):
 
 
 def feedback_seed(seed: int) -> int:
-    """Another seed: from this one the model may have been drawn, whose initial weights would be its feedback again."""
+    """Another seed: if the model was drawn from this one, its feedback would repeat its initial weights."""
     seed = require_whole(seed, name="seed", least=0, most=2**40)
     return 1_000_003 * (seed + 1)
 
 
 def kaiming_uniform(shape: torch.Size, *, gain: float, generator: torch.Generator) -> Tensor:
-    """Uniform, of standard deviation gain / √fan_in (He et al. 2015), fan_in being the numbers per row of the shape."""
+    """Uniform with standard deviation gain / √fan_in (He et al. 2015), where fan_in is the number of values per row."""
     require_number(gain, name="gain", above=0)
     bound = gain * math.sqrt(3 / math.prod(shape[1:]))
     drawn = torch.empty(shape, dtype=torch.float32, device=generator.device)
@@ -218,7 +218,7 @@ def kaiming_uniform(shape: torch.Size, *, gain: float, generator: torch.Generato
 
 
 def rehearse(model: nn.Module, x: Tensor) -> Tensor:
-    """model(x), leaving the model's buffers and the random state as they are."""
+    """Run model(x) without changing the model's buffers and the random state."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         return functional_call(model, buffers, (x,))

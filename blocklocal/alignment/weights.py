@@ -19,7 +19,7 @@ Magnitude = Literal["uniform", "fixed", "batchwise"]
 
 
 class FeedbackAlignment(Alignment):
-    """Feedback alignment (Lillicrap et al. 2016): fixed random weights take the true ones' place backward.
+    """Feedback alignment (Lillicrap et al. 2016): fixed random weights replace the true ones in the backward pass.
 
     They are Kaiming-uniform with standard deviation gain / √fan_in, by default as PyTorch draws a layer's own weights.
 
@@ -51,11 +51,11 @@ class FeedbackAlignment(Alignment):
 
 
 class SignSymmetry(FeedbackAlignment):
-    """Sign symmetry (Liao, Leibo & Poggio 2016): the signs of the true weights, with other magnitudes, backward.
+    """Sign symmetry (Liao, Leibo & Poggio 2016): backward, the true weights' signs with other magnitudes.
 
-    The magnitudes are "uniform" (uSF), gain / √fan_in for all of a layer; "fixed" (frSF), the absolute values of
-    feedback alignment's weights; or "batchwise" (brSF), the same drawn anew whenever the model runs forward recording
-    gradients. All three have the same root mean square.
+    The magnitudes are "uniform" (uSF), gain / √fan_in throughout a layer; "fixed" (frSF), the absolute values of
+    feedback alignment's weights; or "batchwise" (brSF), the same drawn again whenever the model runs forward with
+    gradients recorded. All three have the same root mean square.
 
     >>> alignment = SignSymmetry(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3)), magnitude="uniform")
     """
@@ -87,10 +87,10 @@ class SignSymmetry(FeedbackAlignment):
         return {**super().state_dict(), "next_seed": self.next_seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        require(state, dict, name="state", needed="pass what state_dict() gave")
+        require(state, dict, name="state", needed="pass what state_dict() returned")
         if state.get("rule") == self.rule:  # any other is refused below
             if "next_seed" not in state:
-                raise ValueError("the state has no next_seed: pass what state_dict() gave")
+                raise ValueError("the state has no next_seed: pass what state_dict() returned")
             require_whole(state["next_seed"], name="state['next_seed']", least=0, most=2**63 - 1)
         super().load_state_dict(state)
         self.next_seed = int(state["next_seed"])

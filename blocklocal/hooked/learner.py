@@ -23,7 +23,8 @@ from blocklocal.hooked.taps import Taps, Visit
 from blocklocal.hooked.values import Inputs, call, check_inputs, prediction_of, tensors
 from blocklocal.inputs import check_frozen, check_owners, check_parameters, check_settings, check_steps
 from blocklocal.layout import Layout, given_layouts
-from blocklocal.learner import LocalLearner, cross_entropy, targets_of, warn_of_collapse
+from blocklocal.collapse import warn_of_collapse
+from blocklocal.local_learner import LocalLearner, cross_entropy, targets_of
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import Criterion, Statistic, add_belief, dense, spatial_mean

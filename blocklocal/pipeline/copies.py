@@ -1,7 +1,7 @@
-"""Copies of a block's first unit for the border before it, where that is on another rank: what travels, and when.
+"""Copies of a block's first unit for the border before it, if that is on another rank: what is sent, and when.
 
-A copy is one message, the bytes of the unit's weights and statistics. The rank of the border knows the steps that its
-heads have made, also where a run goes on, and tells the rank of the unit at the beginning of every window.
+A copy is one message, the bytes of the unit's weights and statistics. The rank of the border knows how many steps its
+heads have made, also in a resumed run, and tells the rank of the unit at the beginning of every window.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from blocklocal.pipeline.wire import started, wait
 
 
 class Copies:
-    """The heads that look through copies at a border between two ranks; each of the two has one of these."""
+    """The heads that look through copies at a border between two ranks; each of the two ranks has an instance."""
 
     def __init__(self, heads: Sequence[LookaheadHead]) -> None:
         self.heads = heads
         self.due: dict[int, list[LookaheadHead]] = {}
-        """By minibatch of the window, the heads that refresh before it."""
+        """For each minibatch of the window, the heads that refresh before it."""
 
     def plan(self, minibatches: int) -> None:
-        """A window of so many begins."""
+        """Plan a window of this number of minibatches."""
         due = {m: [head for head in self.heads if head.refreshes(m)] for m in range(minibatches)}
         self.due = {m: heads for m, heads in due.items() if heads}
 
@@ -37,7 +37,7 @@ class Copies:
         return [head.steps for head in self.heads]
 
     def follow(self, steps: Sequence[int]) -> None:
-        """On the rank of the unit, where the heads are not run: so many steps have they made."""
+        """Set the step counts of the heads, on the rank of the unit, where they do not run."""
         for head, count in zip(self.heads, steps, strict=True):
             head.steps = count
 
@@ -45,7 +45,7 @@ class Copies:
         return pack(self.due[minibatch])
 
     def buffer(self, minibatch: int) -> Tensor:
-        """For that message, on the rank of the border."""
+        """An empty buffer for that message, on the rank of the border."""
         return buffer(self.due[minibatch])
 
     def deliver(self, minibatch: int, message: Tensor) -> None:
@@ -54,7 +54,7 @@ class Copies:
 
 
 def pack(heads: Sequence[LookaheadHead]) -> Tensor:
-    """The bytes of their units as they are now."""
+    """The bytes of the heads' units as they are now."""
     return torch.cat([tensor.detach().reshape(-1).view(torch.uint8) for head in heads for tensor in head.source()])
 
 
@@ -64,21 +64,21 @@ def buffer(heads: Sequence[LookaheadHead]) -> Tensor:
 
 
 def unpack(message: Tensor, heads: Sequence[LookaheadHead]) -> list[tuple[LookaheadHead, list[Tensor]]]:
-    """With each of the heads what it copies."""
+    """Each head with the tensors that it copies."""
     found, begin = [], 0
     for head in heads:
         tensors = []
         for own in head.own():
-            part = message[begin : (begin := begin + own.nbytes)].clone()  # whose address every dtype can have
+            part = message[begin : (begin := begin + own.nbytes)].clone()  # aligned for every dtype
             tensors.append(part.view(own.dtype).view(own.shape))
         found.append((head, tensors))
     return found
 
 
 def between_ranks(learner: BlockLocal, placement: Placement, *, rank: int) -> dict[int, Copies]:
-    """By border, the copies that come to this rank from the next one, and that go from it to the one before.
+    """By border, the copies that this rank gets from the next one and sends to the one before.
 
-    Every head of the learner hears whether the next block is elsewhere.
+    Every head of the learner is told whether the next block is elsewhere.
     """
     found = {}
     for k, border in enumerate(learner.borders):
@@ -100,9 +100,9 @@ def begin_copies(
     device: torch.device,
     timeout: float,
 ) -> None:
-    """Copies that were built on the meta device begin as the units that they are made of, on whichever rank these are.
+    """Give copies that were built on the meta device the initial weights of their units, from whichever rank has them.
 
-    In one process a copy is taken when the learner is built, which there were no weights for.
+    In one process a copy is taken when the learner is built; on the meta device there were no weights to copy.
     """
     leaving = []
     for k in blocks:

@@ -1,11 +1,11 @@
-"""Runs the action lists of `schedule`: messages go by isend and irecv of torch.distributed, through a ring of buffers.
+"""Runs the action lists of `schedule`; messages go by isend and irecv of torch.distributed, through a ring of buffers.
 
-A receive is posted `prefetch` minibatches early, into the slot of the ring that the minibatch before it has left: the
-schedule posts it after the last action that reads the slot, and no stage hands on what shares storage with its input.
-A window begins with what the rank before reads in it, the number of rows and a digest of the targets of each
-minibatch, so that ranks which read different data are told, and with the steps of its heads that look through copies,
-see `copies`. Its first message is preceded by the forms of its tensors, so that a block gets the very tensors that the
-block before it gave.
+A receive is posted `prefetch` minibatches early, into the slot of the ring that an earlier minibatch has left: the
+schedule posts it after the last action that reads the slot, and no stage hands on anything that shares storage with its
+input. A window begins with a description of what the rank before reads in it: the number of rows and a digest of the
+targets of each minibatch, so that ranks that read different data get an error, and the step counts of its heads that
+look through copies, see `copies`. Its first message is preceded by the forms of its tensors, so that a block gets
+exactly the tensors that the block before it returned.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from blocklocal.pipeline.wire import Form, TensorSpec, started, wait
 class Minibatch:
     """What the stages of one rank read of a minibatch.
 
-    number: how many came before it. x: for block 0 alone. digest: of the targets, see `digest`.
+    number: the number of minibatches before it. x: for block 0 only. digest: of the targets, see `digest`.
     """
 
     number: int
@@ -40,13 +40,12 @@ class Minibatch:
 
 
 class Executor:
-    """The stages of one rank, run by action lists.
+    """Runs the stages of one rank by action lists.
 
-    receives, sends: the tensors of a message to each stage whose input comes from another rank, and from each whose
-    output goes to one. copies: by border, those between this rank and another. rank: of this process in `group`, where
-    the ranks before and after it are its neighbours.
-    timeout: seconds after which a message that has not arrived, or was not taken, is an error; on a GPU the timeout of
-    the process group counts, since waiting for NCCL is the device's business.
+    receives, sends: the tensors of a message, for each stage whose input comes from another rank and each whose output
+    goes to one. copies: by border, those between this rank and another. rank: of this process in `group`, where the
+    ranks before and after it are its neighbours. timeout: seconds after which a message that has not arrived, or has
+    not been taken, is an error; on a GPU the timeout of the process group applies, since the device waits for NCCL.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Executor:
         self.forms: dict[int, list[Form]] = {}  # by border
 
     def begin(self, minibatches: Sequence[Minibatch]) -> dict[int, list[int]]:
-        """A window of minibatches; for each of the borders with copies those before which a refresh stands.
+        """Begin a window; return, for each border with copies, the minibatches that a refresh precedes.
 
         ValueError: the rank before reads other minibatches.
         """
@@ -85,10 +84,10 @@ class Executor:
         return {k: list(copies.due) for k, copies in self.copies.items()}
 
     def run(self, actions: Sequence[Action], minibatches: Sequence[Minibatch]) -> list[Tensor]:
-        """The window that has begun; what the stages' `finish` returned, in the order of the actions.
+        """Run the window that has begun; return what the stages' `finish` returned, in the order of the actions.
 
-        All messages have been taken by the other ranks when it returns. An error names rank, block and minibatch; the
-        pipeline cannot be used after it, since its neighbours are waiting for messages that will not come.
+        When it returns, the other ranks have taken all messages. An error names rank, block and minibatch; the pipeline
+        cannot be used after it, since its neighbours are waiting for messages that will not come.
         """
         self.handed, results = {}, []
         for action in actions:
@@ -132,8 +131,8 @@ class Executor:
                 found = contents.tolist()
                 if _differ(found[: len(own)], own):
                     raise ValueError(
-                        f"rank {self.rank - 1} reads other targets: all ranks go through the same minibatches in the "
-                        "same order, drawn from the same seed"
+                        f"rank {self.rank - 1} reads other targets: all ranks must go through the same minibatches in "
+                        "the same order, drawn from the same seed"
                     )
                 if copies:
                     copies.follow(found[len(own) :])
@@ -183,12 +182,12 @@ class Executor:
             parts.append(torch.tensor(numbers, device=self.device))
         for h, spec, form in zip(message, specs, self.forms[action.block], strict=True):
             if not form.fits(h):
-                raise ValueError(f"the block gives a tensor of the form {Form.of(h)}, and gave {form} a little ago")
+                raise ValueError(f"the block returns a tensor of the form {Form.of(h)}, but returned {form} before")
             parts.append(form.elements(h, dtype=spec.dtype))
         self.stages[action.block].sent = sum(part.nbytes for part in parts)
         for part in parts:
             work = started(dist.isend(part, group=self.group, group_dst=self.rank + 1))
-            self.leaving.append((action, work, part))  # which must live until it was taken
+            self.leaving.append((action, work, part))  # must stay alive until it is taken
 
     def _wait(self, work: dist.Work, failure: str) -> None:
         wait(work, failure=failure, timeout=self.timeout, device=self.device)
@@ -217,7 +216,7 @@ class Executor:
 
     @contextmanager
     def _named(self, action: Action, minibatch: Minibatch) -> Iterator[None]:
-        """Errors inside say where they happened; a ValueError, somebody's mistake, stays one."""
+        """Make errors say where they happened; a ValueError, a user's mistake, stays one."""
         try:
             yield
         except Exception as error:
@@ -229,7 +228,7 @@ class Executor:
 
 
 def _differ(theirs: list[int], ours: list[int]) -> bool:
-    """Whether two ranks read other minibatches: rows and digest of each; a digest of zero is not known."""
+    """Whether two ranks read different minibatches, by their rows and digests; a digest of zero is unknown."""
     pairs = enumerate(zip(theirs, ours, strict=True))
     return any(a != b and (i % 2 == 0 or 0 not in (a, b)) for i, (a, b) in pairs)
 

@@ -1,4 +1,4 @@
-"""Memory and initial weights for the blocks of one rank, of a model that was built on the meta device."""
+"""Memory and initial weights for one rank's blocks of a model that was built on the meta device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from blocklocal.pipeline.stage import LocalStep
 
 
 def materialize(step: LocalStep, *, device: torch.device, seed: int) -> LocalStep:
-    """The block on `device`. Where it was built on the meta device, its modules are initialised by their own
-    `reset_parameters`, from `seed` and the block, so that they are the same on whichever rank it is placed.
+    """Move a block to `device`, and initialise it if it was built on the meta device.
 
-    ValueError: a module on the meta device that holds tensors and cannot initialise them.
+    Its modules are initialised by their own `reset_parameters`, from `seed` and the block's index, so that they are the
+    same on every rank. ValueError: a module on the meta device that holds tensors and cannot initialise them.
     """
     if not any(tensor.is_meta for tensor in (*step.parameters(), *step.buffers())):
         return step.to(device)
@@ -36,7 +36,7 @@ def _reset(name: str, module: nn.Module, *, k: int) -> Callable[[], object]:
     if not callable(reset):
         raise ValueError(
             f"{name!r} of block {k}, a {type(module).__name__}, is on the meta device and has no reset_parameters() "
-            "that would initialise it: write one, move the tensors of a container that is cut into a submodule, or "
+            "to initialise it: write one, move the tensors of a container that is cut into a submodule, or "
             "build the model on a real device"
         )
     return reset

@@ -44,29 +44,29 @@ LONGEST = 10**9  # seconds: more than a timer holds
 
 
 class Pipeline:
-    """Trains a learner whose blocks are spread over processes: no rank ever waits for the gradient of another.
+    """Trains a learner whose blocks are spread over processes: no rank ever waits for another's gradient.
 
     Every rank builds the same learner, makes a pipeline of it and goes through the same minibatches (x, y): all of
-    them read y, the rank of block 0 alone reads x. The weights are those of `learner.backward`, to the bit where the
-    arithmetic is the same. A learner built on the meta device takes memory on a rank for the rank's own blocks only,
-    which then are initialised from `seed`.
+    them read y, only the rank of block 0 reads x. The weights are those of `learner.backward`, to the bit if the
+    arithmetic is the same. A learner built on the meta device takes memory on a rank only for the rank's own blocks,
+    which are then initialised from `seed`.
 
-    optimizer: makes one from a block's parameters. placement: the rank of each block, by default nearly as many blocks
-    on each; `balanced` measures a better one. mesh: with a dimension "block" and, for replicas, "data"; by default all
-    processes are one pipeline. data_parallel: what makes replicas of a block, `replicate` (DDP) or `shard` (FSDP2).
-    message_dtype: of what travels between blocks, by default that of the parameters; a narrower one rounds the outputs
-    of all blocks but the last. window: number of minibatches that are
-    handed in and out at once; a rank is never further ahead of the next one. prefetch: minibatches by which a receive
-    is posted. accumulate: the number of minibatches whose mean gradient makes an optimizer step. timeout: seconds after
-    which a message that does not come is an error that names rank, block and minibatch; over NCCL the process group's
-    own timeout counts. seed: of random draws inside the blocks. trace: record what this rank does when.
+    optimizer: makes an optimizer from a block's parameters. placement: the rank of each block, by default as even as
+    possible; `balanced` measures a better one. mesh: with a dimension "block" and, for replicas, "data"; by default all
+    processes are one pipeline. data_parallel: makes the replicas of a block, `replicate` (DDP) or `shard` (FSDP2).
+    message_dtype: of messages between blocks, by default that of the parameters; a narrower one rounds the outputs of
+    all blocks but the last. window: number of minibatches that are handed in and out at once; a rank is never further
+    ahead of the next one. prefetch: number of minibatches by which a receive is posted early. accumulate: number of
+    minibatches whose mean gradient makes an optimizer step. timeout: seconds after which a missing message is an error
+    that names rank, block and minibatch; over NCCL the process group's own timeout applies. seed: of random draws
+    inside the blocks. trace: record what this rank does and when.
 
-    lookahead: the local loss may look through copies of the next unit, see `Lookahead`. Where the next block is on
-    another rank, every refresh is a message against the stream, the bytes of the unit's weights and statistics, for
-    which a block waits until the next one has learnt from the minibatch before. Even blocks lose the time of one
-    forward pass by it, however many ranks there are, and that of the message.
+    lookahead: allow the local loss to look through copies of the next unit, see `Lookahead`. If the next block is on
+    another rank, every refresh is a message in the opposite direction, the bytes of the unit's weights and statistics,
+    for which a block waits until the next one has learnt from the minibatch before. With blocks of equal cost this
+    takes the time of one forward pass, however many ranks there are, and that of the message.
 
-    Under torch.autocast, around the whole loop or a part of it, the weights are those of one process too.
+    Under torch.autocast, around the whole loop or a part of it, the weights are also those of one process.
 
     >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
     >>> pipeline = Pipeline(learner, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
@@ -110,8 +110,8 @@ class Pipeline:
         heads = lookaheads(learner.borders)
         if heads and not lookahead:
             raise ValueError(
-                "a head of the learner copies a unit of the next block, and messages flow one way: pass lookahead=True "
-                "to let copies travel against the stream, or a learner without bll.Lookahead()"
+                "a head of the learner copies a unit of the next block, but messages flow one way: pass lookahead=True "
+                "to send copies in the opposite direction, or a learner without bll.Lookahead()"
             )
         self.learner, self.device, self.window = learner, require_device(device, name="device"), window
         self._replicas = replicas
@@ -120,7 +120,7 @@ class Pipeline:
         replica = 0 if replicas is None else replicas.get_local_rank()
         self.trace = Trace(rank=dist.get_rank(), replica=replica, device=self.device) if trace else None
         self.minibatches = 0
-        """So many minibatches this rank has learnt from."""
+        """The number of minibatches that this rank has learnt from."""
         message_type = _message_type(learner, message_dtype)
         unborn = any(tensor.is_meta for head in heads for tensor in head.own())
         self.steps = [materialize(LocalStep(learner, k), device=self.device, seed=seed) for k in self.blocks]
@@ -176,10 +176,10 @@ class Pipeline:
         return self.placement.blocks(self.rank)
 
     def train(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """Learn from minibatches; window by window the local losses (minibatches, blocks of this rank).
+        """Learn from minibatches; yields the local losses (minibatches, blocks of this rank) of each window.
 
-        All ranks pass the same number of minibatches. Between two windows every rank has finished the same minibatches,
-        though not at the same time: what is saved there by each fits together.
+        All ranks must pass the same number of minibatches. Between two windows every rank has finished the same
+        minibatches, though not at the same time: what each rank saves there fits together.
         """
         for results in self._run(batches, training=True):
             self.minibatches += len(results) // len(self.blocks)
@@ -187,14 +187,14 @@ class Pipeline:
 
     @torch.no_grad()
     def predict(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """Minibatch by minibatch, the predictions (blocks of this rank, B, n) of this rank's exits."""
+        """Yield the predictions (blocks of this rank, B, n) of this rank's exits for each minibatch."""
         for results in self._run(batches, training=False):
             for m in range(0, len(results), len(self.blocks)):
                 yield torch.stack(results[m : m + len(self.blocks)])
 
     @torch.no_grad()
     def diagnose(self, x: Tensor | None, y: Tensor) -> dict[int, dict[str, float]]:
-        """What a batch shows of the border behind each block of this rank: see `Border.diagnose`."""
+        """Report what a batch shows of the border after each block of this rank: see `Border.diagnose`."""
         self.learner.targets.check(y)
         reports: dict[int, dict[str, float]] = {}
 
@@ -215,7 +215,7 @@ class Pipeline:
         return reports
 
     def _run(self, batches: Iterable[Batch], *, training: bool) -> Iterator[list[Tensor]]:
-        """Window by window what the stages' `finish` gave. Between two windows others may run in the other mode."""
+        """Yield what the stages' `finish` returned for each window. Between two, another run may change the mode."""
         require(batches, Iterable, name="batches", needed=PAIRS)
         remaining = iter(batches)
         self._set_mode(training=training)
@@ -254,7 +254,7 @@ class Pipeline:
         return schedule(self.placement, minibatches=minibatches, prefetch=self._prefetch, copies=copies)[self.rank]
 
     def _read(self, batch: Any, *, training: bool) -> Batch:
-        """What this rank reads of a minibatch. TypeError, ValueError: none, or nothing that it could learn from."""
+        """What this rank reads of a minibatch. TypeError, ValueError: not a minibatch, or one it cannot learn from."""
         if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) != 2:
             raise TypeError(f"a minibatch is {describe(batch)}: {PAIRS}")
         x, y = batch
@@ -279,7 +279,7 @@ def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: i
     if len(placed.ranks) != blocks or placed.size != ranks:
         raise ValueError(
             f"placement {list(placed.ranks)} is not one of {blocks} blocks on {ranks} ranks: pass the rank of each "
-            "block, and leave out no rank"
+            "block, and use every rank"
         )
     return placed
 
@@ -291,7 +291,7 @@ def _message_type(learner: BlockLocal, message_dtype: torch.dtype | None) -> Mes
 
 def _replicated(step: LocalStep, data_parallel: DataParallel, replicas: DeviceMesh) -> nn.Module:
     made = data_parallel(step, replicas)
-    require(made, nn.Module, name="data_parallel: what it gives", needed="the module to call is needed")
+    require(made, nn.Module, name="the return value of data_parallel", needed="it must be the module to call")
     return made
 
 
@@ -300,15 +300,15 @@ def _optimizer(optimizer: Callable[[list[nn.Parameter]], Optimizer], step: Local
     if not parameters:
         return None
     made = optimizer(parameters)
-    require(made, Optimizer, name="optimizer: what it gives", needed="a torch.optim.Optimizer is needed")
-    check_closure(made, name="optimizer: what it gives")
+    require(made, Optimizer, name="the return value of optimizer", needed="it must be a torch.optim.Optimizer")
+    check_closure(made, name="the return value of optimizer")
     if not set(stepped_by(made)) & set(map(id, parameters)):
-        raise ValueError(f"optimizer= gives one without a parameter of block {step.k}: pass on those that it is given")
+        raise ValueError(f"optimizer= returns one without a parameter of block {step.k}: pass on those it is given")
     return made
 
 
 def _site(learner: BlockLocal, k: int) -> BorderSpec:
-    """Where border k stands."""
+    """The spec of border k."""
     border = learner.borders[k]
     assert isinstance(border, Border)
     return border.spec

@@ -1,4 +1,4 @@
-"""A placement by measurement: consecutive blocks on each rank, such that the busiest rank has as little as can be."""
+"""A placement by measurement: consecutive blocks on each rank, with as little work as possible on the busiest rank."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def balanced(
     mesh: DeviceMesh | None = None,
     device: torch.device | str = "cpu",
 ) -> Placement:
-    """The placement on the ranks of one pipeline that evens out the blocks' times on a minibatch.
+    """The placement on the ranks of one pipeline that balances the time of their blocks for a minibatch.
 
-    Every process calls it and measures all blocks, on a copy of the learner and on its own device, while the others do:
-    a slow device gets less to do. mesh: as for `Pipeline`; where a rank has replicas, the slowest counts.
+    Every process must call it. All measure all blocks at the same time, on a copy of the learner and on their own
+    device, so that a slow device gets less to do. mesh: as for `Pipeline`; if a rank has replicas, the slowest counts.
 
     >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
     >>> balanced(learner, torch.randn(4, 8), torch.tensor([0, 2, 1, 0])).ranks  # in a single process
@@ -51,7 +51,7 @@ def balanced(
 
 
 def spread(seconds: Sequence[Sequence[float]]) -> Placement:
-    """Of blocks that take so long, rank by rank.
+    """The placement that balances blocks with these seconds, given rank by rank.
 
     >>> spread([[1.0, 1.0, 2.0], [1.0, 1.0, 2.0]]).ranks
     (0, 0, 1)
@@ -79,14 +79,14 @@ def _total(seconds: Sequence[float]) -> Callable[[int, int], float]:
 
 
 def block_seconds(learner: BlockLocal, x: Tensor, y: Tensor, *, device: torch.device) -> list[float]:
-    """Of every block, the seconds of a forward and a local backward pass on a device, which has one block at once.
+    """Seconds of each block's forward and local backward pass on a device, which holds one block at a time.
 
-    The mean over so long that it shows whether the device has other work besides.
+    The mean is taken over long enough to show whether the device has other work to do.
     """
     learner, seconds, h, y = copy.deepcopy(learner).train(), [], x.to(device), y.to(device)
-    learner.share_feedback(False)  # the other processes measure as often as they like
+    learner.share_feedback(False)  # the number of passes differs between processes
     for head in lookaheads(learner):
-        head.elsewhere = False  # nor is there a pipeline to bring copies
+        head.elsewhere = False  # no pipeline sends copies here
     for k in range(len(learner.blocks)):
         parts = [learner.blocks[k], *learner.borders[k : k + 1]]
         for part in parts:

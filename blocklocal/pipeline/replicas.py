@@ -1,4 +1,4 @@
-"""Replicas of a block over the `data` dimension of the mesh: how what they learn is shared."""
+"""Replicas of a block over the `data` dimension of the mesh: how they share what they learn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from blocklocal.arguments import require, require_module
 
 DataParallel = Callable[[nn.Module, DeviceMesh], nn.Module]
-"""From a block with its local loss, and the mesh of its replicas, the module to call in its place."""
+"""Makes the module to call in place of a block with its local loss, from that and the mesh of its replicas."""
 
 
 def replicate(step: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -42,12 +42,12 @@ def shard(step: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def dimensions(mesh: DeviceMesh | None) -> tuple[dist.ProcessGroup | None, DeviceMesh | None]:
-    """The group of one pipeline, and the mesh of the replicas of a block where there are any."""
+    """The group of one pipeline, and the mesh of a block's replicas if there are any."""
     if not dist.is_initialized():
         raise ValueError("a pipeline needs processes: call torch.distributed.init_process_group() first")
     if mesh is None:
         return None, None
-    require(mesh, DeviceMesh, name="mesh", needed='pass what init_device_mesh() gives, with a dimension "block"')
+    require(mesh, DeviceMesh, name="mesh", needed='pass what init_device_mesh() returns, with a dimension "block"')
     names = mesh.mesh_dim_names or ()
     if "block" not in names or not set(names) <= {"block", "data"}:
         raise ValueError(f'mesh with dimensions {names}: a pipeline needs "block", and may have "data"')

@@ -1,20 +1,20 @@
-"""The block-local schedule: which rank does what in which order, for a window of minibatches.
+"""The block-local schedule: which rank does what, in which order, in a window of minibatches.
 
     rank 0 (blocks 0, 1):  0F0 0B0 1F0 1SEND_F0 1B0 0F1 0B1 ...
     rank 1 (blocks 2, 3):  2RECV_F0 2RECV_F1 2F0 2B0 2RECV_F2 3F0 3B0 ...
 
 F is a block's forward pass with its local loss, B its local backward pass and optimizer step. The message leaves before
 the local backward pass, and its receive is posted `prefetch` minibatches early, so that it travels while both sides
-compute. There is no action that sends or receives a gradient.
+compute. No action sends or receives a gradient.
 
-Where a head looks through a copy of the next block's first unit, and that block is on the next rank, a refresh before
-minibatch m is a message against the stream, 2SEND_C2 and 1RECV_C2 for m = 2:
+If a head looks through a copy of the next block's first unit, and that block is on the next rank, a refresh before
+minibatch m is a message in the opposite direction, 2SEND_C2 and 1RECV_C2 for m = 2:
 
     rank 0:  ... 1F1 1SEND_F1 1RECV_C2 1B1 0F2 0B2 1F2 ...
     rank 1:  ... 2F1 2B1 2SEND_C2 2RECV_F2 2RECV_F3 3F1 3B1 2F2 ...
 
 It leaves once block 2 has learnt from minibatch 1, and block 1 waits for it before minibatch 2. No receive is posted
-across it: messages between two ranks have one order, whichever way they go, so that neither waits for the other.
+across it: messages between two ranks have one order, in either direction, so that the ranks cannot deadlock.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Kind = Literal["F", "B", "SEND_F", "RECV_F", "SEND_C", "RECV_C"]
 
 
 class Action(NamedTuple):
-    """One thing that one rank does; `str` writes it as the literature on schedules does, such as 1SEND_F0.
+    """One action of one rank; `str` writes it as the literature on schedules does, such as 1SEND_F0.
 
     >>> print(Action(block=1, kind="SEND_F", minibatch=0))
     1SEND_F0
@@ -46,7 +46,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """The rank of each block: whole numbers from 0, none left out, never falling.
+    """The rank of each block: integers from 0, in ascending order, with none left out.
 
     >>> Placement((0, 0, 1)).blocks(0)
     [0, 1]
@@ -61,12 +61,12 @@ class Placement:
         steps = [b - a for a, b in pairwise(self.ranks)]
         if not self.ranks or self.ranks[0] != 0 or any(step not in (0, 1) for step in steps):
             raise ValueError(
-                f"placement {list(self.ranks)}: give each block its rank, from 0 on, consecutive blocks on a rank"
+                f"placement {list(self.ranks)}: pass the rank of each block, from 0 on, in ascending order without gaps"
             )
 
     @staticmethod
     def even(blocks: int, *, ranks: int) -> Placement:
-        """Nearly as many blocks on each rank, the first ranks having more."""
+        """Place blocks as evenly as possible, with any extra ones on the first ranks."""
         blocks, ranks = require_whole(blocks, name="blocks", least=1), require_whole(ranks, name="ranks", least=1)
         if ranks > blocks:
             raise ValueError(f"{ranks} ranks for {blocks} blocks: every rank needs a block")
@@ -100,7 +100,7 @@ def schedule(
 ) -> dict[int, list[Action]]:
     """The actions of every rank in one window of minibatches.
 
-    copies: for block k the minibatches before which the first unit of block k + 1 is copied to its border.
+    copies: for block k, the minibatches before which the first unit of block k + 1 is copied to its border.
 
     >>> print(*schedule(Placement((0, 1)), minibatches=1, prefetch=2)[0])
     0F0 0SEND_F0 0B0
@@ -113,7 +113,7 @@ def schedule(
     for k, before in copies.items():
         require(before, Collection, name=f"copies[{k}]", needed="pass minibatches, such as [0, 3]")
         for m in before:
-            require_whole(m, name=f"copies[{k}]: one of them", least=0, most=minibatches - 1)
+            require_whole(m, name=f"an item of copies[{k}]", least=0, most=minibatches - 1)
     return {
         rank: list(_actions(placement, rank, minibatches=minibatches, prefetch=prefetch, copies=copies))
         for rank in range(placement.size)
@@ -130,7 +130,7 @@ def _actions(
     expected, arrivals = 0, minibatches if placement.receives(first) else 0
 
     def before(m: int) -> Iterator[Action]:
-        """What the first block lets go, having learnt from the minibatch before m, and what is expected then."""
+        """The copy that the first block sends before minibatch m, and the receives to post then."""
         nonlocal expected
         if m in given:
             yield Action(first, "SEND_C", m)

@@ -1,4 +1,4 @@
-"""Random draws that follow from numbers, wherever they are made, and leave everybody else's draws as they are."""
+"""Random draws that depend only on given numbers, wherever they are made, and leave all other draws unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def seeded(*numbers: int, device: torch.device) -> Iterator[None]:
-    """Draws on the CPU and on `device` start from a seed made of these numbers; afterwards they go on as before."""
+    """Seed draws on the CPU and on `device` from these numbers; afterwards the generators continue as before."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % 2**63

@@ -1,4 +1,4 @@
-"""One block where it is trained: forward pass with the local loss, then local backward pass and optimizer step."""
+"""One block as it is trained: forward pass with the local loss, then local backward pass and optimizer step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from blocklocal.pipeline.seeding import seeded
 from blocklocal.pipeline.trace import Phase, Trace
 
 Message = tuple[Tensor, ...]
-"""The tensors that cross a border together: the block's output, and where beliefs add, the belief."""
+"""The tensors that cross a border together: the block's output and, with add_beliefs, the belief."""
 
 
 class LocalStep(nn.Module):
@@ -28,7 +28,7 @@ class LocalStep(nn.Module):
         super().__init__()
         self.block = learner.blocks[k]
         self.border = learner.borders[k] if k < len(learner.borders) else None
-        self._learner, self.k = (learner,), k  # in a tuple: the other blocks are no part of this one
+        self._learner, self.k = (learner,), k  # in a tuple: the other blocks are not part of this one
 
     def forward(self, h: Features, y: Tensor | None) -> tuple[Tensor, Features]:
         (learner,) = self._learner
@@ -39,10 +39,10 @@ class LocalStep(nn.Module):
 
 @dataclass(frozen=True)
 class MessageType:
-    """The dtype of what crosses a border while it travels; the next block takes it in the dtype that it had before.
+    """The dtype of messages on their way; the next block gets them in the dtype that they had before.
 
     rounds: whether it may be narrower than a block's output. Then every border rounds to it, also one between two
-    blocks of the same rank, so that a placement changes no result.
+    blocks of the same rank, so that the placement does not change results.
     """
 
     dtype: torch.dtype
@@ -53,20 +53,20 @@ class MessageType:
             return h
         if not self.rounds:
             raise ValueError(
-                f"the block gives {h.dtype}, and messages are {self.dtype}, as parameters are: pass "
+                f"the block returns {h.dtype}, but messages are {self.dtype}, as parameters are: pass "
                 f"message_dtype={h.dtype}"
             )
         return h.to(self.dtype).to(h.dtype)
 
 
 class Stage(nn.Module):
-    """Block k on its device, between its two borders. step: a LocalStep, or what replicates or shards one.
+    """Block k on its device, between its two borders. step: a LocalStep, or a module that replicates or shards one.
 
-    send_shape: the shape of one sample of its output; None for the last block, which predicts. accumulate:
-    the number of minibatches whose mean gradient makes an optimizer step.
+    send_shape: the shape of one sample of its output; None for the last block, which predicts. accumulate: number of
+    minibatches whose mean gradient makes an optimizer step.
 
-    In training mode `finish` learns from the minibatch whose forward pass was the last; in evaluation mode it only lets
-    go of it. Random draws, such as those of dropout, follow from `seed`, the minibatch and the block: they are the same
+    In training mode `finish` learns from the minibatch of the last forward pass; in evaluation mode it only releases
+    it. Random draws, such as those of dropout, depend on `seed`, the minibatch and the block: they are the same
     wherever the block is placed, and whenever the minibatch is repeated.
     """
 
@@ -89,10 +89,10 @@ class Stage(nn.Module):
         self.minibatch = 0
         self.result: Tensor | None = None
         self.sent = 0
-        """Bytes of the last message, where it went to another rank."""
+        """Bytes of the last message, if it went to another rank."""
 
     def forward(self, message: Message, *, y: Tensor, minibatch: int) -> Message:
-        """The message to the next block; of the last block the prediction.
+        """The message to the next block; for the last block, the prediction.
 
         Nothing that this block hands on or keeps shares storage with `message`, whose buffers the next receive fills.
         """
@@ -106,8 +106,8 @@ class Stage(nn.Module):
         if self.send_shape is not None:
             if h.shape != (len(y), *self.send_shape):
                 raise ValueError(
-                    f"the block gives {tuple(h.shape)} for {len(y)} targets, and gave {self.send_shape} per sample for "
-                    "the learner's example=: minibatches of a pipeline have the example's shape"
+                    f"the block returns {tuple(h.shape)} for {len(y)} targets, but returned {self.send_shape} per "
+                    "sample for the learner's example=: minibatches of a pipeline must have the example's shape"
                 )
             h = self.message_type.round(h)
         self.record("forward")
@@ -132,14 +132,14 @@ class Stage(nn.Module):
         return result.detach()
 
     def record(self, phase: Phase, *, minibatch: int | None = None, size: int = 0) -> None:
-        """The time since the last record, as this phase. minibatch: by default that of the last forward pass."""
+        """Record the time since the last record as this phase. minibatch: by default that of the last forward pass."""
         if self.trace and self.training:
             number = self.minibatch if minibatch is None else minibatch
             self.trace.record(phase, block=self.k, minibatch=number, size=size)
 
 
 def _apart(tensor: Tensor, message: Message) -> Tensor:
-    """The tensor, dense, and copied where it is a view of a part of the message."""
+    """The tensor, made dense, and copied if it is a view of a part of the message."""
     tensor = dense(tensor)
     lent = {part.untyped_storage().data_ptr() for part in message}
     return tensor.clone() if tensor.untyped_storage().data_ptr() in lent else tensor

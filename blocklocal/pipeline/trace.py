@@ -1,4 +1,4 @@
-"""What each rank did and when: the records of a run, and how a rank takes them."""
+"""What each rank did and when: the records of a run, and how a rank makes them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FAR = 1e12  # seconds, beyond every clock
 
 @dataclass(frozen=True)
 class Record:
-    """One stretch of time of one rank, `start` and `end` in seconds of the system's clock.
+    """A span of time of one rank; `start` and `end` are in seconds of the system clock.
 
-    forward: block's forward pass and local loss. backward: local backward pass and optimizer step. send: handing the
-    message over. copy: handing a copy of the block's first unit, as it is before the minibatch, to the border before
-    it. wait: everything else before a forward pass, above all for a message, and at the end of a window until the last
-    messages are taken. size: the bytes that were handed to another rank.
+    forward: the block's forward pass and local loss. backward: local backward pass and optimizer step. send: handing
+    the message over. copy: handing a copy of the block's first unit, as it is before the minibatch, to the border
+    before it. wait: everything else before a forward pass, mainly waiting for a message, and at the end of a window
+    waiting until the last messages are taken. size: the number of bytes handed to another rank.
 
     >>> Record(rank=0, replica=0, block=1, minibatch=2, phase="forward", start=1.0, end=1.5).seconds
     0.5
@@ -46,9 +46,9 @@ class Record:
 
 
 class Trace:
-    """Takes the records of one rank like a stopwatch: one begins where the last one ended, so nothing is left out.
+    """Makes the records of one rank like a stopwatch: each begins where the last one ended, so nothing is left out.
 
-    On a GPU every record waits for the device: a traced run shows where time goes, and takes a little more of it.
+    On a GPU every record synchronises with the device: a traced run shows where time goes, and is a little slower.
 
     >>> trace = Trace(rank=0, replica=0, device=torch.device("cpu"))
     >>> trace.start()
@@ -65,7 +65,7 @@ class Trace:
         self._last = 0.0
 
     def start(self) -> None:
-        """Let the first record begin now."""
+        """Begin the first record now."""
         self._last = time.time()
 
     def record(self, phase: Phase, *, block: int, minibatch: int, size: int = 0) -> None:
@@ -77,7 +77,7 @@ class Trace:
         self._last = now
 
     def save(self, path: Path) -> None:
-        """One JSON object per line; the file is there as a whole, or as it was before."""
+        """Write one JSON object per line; the file is replaced as a whole, or stays as it was."""
         part = path.with_name(f"{path.name}.part")
         try:
             part.write_text("".join(json.dumps(asdict(record)) + "\n" for record in self.records))
@@ -87,9 +87,9 @@ class Trace:
 
 
 def load(paths: Iterable[Path | str]) -> list[Record]:
-    """The records of several ranks, a file of each, in the order of their start.
+    """Load the records of several ranks, one file each, in the order of their start.
 
-    ValueError: a file that holds something else, or not all of a line; a rank in two files.
+    ValueError: a file with other content or an incomplete line; a rank in two files.
 
     >>> load([])
     []
@@ -100,7 +100,7 @@ def load(paths: Iterable[Path | str]) -> list[Record]:
         raise TypeError(f"paths is {describe(paths)}: {needed}")
     require(paths, Iterable, name="paths", needed=needed)
     for given in paths:
-        require(given, Path | str, name="paths: one of them", needed=needed)
+        require(given, Path | str, name="an item of paths", needed=needed)
         path = Path(given)
         *lines, rest = path.read_bytes().split(b"\n")
         if rest:
@@ -119,9 +119,9 @@ def _read(line: bytes, *, place: str) -> Record:
     try:
         record = Record(**json.loads(line))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{place} is no record ({error})") from error
+        raise ValueError(f"{place} is not a record ({error})") from error
     allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
-        **dict.fromkeys(("rank", "replica", "block", "minibatch", "size"), (_counts, "a number, 0 or more")),
+        **dict.fromkeys(("rank", "replica", "block", "minibatch", "size"), (_counts, "an integer, 0 or more")),
         "phase": (lambda value: value in get_args(Phase), ", ".join(get_args(Phase))),
         "start": (_measures, "seconds"),
         "end": (lambda value: _measures(value) and value >= record.start, "seconds, not before its start"),
@@ -129,7 +129,7 @@ def _read(line: bytes, *, place: str) -> Record:
     for name, (fits, what) in allowed.items():
         value = getattr(record, name)
         if not fits(value):
-            raise ValueError(f"{place} is no record ({name}: expected {what}, got {value!r})")
+            raise ValueError(f"{place} is not a record ({name}: expected {what}, got {value!r})")
     return record
 
 

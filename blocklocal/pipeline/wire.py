@@ -1,7 +1,7 @@
-"""How tensors travel: as the elements that they hold in memory, and what says how to read them.
+"""How tensors travel: as their elements in memory order, with a description of how to read them.
 
-A tensor arrives with the dtype and the strides that it had, since arithmetic depends on them in its last bits: autocast
-decides the one, the memory format (such as channels_last) the other.
+A tensor arrives with the dtype and the strides that it had, since the last bits of arithmetic depend on them: autocast
+determines the dtype, the memory format (such as channels_last) the strides.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a message: (rows, *shape) for a minibatch with that number of rows, under way as `dtype`."""
+    """One tensor of a message: (rows, *shape) for a minibatch with that number of rows, sent as `dtype`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -43,11 +43,11 @@ class Form:
         return h.dtype == self.dtype and h.permute(self.order).is_contiguous()
 
     def elements(self, h: Tensor, *, dtype: torch.dtype) -> Tensor:
-        """Those of h as they stand in memory, as `dtype`."""
+        """The elements of h in memory order, as `dtype`."""
         return h.permute(self.order).reshape(-1).to(dtype)
 
     def tensor(self, elements: Tensor, *, shape: Sequence[int]) -> Tensor:
-        """The tensor of that shape with these elements, which may share their memory."""
+        """The tensor of this shape with these elements; it may share their memory."""
         inner = elements.view([shape[d] for d in self.order])
         return inner.permute([self.order.index(d) for d in range(len(shape))]).to(self.dtype)
 
@@ -65,7 +65,7 @@ def started(work: dist.Work | None) -> dist.Work:
 
 
 def wait(work: dist.Work, *, failure: str, timeout: timedelta, device: torch.device) -> None:
-    """RuntimeError: the failure, after so long; on a GPU the timeout of the process group counts."""
+    """Wait for `work`. RuntimeError: `failure`, after `timeout`; on a GPU the process group's timeout applies."""
     try:
         if device.type == "cpu":
             work.wait(timeout)
@@ -76,7 +76,7 @@ def wait(work: dist.Work, *, failure: str, timeout: timedelta, device: torch.dev
 
 
 def digest(y: Tensor) -> int:
-    """A number that changes with the values and the order of y; zero for a y on a device, which would have to wait."""
+    """A number that depends on the values and order of y; zero for a y that is not on the CPU, to avoid a wait."""
     if y.device.type != "cpu":
         return 0
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[y.element_size()]

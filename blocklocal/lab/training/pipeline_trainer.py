@@ -21,7 +21,7 @@ from blocklocal.lab.runs.checkpoint_part import State
 from blocklocal.lab.training.evaluation import SIZE, Exits, grade, weigh
 from blocklocal.lab.training.experiment import DTYPES, Experiment
 from blocklocal.lab.training.optim import set_rate
-from blocklocal.learner import warn_of_collapse
+from blocklocal.collapse import warn_of_collapse
 from blocklocal.pipeline import Placement, balanced, replicate, shard
 from blocklocal.pipeline.pipeline import Batch
 from blocklocal.pipeline.stage import Stage

@@ -1,1 +1,1 @@
-"""What schedules take: simulated, and from the records of a run."""
+"""How long schedules take: in simulation, and according to the records of a run."""

@@ -1,4 +1,4 @@
-"""The programs of block-local pipelines, GPipe, 1F1B and data parallelism, for the simulator; what each takes."""
+"""Programs of block-local pipelines, GPipe, 1F1B and data parallelism for the simulator, and how long each takes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from blocklocal.pipeline.schedule import Action, Placement, schedule
 
 @dataclass(frozen=True)
 class Cost:
-    """One block and one minibatch: seconds of its passes and of the optimizer step, bytes of its output and weights.
+    """Cost of one block and minibatch: seconds of the passes and the optimizer step, bytes of output and weights.
 
-    fixed: the part of a pass that a smaller batch does not make shorter. copy: bytes of the block's first unit.
+    fixed: the part of a pass that a smaller batch does not shorten. copy: bytes of the block's first unit.
     """
 
     forward: float
@@ -25,7 +25,7 @@ class Cost:
     copy: float = 0.0
 
     def split(self, parts: int) -> Cost:
-        """The cost of one of so many microbatches."""
+        """The cost of one of `parts` microbatches."""
         forward, backward = (self.fixed + (s - self.fixed) / parts for s in (self.forward, self.backward))
         return Cost(forward, backward, self.update, self.fixed, self.message / parts, self.weights)
 
@@ -39,9 +39,9 @@ def block_local(
     prefetch: int = 2,
     refresh: int | None = None,
 ) -> float:
-    """Seconds per minibatch of a block-local pipeline, by default with a rank per block.
+    """Seconds per minibatch of a block-local pipeline, by default with one block per rank.
 
-    refresh: every so many minibatches each border takes a copy of the next block's first unit.
+    refresh: number of minibatches after which each border takes a copy of the next block's first unit again.
     """
     placed = placement or Placement(tuple(range(len(costs))))
 
@@ -61,7 +61,7 @@ def block_local(
 def block_local_window(
     actions: Sequence[Action], costs: Sequence[Cost], placement: Placement, *, first: int
 ) -> Iterator[Step]:
-    """What a rank does in a window of minibatches, from its actions."""
+    """The steps of a rank in a window of minibatches, from its actions."""
     coming: list[Message] = []
 
     def copy(k: int, m: int) -> Message:
@@ -93,20 +93,20 @@ def block_local_window(
 
 
 def gpipe(costs: Sequence[Cost], *, microbatches: int, link: Link) -> float:
-    """Seconds per minibatch of GPipe as torch runs it, a stage per rank: all forward passes, then all backward ones."""
+    """Seconds per minibatch of GPipe as in torch, one stage per rank: all forward passes, then all backward passes."""
     return _end_to_end(costs, microbatches, link, _gpipe)
 
 
 def one_forward_one_backward(costs: Sequence[Cost], *, microbatches: int, link: Link) -> float:
-    """Seconds per minibatch of 1F1B as torch runs it, a stage per rank: a receive is posted when it is needed."""
+    """Seconds per minibatch of 1F1B as in torch, one stage per rank: a receive is posted when it is needed."""
     return _end_to_end(costs, microbatches, link, _one_forward_one_backward)
 
 
 def data_parallel(costs: Sequence[Cost], *, workers: int, link: Link, bucket: float = 25 * 2**20) -> float:
     """Seconds per minibatch of `workers` replicas of the whole model, each with its share of the minibatch.
 
-    Gradients are summed in buckets of so many bytes, as DDP of torch does it, by ring all-reduces: beside the backward
-    pass, but for the last bucket, which is full when that is done.
+    Gradients are summed in buckets of `bucket` bytes by ring all-reduce, as in torch's DDP: during the backward pass,
+    except for the last bucket, which is full only when that is done.
     """
     parts = [cost.split(workers) for cost in costs]
     weights = sum(cost.weights for cost in costs)
@@ -120,7 +120,7 @@ def data_parallel(costs: Sequence[Cost], *, workers: int, link: Link, bucket: fl
 
 
 def _pace(programs: Callable[[int], list[Program]], link: Link, *, minibatches: int) -> float:
-    """Seconds per minibatch once the pipeline is full: in the second half of so many minibatches."""
+    """Seconds per minibatch once the pipeline is full: over the second half of `minibatches`."""
     half = minibatches // 2
     whole, first = (max(simulate(programs(n), link=link)) for n in (2 * half, half))
     return (whole - first) / half
@@ -140,7 +140,7 @@ class _Stage:
 
     @property
     def behind(self) -> int:
-        """The stages from this one on."""
+        """The number of stages from this one on."""
         return len(self.parts) - self.index
 
     def activation_in(self, m: int) -> list[Message]:

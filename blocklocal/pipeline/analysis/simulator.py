@@ -1,7 +1,7 @@
-"""What a schedule takes: programs of computing and messages, run against a clock of numbers instead of on processes.
+"""How long a schedule takes: programs of computation and messages, run on a simulated clock instead of on processes.
 
-Messages go as with gloo: the receiver's notice that a message is expected goes to the sender, behind what travels that
-way already; then the message goes, behind the one before it. The sender is done when its system has taken the bytes.
+Messages go as with gloo: the receiver notifies the sender that it expects a message, behind what already travels in
+that direction; then the message goes, behind the one before it. The sender is done when its system has taken the bytes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Link:
-    """Between two neighbours, each way: seconds until a byte is there, bytes per second.
+    """A link between two neighbours, in either direction: latency in seconds, bandwidth in bytes per second.
 
-    buffer: of a message's bytes, how many the sender's system takes at once.
+    buffer: the number of bytes of a message that the sender's system takes at once.
     """
 
     latency: float = 0.0
@@ -23,12 +23,12 @@ class Link:
     buffer: float = float("inf")
 
     def seconds(self, size: float) -> float:
-        """Until so many bytes are there, on a way that is free."""
+        """Seconds until `size` bytes have arrived over a free link."""
         return self.latency + size / self.bandwidth
 
 
 class Message(NamedTuple):
-    """From rank to rank, `size` bytes; what else tells it apart is in `name`."""
+    """A message of `size` bytes from rank to rank; `name` tells it apart from others."""
 
     source: int
     destination: int
@@ -41,13 +41,13 @@ class Compute(NamedTuple):
 
 
 class Post(NamedTuple):
-    """Hand a message over, or say that it is expected; takes no time."""
+    """Hand a message over, or announce that it is expected; takes no time."""
 
     message: Message
 
 
 class Wait(NamedTuple):
-    """Until a message that was posted has arrived."""
+    """Wait until a message that was posted has arrived."""
 
     message: Message
 
@@ -57,7 +57,7 @@ Program = Sequence[Step]
 
 
 def simulate(programs: Sequence[Program], *, link: Link) -> list[float]:
-    """The second at which each rank has finished its program. ValueError: programs that wait for each other."""
+    """The second at which each rank finishes its program. ValueError: programs that wait for each other."""
     return _Simulation(programs, link).run()
 
 
@@ -75,7 +75,7 @@ class _Simulation:
             able = [rank for rank in range(len(self.programs)) if self.able(rank)]
             if not able:
                 raise ValueError("the programs wait for each other")
-            self.advance(min(able, key=self.clock.__getitem__))  # so that messages are posted in the order of time
+            self.advance(min(able, key=self.clock.__getitem__))  # so that messages are posted in order of time
         return self.clock
 
     def step(self, rank: int) -> Step | None:
@@ -83,7 +83,7 @@ class _Simulation:
         return program[position] if position < len(program) else None
 
     def able(self, rank: int) -> bool:
-        """Whether a rank is not at its end, nor waiting for what is not known yet."""
+        """Whether a rank can go on: neither at its end nor waiting for something that is not known yet."""
         step = self.step(rank)
         return step is not None and not (isinstance(step, Wait) and (rank, step.message) not in self.done)
 
@@ -101,7 +101,7 @@ class _Simulation:
         now = self.clock[rank]
         way, back = (message.source, message.destination), (message.destination, message.source)
         if rank == message.destination:
-            now = max(now, self.free.get(back, 0.0)) + self.link.latency  # the notice is there
+            now = max(now, self.free.get(back, 0.0)) + self.link.latency  # the notice has arrived
         if message not in self.posted:
             self.posted[message] = now
             return

@@ -1,4 +1,4 @@
-"""What the records of a run say: who was busy, who waited, and what the slowest stage allows."""
+"""What the records of a run show: who was busy, who waited, and which pace the slowest stage allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Timeline:
         for rank in self.ranks:
             phases = [record.phase for record in self._of(rank, lambda _: True)]
             if "forward" not in phases or "backward" not in phases[phases.index("forward") :]:
-                raise ValueError(f"a timeline needs minibatches of every rank, rank {rank} has learnt from none")
+                raise ValueError(f"a timeline needs minibatches of every rank, but rank {rank} has learnt from none")
 
     @property
     def ranks(self) -> list[int]:
@@ -33,9 +33,9 @@ class Timeline:
         return sorted({record.block for record in self.records if record.rank == rank})
 
     def messages(self) -> list[tuple[Record, Record]]:
-        """Of every message between ranks the record of its sending and that of the forward pass that it let begin.
+        """For each message between ranks, the record of its sending and that of the forward pass that needed it.
 
-        A copy goes against the stream, to the block before.
+        A copy goes in the opposite direction, to the block before.
         """
         forward = {(r.replica, r.block, r.minibatch): r for r in self.records if r.phase == "forward"}
         to: dict[Phase, int] = {"send": 1, "copy": -1}
@@ -45,23 +45,23 @@ class Timeline:
         return [(message, arrival) for message, arrival in sent if arrival is not None and arrival.rank != message.rank]
 
     def sizes(self, phase: Phase) -> list[int]:
-        """The bytes of every message that was handed over so, to another rank."""
+        """The bytes of each message that was handed to another rank in this phase."""
         return [record.size for record in self.records if record.phase == phase and record.size]
 
     @property
     def fill(self) -> float:
-        """From the first forward pass anywhere until the last rank begins its own first one."""
+        """Seconds from the first forward pass on any rank until the last rank begins its first one."""
         begins = [min(r.start for r in self._of(rank, lambda r: r.phase == "forward")) for rank in self.ranks]
         return max(begins) - min(begins)
 
     @property
     def stage_seconds(self) -> list[float]:
-        """Of each rank, the median time that it is busy with a minibatch."""
+        """The median time that each rank is busy with a minibatch."""
         return [median(self._busy_by_minibatch(rank).values()) for rank in self.ranks]
 
     @property
     def imbalance(self) -> float:
-        """Longest over mean stage time: 1 where all are equal."""
+        """The longest stage time over the mean: 1 if all are equal."""
         return max(self.stage_seconds) / mean(self.stage_seconds)
 
     @property
@@ -71,14 +71,14 @@ class Timeline:
 
     @property
     def throughput(self) -> float:
-        """Minibatches per second that the last rank finished, from its second on."""
+        """Minibatches per second that the last rank finished, from its second one on."""
         ends = sorted(max(r.end for r in records) for records in self._by_minibatch(self.ranks[-1]).values())
         if len(ends) < 2:
             raise ValueError("the throughput needs at least two minibatches")
         return (len(ends) - 1) / (ends[-1] - ends[0])
 
     def utilisation(self, rank: int) -> float:
-        """Share of the time from a rank's first forward pass to its last record in which it was busy."""
+        """Share of the time from a rank's first forward pass to its last backward pass in which it was busy."""
         records = self._running(rank)
         return sum(r.seconds for r in records if r.phase in BUSY) / (records[-1].end - records[0].start)
 
@@ -87,7 +87,7 @@ class Timeline:
         return 1 - self.utilisation(rank)
 
     def _running(self, rank: int) -> list[Record]:
-        """From the first forward pass of a rank to its last backward pass: without fill and drain."""
+        """The records of a rank from its first forward pass to its last backward pass: without fill and drain."""
         records = self._of(rank, lambda r: True)
         first = next(i for i, record in enumerate(records) if record.phase == "forward")
         last = max(i for i, record in enumerate(records) if record.phase == "backward")
