@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from blocklocal import alignment
+from blocklocal.collapse import CollapseWarning
 from blocklocal.families import Bernoulli, Categorical, Family, Gaussian, GaussianMeanVariance, Poisson
 from blocklocal.feedback import ClosedFormFeedback, Feedback, GradientFeedback, Targets
-from blocklocal.collapse import CollapseWarning
 from blocklocal.learner import BlockLocal
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Posterior, Predictive, Similarity, Term, Variational

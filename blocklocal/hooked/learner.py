@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from blocklocal.hooked.operations import segment_operations
+from blocklocal.hooked.places import balanced
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from blocklocal.arguments import loss_of, require, require_function, require_gradients, require_number, require_tensor
+from blocklocal.arguments import require, require_function, require_gradients
 from blocklocal.border import Border
 from blocklocal.exits import ExitPool
-from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
-from blocklocal.graph import mode
-from blocklocal.hooked.operations import segment_operations
-from blocklocal.hooked.places import balanced
+from blocklocal.feedback import ClosedFormFeedback, Feedback
 from blocklocal.hooked.probe import Output, probe
-from blocklocal.hooked.taps import Taps, Visit
-from blocklocal.hooked.values import Inputs, call, check_inputs, prediction_of, tensors
-from blocklocal.inputs import check_frozen, check_owners, check_parameters, check_settings, check_steps
+from blocklocal.hooked.taps import Taps
+from blocklocal.hooked.values import Inputs, check_inputs, prediction_of
+from blocklocal.inputs import check_parameters, check_settings
 from blocklocal.layout import Layout, given_layouts
-from blocklocal.collapse import warn_of_collapse
 from blocklocal.local_learner import LocalLearner, cross_entropy, targets_of
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, LocalLoss, Predictive
-from blocklocal.messages import Criterion, Statistic, add_belief, dense, spatial_mean
-from blocklocal.shape_probe import border_spec, check_prediction
+from blocklocal.messages import Criterion, Statistic, spatial_mean
+from blocklocal.shape_probe import border_spec
 
 
 class Hooked(LocalLearner):
@@ -171,3 +169,180 @@ class Hooked(LocalLearner):
 
         self._learn(x, y, learn)
         return torch.stack(losses)
+
+    def block_parameters(self, k: int) -> list[nn.Parameter]:
+        """The parameters that learn from local loss k: those of block k and of its border.
+
+        Block k's are those that its features, or the prediction, depend on through no earlier border. Any that the
+        example did not reach belong to the block of the parameters next to them.
+        """
+        k = self._exit(k)
+        known = dict(self.model.named_parameters())
+        border = self.borders[k : k + 1]
+        return [*(known[name] for name in self._owned[k]), *(p for one in border for p in one.parameters())]
+
+    @torch.no_grad()
+    def exits(self, x: Inputs) -> list[Tensor]:
+        check_inputs(x, name="x")
+        found: list[Tensor] = []
+        prediction = self._predictions(x, lambda k, prediction: found.append(prediction))
+        return [*found, prediction]
+
+    @torch.no_grad()
+    def predict(
+        self, x: Inputs, *, exit: int | Literal["all"] | None = None, confidence: float | None = None
+    ) -> Tensor:
+        """The prediction (B, n), or per token (B, T, n), of the last block, without gradient.
+
+        exit=k: that of exit k, which ends the forward pass there. exit="all": of all exits, with the weights of
+        `fit_exits`. confidence: each sample's from the first exit whose largest class probability reaches it (of its
+        least sure token); the forward pass ends once every sample has left.
+        """
+        check_inputs(x, name="x")
+        if confidence is not None:
+            if exit is not None or not self.targets.labels:
+                raise ValueError(
+                    "confidence= chooses the exit by class probability: pass no exit=, and only with labels"
+                )
+            require_number(confidence, name="confidence", above=0, most=1)
+            return self._predict_confident(x, confidence=confidence)
+        if isinstance(exit, str) and exit == "all":
+            return self.pool(self.exits(x))
+        last = self._exit(exit)
+
+        def at_exit(k: int, prediction: Tensor) -> None:
+            if k == last:
+                raise _Left(prediction)
+
+        if last == len(self.borders) and not self.adds_beliefs:
+            return self._predicted(call(self.model, x))
+        try:
+            return self._predictions(x, at_exit, only=None if self.adds_beliefs else last)
+        except _Left as left:
+            return left.prediction
+
+    @torch.no_grad()
+    def diagnose(self, x: Inputs, y: Tensor) -> list[dict[str, float]]:
+        """What a batch shows of each border, in evaluation mode: see `Border.diagnose`. Warns of a collapsed block."""
+        self._check(x, y)
+        reports: list[dict[str, float]] = []
+        belief: Tensor | None = None
+
+        def visit(k: int, h: Tensor) -> Tensor:
+            nonlocal belief
+            border_input = self._border(k).message(h, belief)
+            reports.append(self._border(k).diagnose(border_input, y))
+            belief = self._border(k).predict(border_input) if self.adds_beliefs else None
+            return h
+
+        with mode(self, training=False):
+            self._pass(x, visit)
+        warn_of_collapse(reports)
+        return reports
+
+    def remove(self) -> None:
+        """Take the borders' hooks off the model, which is then as it came, but trained. The learner is of no use after."""
+        self._taps.remove()
+
+    def _learn(self, x: Inputs, y: Tensor, learn: Callable[[int, Tensor], None]) -> None:
+        """A forward pass in which learn(k, loss) is called with local loss k as soon as there is one."""
+        belief: Tensor | None = None
+        later = torch.is_grad_enabled()
+
+        def visit(k: int, h: Tensor) -> Tensor:
+            nonlocal belief
+            border_input = self._border(k).message(h, belief)
+            loss = self.borders[k](border_input, y)
+            belief = self._border(k).predict(border_input).detach() if self.adds_beliefs else None
+            learn(k, loss)
+            del loss, border_input
+            torch.clear_autocast_cache()  # of weights as they were before a step, or cast with a graph that is gone
+            h = dense(h.detach())  # as between the blocks of a chain: strides decide the last bits of what follows
+            return h.clone() if later and self._writes_input[k] else h
+
+        torch.clear_autocast_cache()
+        prediction = self._pass(x, visit)
+        if self.borders:
+            self.targets.match(y, prediction, what="the prediction")
+        learn(len(self.borders), loss_of(self.criterion, add_belief(belief, prediction), y))
+
+    def _predictions(self, x: Inputs, seen: Callable[[int, Tensor], None], *, only: int | None = None) -> Tensor:
+        """The model's prediction; seen(k, prediction) is called with that of exit k as soon as there is one."""
+        belief: Tensor | None = None
+
+        def visit(k: int, h: Tensor) -> Tensor:
+            nonlocal belief
+            if only is None or k == only:
+                prediction = self._border(k).predict(self._border(k).message(h, belief))
+                belief = prediction if self.adds_beliefs else None
+                seen(k, prediction)
+            return h
+
+        return add_belief(belief, self._pass(x, visit))
+
+    def _predict_confident(self, x: Inputs, *, confidence: float) -> Tensor:
+        decided: Tensor | None = None
+        waiting: Tensor | None = None
+
+        def seen(k: int, logits: Tensor) -> None:
+            nonlocal decided, waiting
+            if decided is None or waiting is None:
+                decided, waiting = logits.clone(), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            else:
+                decided[waiting] = logits[waiting].to(decided.dtype)
+            surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
+            waiting = waiting & (surest.flatten(1).amin(1) < confidence)
+            if not waiting.any():
+                raise _Left(decided)
+
+        try:
+            seen(len(self.borders), self._predictions(x, seen))
+        except _Left as left:
+            return left.prediction
+        assert decided is not None
+        return decided
+
+    def _pass(self, x: Inputs, visit: Visit) -> Tensor:
+        """The prediction of one forward pass of the model, in which `visit` takes the features at each border."""
+        with self._taps.visited(visit):
+            returned = call(self.model, x)
+        return self._predicted(returned)
+
+    def _predicted(self, returned: object) -> Tensor:
+        prediction = self.output(returned)
+        require_tensor(prediction, name="output: what it returns")
+        check_prediction(prediction, size=self.targets.size)
+        return prediction
+
+    def _check(self, x: Inputs, y: Tensor) -> None:
+        check_inputs(x, name="x")
+        self.targets.check(y)
+        for name, tensor in (*(("x", tensor) for tensor in tensors(x)), ("y", y)):
+            if torch.is_grad_enabled() and tensor.is_inference():
+                raise ValueError(
+                    f"{name} was made in torch.inference_mode() and cannot be learnt from: pass {name}.clone()"
+                )
+        dimensions = self._dimensions - self.targets.labels
+        if y.dim() != dimensions:
+            raise ValueError(
+                f"y has shape {tuple(y.shape)}, and the model's prediction for example= had {self._dimensions} "
+                f"dimensions: targets of {dimensions} dimension{'s' * (dimensions > 1)} are needed"
+            )
+
+    def _stepper(
+        self, *, scale: float | Tensor, optimizers: Sequence[Optimizer] | None, scaler: GradScaler | None
+    ) -> Callable[[int, Tensor], None]:
+        if optimizers is not None and self._tied:
+            raise ValueError(
+                f"optimizers= would step {self._tied[0]!r}, which several blocks read, before all of them have given their "
+                "gradients: step one optimizer of learner.parameters() after backward()"
+            )
+        return super()._stepper(scale=scale, optimizers=optimizers, scaler=scaler)
+
+
+class _Left(Exception):
+    """Ends a forward pass at an early exit."""
+
+    def __init__(self, prediction: Tensor) -> None:
+        super().__init__()
+        self.prediction = prediction

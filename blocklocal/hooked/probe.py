@@ -50,7 +50,9 @@ def probe(
         def at_border(name: str, returned: object) -> object:
             found = features(returned)
             if found is None:
-                raise ValueError(f"at={name!r}: it returns {describe(returned)}, and a border needs a tensor of features")
+                raise ValueError(
+                    f"at={name!r}: it returns {describe(returned)}, and a border needs a tensor of features"
+                )
             h, rebuild = found
             order.append(name)
             outputs.append(h)

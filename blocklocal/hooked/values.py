@@ -33,10 +33,14 @@ def tensors(value: object) -> Iterator[Tensor]:
 def check_inputs(x: object, *, name: str) -> None:
     """TypeError, ValueError: what no model takes, or a batch without a sample."""
     if not isinstance(x, Tensor | tuple | Mapping):
-        raise TypeError(f"{name} is {describe(x)}: pass what the model takes, a tensor, a tuple or a dict of its inputs")
+        raise TypeError(
+            f"{name} is {describe(x)}: pass what the model takes, a tensor, a tuple or a dict of its inputs"
+        )
     found = list(tensors(x))
     if not found:
-        raise ValueError(f"{name} holds no tensor: pass what the model takes, a tensor, a tuple or a dict of its inputs")
+        raise ValueError(
+            f"{name} holds no tensor: pass what the model takes, a tensor, a tuple or a dict of its inputs"
+        )
     for tensor in found:
         if tensor.is_nested:
             raise ValueError(f"{name} holds {describe(tensor)}, and a tensor of a single shape is needed: pad it")
@@ -97,5 +101,3 @@ def prediction_of(output: Any) -> Tensor:
             "what the model returns to a tensor"
         )
     return found
-
-

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from blocklocal import Pipeline
 from blocklocal.border import Border
+from blocklocal.collapse import warn_of_collapse
 from blocklocal.lab.data.batches import ordered_batches
 from blocklocal.lab.data.dataset import Split
 from blocklocal.lab.distributed.process_group import Processes
@@ -21,7 +22,6 @@ from blocklocal.lab.runs.checkpoint_part import State
 from blocklocal.lab.training.evaluation import SIZE, Exits, grade, weigh
 from blocklocal.lab.training.experiment import DTYPES, Experiment
 from blocklocal.lab.training.optim import set_rate
-from blocklocal.collapse import warn_of_collapse
 from blocklocal.pipeline import Placement, balanced, replicate, shard
 from blocklocal.pipeline.pipeline import Batch
 from blocklocal.pipeline.stage import Stage
