@@ -39,25 +39,31 @@ def recompute(module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError("module is a ScriptModule, which cannot be run again: pass its original module")
     if not is_recomputed(module):
-        module.forward = partial(_run, module, module.forward)
+        module.forward = _Recomputed(module, module.forward).run
 
 
 def is_recomputed(module: nn.Module) -> bool:
     """Whether `recompute` has been applied to this module itself."""
     forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func is _run
+    return isinstance(getattr(forward, "__self__", None), _Recomputed)
 
 
-def _run(module: nn.Module, forward: Callable[..., object], *args: object, **kwargs: object) -> object:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    if torch.compiler.is_compiling():  # recomputation in a compiled graph leaves statistics alone
-        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+class _Recomputed:
+    """Its method `run` replaces `forward`: a copy of a module also copies the object that a method is bound to."""
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_kept(module)
+    def __init__(self, module: nn.Module, forward: Callable[..., object]) -> None:
+        self.module, self.forward = module, forward
 
-    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False, context_fn=contexts)
+    def run(self, *args: object, **kwargs: object) -> object:
+        forward = partial(self.forward, **kwargs)
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        if torch.compiler.is_compiling():  # recomputation in a compiled graph leaves statistics alone
+            return checkpoint(forward, *args, use_reentrant=False)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts)
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_kept(self.module)
 
 
 @contextmanager

@@ -103,11 +103,13 @@ def test_the_statistic_over_processes_is_that_of_one(tmp_path):
 def test_one_process_on_a_gpu_changes_nothing(tmp_path):
     """Over NCCL; a perceptron, since the gradients of convolutions are not the same twice on a GPU."""
     options = ["digits", "--model=mlp", "--epochs=2", "--device=cuda"]
-    for command, out in (("train", "whole"), ("launch", "launched")):
+    for command, out in (("train", "whole"), ("train", "again"), ("launch", "launched")):
         given = [*faults.BLL, command, *options, f"--out={tmp_path / out}"]
         given += ["--processes=1"] * (command == "launch")
         done = subprocess.run(given, capture_output=True, text=True, timeout=faults.PATIENCE)
         assert done.returncode == 0, done.stderr
+    assert faults.same(tmp_path / "again", tmp_path / "whole"), "two runs of one process differ"
+    assert faults.course(tmp_path / "launched") == faults.course(tmp_path / "whole")
     assert faults.same(tmp_path / "launched", tmp_path / "whole")
 
 

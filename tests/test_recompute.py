@@ -201,3 +201,16 @@ def test_compiled() -> None:
         assert_close(theirs.grad, mine.grad)
     for (name, theirs), mine in zip(ours.named_buffers(), compiled.buffers(), strict=True):
         assert_close(theirs, mine, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch warns of itself
+def test_traced_blocks_compiled_in_one() -> None:
+    """As `bll bench --compile` does: torch 2.11 reads the code of a traced module's `forward`."""
+    plain, (x, y) = network().eval(), batch()
+    ours = bll.split(copy.deepcopy(plain), at=["2"])
+    for block in ours:
+        bll.recompute(block)
+    for model in (plain, torch.compile(ours, backend="aot_eager")):
+        F.cross_entropy(model(x), y).backward()
+    for theirs, mine in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert_close(theirs.grad, mine.grad)

@@ -47,6 +47,9 @@ class Normalisation:
     def __call__(self, images: Tensor) -> Tensor:
         return (images.float() - self.mean) / self.std
 
+    def to(self, device: torch.device) -> Normalisation:
+        return Normalisation(self.mean.to(device), self.std.to(device))
+
 
 def training_batches(
     split: Split,

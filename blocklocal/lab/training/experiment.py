@@ -164,7 +164,9 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         train_size=settings.train_size,
         test_size=settings.test_size,
         validation=settings.validation,
-    ).to(device)
+    )
+    normalisation = Normalisation.of(dataset.train.images).to(device)  # the same numbers for every device
+    dataset = dataset.to(device)
     images = len(dataset.train)
     if images < settings.batch_size * settings.accumulate:
         times = f" times --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
@@ -173,7 +175,6 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         raise UserError(f"--crop {settings.crop} is not less than the {min(dataset.size)} pixels of an image's side")
     if settings.cutout > min(dataset.size):
         raise UserError(f"--cutout {settings.cutout} is more than the {min(dataset.size)} pixels of an image's side")
-    normalisation = Normalisation.of(dataset.train.images)
     torch.manual_seed(settings.seed)
     model = models.build(settings.model, channels=dataset.channels, size=dataset.size, classes=len(dataset.classes))
     with blame(f"model {settings.model!r} cannot be put on {device}"):
