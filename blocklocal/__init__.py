@@ -6,6 +6,7 @@ from blocklocal import alignment
 from blocklocal.collapse import CollapseWarning
 from blocklocal.families import Bernoulli, Categorical, Family, Gaussian, GaussianMeanVariance, Poisson
 from blocklocal.feedback import ClosedFormFeedback, Feedback, GradientFeedback, Targets
+from blocklocal.hooked import Hooked
 from blocklocal.learner import BlockLocal
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, BLL_PAPER, PRED_SIM, Posterior, Predictive, Similarity, Term, Variational
@@ -40,6 +41,7 @@ __all__ = [
     "Gaussian",
     "GaussianMeanVariance",
     "GradientFeedback",
+    "Hooked",
     "Lookahead",
     "Pipeline",
     "Poisson",

@@ -88,7 +88,7 @@ def measure(
         borders: dict[tuple[torch.Size, Layout | None], Cost] = {}
         for h, kind in zip(outputs, kinds, strict=False):
             if kind not in borders:
-                borders[kind] = _border_cost(border, h, prediction=outputs[-1], layout=kind[1], repetitions=repetitions)
+                borders[kind] = border_cost(border, h, prediction=outputs[-1], layout=kind[1], repetitions=repetitions)
     return Profile(tuple(costs), (*(borders[kind] for kind in kinds), FREE))
 
 
@@ -104,9 +104,10 @@ def _outputs(segments: Sequence[nn.Module], h: Tensor) -> tuple[list[Tensor], li
     return outputs, find_layouts(outputs, readings)
 
 
-def _border_cost(
+def border_cost(
     border: BorderLoss | None, h: Tensor, *, prediction: Tensor, layout: Layout | None, repetitions: int
 ) -> Cost:
+    """The cost of a border at h; IMPOSSIBLE where none can stand."""
     if border is None:
         return FREE
     try:
@@ -147,6 +148,12 @@ def _input(h: Tensor) -> Tensor:
 def _synchronize(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
+
+
+def starts(profile: Profile, *, blocks: int, balance: str) -> list[int]:
+    """The first segments of all blocks but block 0 that make the blocks even in "memory" or in "time"."""
+    cost = profile.memory if balance == "memory" else profile.time
+    return partition([cost] * blocks, segments=len(profile.segments))
 
 
 def partition(costs: Sequence[Callable[[int, int], float]], *, segments: int) -> list[int]:

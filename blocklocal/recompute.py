@@ -49,7 +49,7 @@ def is_recomputed(module: nn.Module) -> bool:
 
 
 class _Recomputed:
-    """A method stands in for `forward`, since a copy of a module takes along the object that it is bound to."""
+    """Its method `run` replaces `forward`: a copy of a module also copies the object that a method is bound to."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., object]) -> None:
         self.module, self.forward = module, forward

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, fx, nn
 
 from blocklocal.arguments import module_of, require, require_choice, require_tensor, require_whole
-from blocklocal.balance import BorderLoss, Profile, measure, partition
+from blocklocal.balance import BorderLoss, measure, starts
 from blocklocal.graph import Trace, crossing, expand, obstacle, trace
 from blocklocal.outline import stand_ins
 from blocklocal.recompute import NORMS
@@ -70,7 +70,7 @@ def split(
             f"so {len(places) + 1} blocks at most"
         )
     profile = measure(list(cut(model, at=places)), example, border=border)
-    return cut(model, at=[places[start - 1] for start in _starts(profile, blocks=blocks, balance=balance)])
+    return cut(model, at=[places[start - 1] for start in starts(profile, blocks=blocks, balance=balance)])
 
 
 def candidates(model: nn.Module) -> list[str]:
@@ -206,11 +206,6 @@ def _useful(model: nn.Module, traced: Trace, names: list[str]) -> list[str]:
         for k, name in enumerate(names)
         if weighs[k + 1] and any(weighs[: k + 1]) and not any(first <= k < last for first, last in spans)
     ]
-
-
-def _starts(profile: Profile, *, blocks: int, balance: str) -> list[int]:
-    cost = profile.memory if balance == "memory" else profile.time
-    return partition([cost] * blocks, segments=len(profile.segments))
 
 
 def _prefixes(name: str) -> list[str]:

@@ -30,7 +30,7 @@ def parameters(nodes: Set[Node], *, names: dict[nn.Parameter, str]) -> list[str]
 
 
 def shared(later: Tensor, earlier: Set[Node]) -> Iterator[Node]:
-    """The nodes of an earlier block's graph from which `later` was computed, though the border's features were cut off."""
+    """The nodes of earlier blocks' graphs from which `later` was computed, although their features were detached."""
     found, waiting = set(), [later.grad_fn]
     while waiting:
         node = waiting.pop()

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from blocklocal.hooked.operations import segment_operations
-from blocklocal.hooked.places import balanced
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from blocklocal.arguments import require, require_function, require_gradients
+from blocklocal.arguments import loss_of, require, require_function, require_gradients, require_number, require_tensor
 from blocklocal.border import Border
+from blocklocal.collapse import warn_of_collapse
 from blocklocal.exits import ExitPool
-from blocklocal.feedback import ClosedFormFeedback, Feedback
+from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
+from blocklocal.graph import mode
+from blocklocal.hooked.operations import segment_operations
+from blocklocal.hooked.places import balanced
 from blocklocal.hooked.probe import Output, probe
-from blocklocal.hooked.taps import Taps
-from blocklocal.hooked.values import Inputs, check_inputs, prediction_of
+from blocklocal.hooked.taps import Taps, Visit
+from blocklocal.hooked.values import Inputs, call, check_inputs, prediction_of, tensors
 from blocklocal.inputs import check_parameters, check_settings
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.local_learner import LocalLearner, cross_entropy, targets_of
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, LocalLoss, Predictive
-from blocklocal.messages import Criterion, Statistic, spatial_mean
-from blocklocal.shape_probe import border_spec
+from blocklocal.messages import Criterion, Statistic, add_belief, dense, spatial_mean
+from blocklocal.shape_probe import border_spec, check_prediction
 
 
 class Hooked(LocalLearner):
@@ -100,9 +102,16 @@ class Hooked(LocalLearner):
             spec = replace(spec, per_channel=getattr(statistic, "per_channel", 1), **place)
             return Border(spec, loss=loss, feedback=feedback, statistic=statistic).to(h)
 
+        def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
+            (chosen,) = given_layouts(layout, borders=1)
+            y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
+            trial = build(h, prediction, chosen or found)
+            return lambda h: trial(trial.message(h), y)
+
         if at is None:
-            (one,) = given_layouts(layout, borders=1) if isinstance(layout, str) else (None,)
-            at = balanced(model, blocks, example, output=output, balance=balance, build=build, layout=one)
+            if layout is not None and not isinstance(layout, str):
+                raise ValueError("layout= for each border needs at=; with blocks=K pass one for all")
+            at = balanced(model, blocks, example, output=output, balance=balance, border=border)
         elif blocks is not None:
             raise ValueError("at= and blocks= both say where to cut: pass one of them")
         require(at, Sequence, name="at", needed="pass a list of names of submodules")
@@ -241,7 +250,7 @@ class Hooked(LocalLearner):
         return reports
 
     def remove(self) -> None:
-        """Take the borders' hooks off the model, which is then as it came, but trained. The learner is of no use after."""
+        """Remove the hooks from the model, which is then as it was passed in, but trained; this learner ends."""
         self._taps.remove()
 
     def _learn(self, x: Inputs, y: Tensor, learn: Callable[[int, Tensor], None]) -> None:
@@ -334,7 +343,7 @@ class Hooked(LocalLearner):
     ) -> Callable[[int, Tensor], None]:
         if optimizers is not None and self._tied:
             raise ValueError(
-                f"optimizers= would step {self._tied[0]!r}, which several blocks read, before all of them have given their "
+                f"optimizers= would step {self._tied[0]!r}, which several blocks read, before all have added their "
                 "gradients: step one optimizer of learner.parameters() after backward()"
             )
         return super()._stepper(scale=scale, optimizers=optimizers, scaler=scaler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,17 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import require_choice, require_whole
-from blocklocal.balance import FREE, Cost, Profile, border_cost, partition
-from blocklocal.border import Border
+from blocklocal.balance import FREE, BorderLoss, Cost, Profile, border_cost, starts
 from blocklocal.hooked.autograd_graph import Node, parameters, reachable
 from blocklocal.hooked.probe import Output, one_pass, probe, run
-from blocklocal.hooked.values import Inputs, call, features, map_tensors, tensors
+from blocklocal.hooked.values import Inputs, features, tensors
 from blocklocal.layout import Layout
 from blocklocal.memory import MemoryTracker
 from blocklocal.recompute import NORMS
-from blocklocal.split import starts
 
-Build = Callable[[Tensor, Tensor, Layout | None], Border]
 FEW = (*NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """The layers after which a border would rather stand than before them."""
 
@@ -72,8 +69,7 @@ def balanced(
     *,
     output: Output,
     balance: Literal["time", "memory"],
-    build: Build,
-    layout: Layout | None,
+    border: BorderLoss,
 ) -> list[str]:
     """The places that make this number of blocks as even as can be, measured on a copy of the model.
 
@@ -92,18 +88,18 @@ def balanced(
             f"submodules ({', '.join(found[:6])}{', ...' * (len(found) > 6)}), so {len(found) + 1} blocks at most: "
             "nothing with a gradient may bypass a border"
         )
-    profile = measure(model, found, example, output=output, build=build, layout=layout)
+    profile = measure(model, found, example, output=output, border=border)
     return [found[start - 1] for start in starts(profile, blocks=blocks, balance=balance)]
 
 
 @dataclass
 class Segment:
-    """What a pass has seen of the computation between two places."""
+    """What a pass has shown of the computation between two places."""
 
     seconds: float
-    peak: float = 0
-    kept: int = 0
-    output: int = 0
+    peak: int
+    kept: int
+    output: int
 
 
 def measure(
@@ -112,30 +108,74 @@ def measure(
     example: Inputs,
     *,
     output: Output,
-    build: Build,
-    layout: Layout | None,
+    border: BorderLoss,
     repetitions: int = 3,
 ) -> Profile:
     """The costs of what is between these places, and of a border at each: forward and backward passes of `example`."""
-    seen = probe(model, names, example, output=output, size=_size(model, example, output))
+    seen = probe(model, names, example, output=output)
     model = copy.deepcopy(model)
     devices = list({tensor.device for tensor in tensors(example) if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices):
-        runs = [_segments(model, names, example, output=output, track=False) for _ in range(repetitions)]
-        tracked = _segments(model, names, example, output=output, track=True)
+        passes = [_segments(model, names, example, output=output) for _ in range(repetitions)]
         costs = [
-            Cost(min(run[k].seconds for run in runs), peak=one.peak, kept=one.kept, output=one.output)
-            for k, one in enumerate(tracked)
+            Cost(min(one.seconds for one in same), peak=same[0].peak, kept=same[0].kept, output=same[0].output)
+            for same in zip(*passes, strict=True)
         ]
-        kinds = [(h.shape, found) for h, found in zip(seen.outputs[:-1], seen.layouts, strict=True)]
+        kinds: list[tuple[torch.Size, Layout | None]] = [
+            (h.shape, layout) for h, layout in zip(seen.outputs, seen.layouts, strict=False)
+        ]
         borders: dict[tuple[torch.Size, Layout | None], Cost] = {}
-        for h, kind in zip(seen.outputs[:-1], kinds, strict=True):
+        for h, kind in zip(seen.outputs, kinds, strict=False):
             if kind not in borders:
                 borders[kind] = border_cost(
-                    lambda h, prediction, found: _trial(build(h, prediction, layout or found), prediction),
-                    h,
-                    prediction=seen.outputs[-1],
-                    layout=kind[1],
-                    repetitions=repetitions,
+                    border, h, prediction=seen.outputs[-1], layout=kind[1], repetitions=repetitions
                 )
     return Profile(tuple(costs), (*(borders[kind] for kind in kinds), FREE))
+
+
+def _segments(model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output) -> list[Segment]:
+    """Each segment's costs, in one pass that ends and begins at every place. Parameters get gradients, which go."""
+    found: list[Segment] = []
+    tracker, given, start = MemoryTracker(), None, 0.0
+
+    def begin(h: Tensor | None) -> None:
+        nonlocal tracker, given, start
+        given, tracker = h, MemoryTracker()
+        _synchronize(example)
+        start = time.perf_counter()
+        tracker.__enter__()
+
+    def end(h: Tensor) -> None:
+        _synchronize(example)
+        seconds, kept = time.perf_counter() - start, tracker.alive
+        if h.requires_grad:
+            total = (1.0 * h).sum()  # so that the gradient which comes in takes memory, and is let go when read
+            total.backward()
+        _synchronize(example)
+        tracker.__exit__(None, None, None)
+        twice = time.perf_counter() - start
+        found.append(Segment(max(seconds, twice), tracker.timeline.peak, kept, h.nbytes))
+        model.zero_grad(set_to_none=True)
+
+    def at_border(name: str, returned: object) -> object:
+        taken = features(returned)
+        assert taken is not None
+        h, rebuild = taken
+        end(h)
+        h = h.detach().requires_grad_()
+        handed_on = h.clone()  # a segment may write into its input
+        begin(h)
+        return rebuild(handed_on)
+
+    try:
+        begin(None)
+        end(run(model, example, names=names, at_border=at_border, output=output))
+    finally:
+        if len(found) <= len(names):  # it failed on the way
+            tracker.__exit__(None, None, None)
+    return found
+
+
+def _synchronize(example: Inputs) -> None:
+    if (tensor := next(tensors(example))).is_cuda:
+        torch.cuda.synchronize(tensor.device)

@@ -36,7 +36,13 @@ class Probe:
 
 
 def probe(
-    model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output, size: int, tied: bool = False
+    model: nn.Module,
+    names: Sequence[str],
+    example: Inputs,
+    *,
+    output: Output,
+    size: int | None = None,
+    tied: bool = False,
 ) -> Probe:
     """What `model` does on `example` in evaluation mode, with a border after each of the submodules.
 
@@ -51,7 +57,7 @@ def probe(
             found = features(returned)
             if found is None:
                 raise ValueError(
-                    f"at={name!r}: it returns {describe(returned)}, and a border needs a tensor of features"
+                    f"at={name!r}: it returns {describe(returned)}, but a border needs a tensor of features"
                 )
             h, rebuild = found
             order.append(name)
@@ -67,7 +73,8 @@ def probe(
             raise ValueError(
                 f"at={name!r}: a border needs a submodule called once, this one is called {order.count(name)} times"
             )
-    check_prediction(prediction, size=size)
+    if size is not None:
+        check_prediction(prediction, size=size)
     if order and prediction.grad_fn is None and any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"at={order[-1]!r}: no computation with parameters follows, so no block would stand after it")
     found, several = _owners(model, order, [*outputs, prediction], tied=tied)
@@ -133,7 +140,8 @@ def _owners(
     several: list[str] = []
     for k, h in enumerate(outputs):
         for node in shared(h, earlier):
-            if (name := names.get(getattr(node, "variable", None))) is None:
+            variable = getattr(node, "variable", None)
+            if (name := names.get(variable) if variable is not None else None) is None:
                 beneath = parameters(reachable(node), names=names)
                 depends = f", which depends on parameter {beneath[0]!r}" if beneath else ""
                 raise ValueError(
@@ -147,8 +155,8 @@ def _owners(
     if several and not tied:
         blocks = [k for k, own in enumerate(found) if several[0] in own]
         raise ValueError(
-            f"parameter {several[0]!r} is read by block {blocks[0]} and by block {blocks[1]}: untie it (in transformers "
-            "tie_word_embeddings=False), cut so that one block holds both uses, or pass tied=True, and both losses move it"
+            f"parameter {several[0]!r} is read by block {blocks[0]} and by block {blocks[1]}: untie it (transformers: "
+            "tie_word_embeddings=False), cut so that one block reads it, or pass tied=True to let both losses move it"
         )
     return _complete(list(names.values()), found), list(dict.fromkeys(several))
 
@@ -175,7 +183,7 @@ def _complete(names: Sequence[str], found: list[list[str]]) -> list[list[str]]:
 def _check_batch(
     model: nn.Module, example: Inputs, outputs: list[Tensor], *, names: Sequence[str], output: Output
 ) -> None:
-    """ValueError where the first dimension of features is not the batch: told by a batch of one more where it may be."""
+    """ValueError: features whose first dimension is not the batch. A batch of one more sample tells them apart."""
     require_batch_first(outputs)
     batch = len(outputs[-1])
     if not any(h.dim() > 2 and h.shape[1] == batch for h in outputs[:-1]):

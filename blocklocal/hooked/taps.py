@@ -53,17 +53,16 @@ class Taps:
     def active(self) -> bool:
         return self._visit is not None
 
-    @torch.compiler.disable
     def at(self, k: int, output: object) -> object:
         """What the model goes on with after submodule `names[k]` has returned `output`."""
         assert self._visit is not None
         if k != self._next:
             raise ValueError(
-                f"{self.names[k]!r} is called again in one forward pass, or inside activation checkpointing that reaches "
-                "over its border: a border needs a submodule that is called once"
+                f"{self.names[k]!r} is called twice in one forward pass, or is inside a module that activation "
+                "checkpointing runs again: a border needs a submodule that is called once"
                 if k < self._next
-                else f"this forward pass did not call {self.names[self._next]!r} before {self.names[k]!r}, as it did on "
-                "example="
+                else f"this forward pass did not call {self.names[self._next]!r} before {self.names[k]!r}, as "
+                "example= did"
             )
         self._next = k + 1
         found = features(output)
@@ -78,4 +77,9 @@ class _Tap:
         self.taps, self.k = taps, k
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        return self.taps.at(self.k, output) if self.taps.active else None
+        return _at(self.taps, self.k, output) if self.taps.active else None
+
+
+@torch.compiler.disable
+def _at(taps: Taps, k: int, output: object) -> object:
+    return taps.at(k, output)

@@ -1,5 +1,4 @@
-"""What goes into a model and comes out of it and of its submodules, whatever its author made of it: a tensor, a tuple, a
-dict, an output object."""
+"""Inputs and outputs of models and their submodules: a tensor, a tuple, a dict, an output object."""
 
 from __future__ import annotations
 
@@ -43,7 +42,7 @@ def check_inputs(x: object, *, name: str) -> None:
         )
     for tensor in found:
         if tensor.is_nested:
-            raise ValueError(f"{name} holds {describe(tensor)}, and a tensor of a single shape is needed: pad it")
+            raise ValueError(f"{name} holds {describe(tensor)}, but a tensor of a single shape is needed: pad it")
         if not tensor.numel():
             raise ValueError(f"{name} holds a tensor of shape {tuple(tensor.shape)}: an empty batch has no loss")
 
@@ -58,8 +57,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def features(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]] | None:
-    """The features in what a submodule returns, its first tensor of real numbers, and a function that puts another tensor
-    in their place. None where there is none."""
+    """The first tensor of real numbers in what a submodule returns, and a function that puts another in its place.
+
+    None where there is none.
+    """
     if isinstance(output, Tensor):
         return (output, lambda h: h) if output.is_floating_point() else None
     if isinstance(output, Mapping):
@@ -87,7 +88,7 @@ def _with_item(output: Any, i: int, h: Tensor) -> Any:
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The prediction in what a model returns: a tensor, `logits` of a dict or an output object, the first of a tuple."""
+    """The prediction in what a model returns: the tensor itself, its `logits`, or the first element of a tuple."""
     found = output
     if isinstance(output, Mapping):
         found = output.get("logits")
