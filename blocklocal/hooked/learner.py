@@ -287,7 +287,8 @@ class Hooked(LocalLearner):
                 seen(k, prediction)
             return h
 
-        return add_belief(belief, self._pass(x, visit))
+        prediction = self._pass(x, visit)
+        return add_belief(belief, prediction)
 
     def _predict_confident(self, x: Inputs, *, confidence: float) -> Tensor:
         decided: Tensor | None = None

@@ -77,7 +77,7 @@ class _Tap:
         self.taps, self.k = taps, k
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        return _at(self.taps, self.k, output) if self.taps.active else None
+        return _at(self.taps, self.k, output) if self.taps.active else None  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable
