@@ -112,6 +112,8 @@ class Border(nn.Module):
         parts, alpha = self.parts(border_input, y), border_input.alpha.flatten(0, -2)
         targets = y.flatten() if self.spec.targets.labels else y.flatten(0, -2)
         finite = alpha.isfinite().all(1) & targets.view(len(alpha), -1).isfinite().all(1)
+        if (kept := self.spec.targets.kept(targets)) is not None:
+            finite &= kept
         alpha, targets = alpha[finite], targets[finite]
         beta = None if self.feedback is None else self.feedback(targets)
         floor = 1e-6 * alpha.square().sum(-1).mean()

@@ -34,22 +34,52 @@ from blocklocal.replicas import Group, Replicas
 class Targets:
     """What the model predicts: `size` classes (integer labels) or `size` numbers (dense targets).
 
+    ignore_index: the label of padding, which counts in no loss, no statistic and no diagnostic.
+
     >>> Targets(10, labels=True).size
     10
     """
 
     size: int
     labels: bool
+    ignore_index: int | None = None
 
     def __post_init__(self) -> None:
         require_whole(self.size, name="size", least=1)
+        if self.ignore_index is not None:
+            require_whole(self.ignore_index, name="ignore_index")
+            if not self.labels:
+                raise ValueError("ignore_index= is a label, and dense targets have none: leave it out")
+
+    def kept(self, y: Tensor) -> Tensor | None:
+        """Which of the targets count, as booleans; None where all do."""
+        return None if self.ignore_index is None else y != self.ignore_index
+
+    def classes(self, y: Tensor) -> Tensor:
+        """The labels y with class 0 in the place of those that do not count."""
+        return y if self.ignore_index is None else torch.where(y == self.ignore_index, 0, y)
+
+    def mean(self, values: Tensor, y: Tensor) -> Tensor:
+        """The mean of one value for each target, (...) as many as targets, over those that count."""
+        if self.ignore_index is None:
+            return values.mean()
+        kept = self.kept(y)
+        assert kept is not None
+        return torch.where(kept, values, 0.0).sum() / kept.sum().clamp(min=1)
 
     def check(self, y: Tensor) -> None:
         """ValueError: y cannot be such targets. Values are checked on the CPU only, where it is free."""
         self.check_kind(y)
-        if self.labels and y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < self.size:
+        if not self.labels or y.device.type != "cpu":
+            return
+        if self.ignore_index is not None:
+            y = y[y != self.ignore_index]
+            if not len(y):
+                raise ValueError(f"y: every label is ignore_index={self.ignore_index}: leave this batch out")
+        if not 0 <= int(y.min()) <= int(y.max()) < self.size:
+            padded = "; if negative labels are padding, pass ignore_index=" if int(y.min()) < 0 else ""
             raise ValueError(
-                f"y: labels run from {int(y.min())} to {int(y.max())}, but must be from 0 to {self.size - 1}"
+                f"y: labels run from {int(y.min())} to {int(y.max())}, but must be from 0 to {self.size - 1}{padded}"
             )
 
     def check_kind(self, y: Tensor) -> None:
@@ -123,7 +153,7 @@ class LinearFeedback(Convertible):
 
     def forward(self, y: Tensor) -> Tensor:
         if self.targets.labels:
-            return F.embedding(y, self.weight)
+            return F.embedding(self.targets.classes(y), self.weight)
         with torch.autocast(self.weight.device.type, enabled=False):
             return y.to(self.weight.dtype) @ self.weight
 
@@ -151,11 +181,16 @@ class LinearFeedback(Convertible):
     def _statistics(self, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Y'Y (its diagonal for labels) and Y'A over the usable samples of a batch with alpha (M, C)."""
         y = y.flatten() if self.targets.labels else y.flatten(0, -2).to(alpha.dtype)
-        if alpha.is_cpu and not torch.compiler.is_compiling():  # the check is free here: a GPU would synchronise
+        kept = self.targets.kept(y)
+        if (
+            kept is None and alpha.is_cpu and not torch.compiler.is_compiling()
+        ):  # the check is free here: a GPU would synchronise
             sums = self._sums(y, alpha, weights=torch.ones_like(alpha[:, 0]))
             if all(_summable(total.flatten()) for total in sums):
                 return sums
         counts = _summable(alpha)
+        if kept is not None:
+            counts, y = counts & kept, self.targets.classes(y)
         if not self.targets.labels:
             counts &= _summable(y)
             y = torch.where(counts.unsqueeze(1), y, 0.0)
@@ -239,7 +274,7 @@ class FeedbackNetwork(nn.Module):
         self.layers = nn.Sequential(*layers[1:])
 
     def forward(self, y: Tensor) -> Tensor:
-        dense = F.one_hot(y, self.targets.size) if self.targets.labels else y
+        dense = F.one_hot(self.targets.classes(y), self.targets.size) if self.targets.labels else y
         return self.layers(dense.to(next(self.parameters()).dtype))
 
 

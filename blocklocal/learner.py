@@ -38,7 +38,7 @@ from blocklocal.inputs import (
 )
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
-from blocklocal.local_learner import LocalLearner, cross_entropy, targets_of
+from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
 from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import BorderInput, Criterion, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
@@ -55,13 +55,13 @@ class BlockLocal(LocalLearner, Convertible):
     model: any module, or a list of modules. at, blocks, balance: where to cut, see `split`; without them a list or an
     nn.Sequential is cut between its modules; blocks=1 is backpropagation. example: an input batch, needed for borders.
     classes: labels are integers 0..classes-1, one per sample (B,) or per token (B, T). outputs: number of dense targets
-    per sample, (B, outputs). loss: the local loss at each border. feedback, statistic: how beta and alpha are made.
-    criterion: the loss of the last block and of predictions at borders, (prediction, y) -> scalar; cross-entropy for
-    labels. layout: what the features are, "tokens" (channels last), "signal" or "map" (channels second), at all borders
-    or at each; by default inferred from the weights that write and read them. add_beliefs: every exit predicts the sum
-    of its own logits and those of the exits before it (Eq. 2 for categorical messages), which are handed on with the
-    features and are constants for it. The trained model is then the model with its heads, see `predictor`, not the
-    model alone.
+    per sample, (B, outputs). ignore_index: the label of padding, which counts in no loss, statistic or diagnostic.
+    loss: the local loss at each border. feedback, statistic: how beta and alpha are made. criterion: the loss of the
+    last block and of predictions at borders, (prediction, y) -> scalar; cross-entropy for labels. layout: what the
+    features are, "tokens" (channels last), "signal" or "map" (channels second), at all borders or at each; by default
+    inferred from the weights that write and read them. add_beliefs: every exit predicts the sum of its own logits and
+    those of the exits before it (Eq. 2 for categorical messages), which are handed on with the features and are
+    constants for it. The trained model is then the model with its heads, see `predictor`, not the model alone.
 
     The model passed in shares its parameters with the blocks: it is the trained model, and its state dict keeps its
     names.
@@ -79,6 +79,7 @@ class BlockLocal(LocalLearner, Convertible):
         blocks: int | None = None,
         classes: int | None = None,
         outputs: int | None = None,
+        ignore_index: int | None = None,
         example: Tensor | None = None,
         balance: Literal["time", "memory"] = "memory",
         loss: LocalLoss = BLL,
@@ -90,11 +91,8 @@ class BlockLocal(LocalLearner, Convertible):
     ) -> None:
         super().__init__()
         model = module_of(model)
-        self.targets = targets_of(classes, outputs)
-        if criterion is None:
-            if not self.targets.labels:
-                raise ValueError("dense targets have no loss of their own: pass criterion=, such as mse_loss")
-            criterion = cross_entropy
+        self.targets = targets_of(classes, outputs, ignore_index=ignore_index)
+        criterion = criterion_of(criterion, targets=self.targets)
         check_settings(loss=loss, feedback=feedback, statistic=statistic, criterion=criterion, example=example)
         self.criterion: Criterion = criterion
         check_parameters(model)

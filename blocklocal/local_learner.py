@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,22 +139,31 @@ class LocalLearner(nn.Module):
             )
 
 
-def targets_of(classes: int | None, outputs: int | None) -> Targets:
+def targets_of(classes: int | None, outputs: int | None, *, ignore_index: int | None = None) -> Targets:
     """ValueError: neither of the two, or both, or a number that leaves nothing to tell apart."""
     if (classes is None) == (outputs is None):
         raise ValueError("pass either classes= (integer labels) or outputs= (dense targets)")
     if classes is not None:
         if require_whole(classes, name="classes", least=1) == 1:
             raise ValueError("classes=1: with one class there is nothing to tell apart; pass at least 2")
-        return Targets(int(classes), labels=True)
-    return Targets(require_whole(outputs, name="outputs", least=1), labels=False)
+        return Targets(int(classes), labels=True, ignore_index=ignore_index)
+    return Targets(require_whole(outputs, name="outputs", least=1), labels=False, ignore_index=ignore_index)
 
 
-def cross_entropy(prediction: Tensor, y: Tensor) -> Tensor:
+def criterion_of(criterion: Criterion | None, *, targets: Targets) -> Criterion:
+    """Cross-entropy for labels that come without a criterion. ValueError: dense targets without one."""
+    if criterion is not None:
+        return criterion
+    if not targets.labels:
+        raise ValueError("dense targets have no loss of their own: pass criterion=, such as mse_loss")
+    return cross_entropy if targets.ignore_index is None else partial(cross_entropy, ignore_index=targets.ignore_index)
+
+
+def cross_entropy(prediction: Tensor, y: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Mean cross-entropy in nats of logits (B, n), or (B, T, n) per token, for labels (B,) or (B, T)."""
     if y.shape != prediction.shape[:-1]:
         raise ValueError(
             f"y has shape {tuple(y.shape)}, but the prediction {tuple(prediction.shape)}: one label for each of its "
             "vectors is needed"
         )
-    return F.cross_entropy(prediction.flatten(0, -2), y.flatten())
+    return F.cross_entropy(prediction.flatten(0, -2), y.flatten(), ignore_index=ignore_index)

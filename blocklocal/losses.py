@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from blocklocal.arguments import describe, loss_of, require, require_number
 from blocklocal.families import Family, Gaussian
-from blocklocal.feedback import at_least_single
+from blocklocal.feedback import Targets, at_least_single
 from blocklocal.heads import HEADS, Head, LinearHead, affordable_head, default_head
 from blocklocal.messages import BorderInput, BorderSpec, spatial_std
 
@@ -111,22 +111,24 @@ class Variational(Term):
 
     def build(self, spec: BorderSpec) -> nn.Module:
         self.family.natural(torch.zeros(1, spec.statistics))  # refuses channels that do not fit
-        return VariationalTerm(self)
+        return VariationalTerm(self, targets=spec.targets)
 
 
 class VariationalTerm(nn.Module):
     reads_feedback = trains_feedback = True
 
-    def __init__(self, settings: Variational) -> None:
+    def __init__(self, settings: Variational, *, targets: Targets) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.targets = settings, targets
 
     def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
         assert border_input.feedback is not None
         family, alpha = self.settings.family, border_input.alpha
         beta, log_scale = border_input.feedback(y).to(alpha.dtype), None
         if self.settings.estimate_variance:
-            scale = (alpha - beta).detach().square().flatten(0, -2).mean(0).clamp_min(1e-6).sqrt()
+            squares, kept = (alpha - beta).detach().square(), self.targets.kept(y)
+            squares = squares.flatten(0, -2) if kept is None else squares[kept]
+            scale = squares.mean(0).clamp_min(1e-6).sqrt()
             family, alpha, beta, log_scale = Gaussian(), alpha / scale, beta / scale, scale.log()
         loss = family.variational_loss(alpha, beta, fixed_posterior=self.settings.fixed_posterior)
         if log_scale is not None:
@@ -135,7 +137,7 @@ class VariationalTerm(nn.Module):
             eta_alpha, eta_beta = family.natural(alpha.detach()), family.natural(beta)
             fit = family.kl_divergence(family.product(eta_alpha, eta_beta), eta_alpha)
             loss = loss + fit - fit.detach()
-        return loss.sum(-1).mean()
+        return self.targets.mean(loss.sum(-1), y)
 
 
 @dataclass(frozen=True)
@@ -233,18 +235,19 @@ class Posterior(Predictive):
 class PosteriorTerm(PredictiveTerm):
     def __init__(self, head: nn.Module, *, spec: BorderSpec, settings: Posterior) -> None:
         super().__init__(head, spec=spec)
-        self.classes, self.power = spec.targets.size, settings.power
+        self.targets, self.power = spec.targets, settings.power
         self.softness = settings.softness * (1 - spec.depth)
 
     def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
         prediction = border_input.predict(self.head)
         prediction = prediction.to(at_least_single(prediction.dtype))
         target = self._target(border_input.belief, y, dtype=prediction.dtype)
-        return F.cross_entropy(prediction.flatten(0, -2), target.flatten(0, -2))
+        loss = F.cross_entropy(prediction.flatten(0, -2), target.flatten(0, -2), reduction="none")
+        return self.targets.mean(loss.view(y.shape), y)
 
     def _target(self, belief: Tensor | None, y: Tensor, *, dtype: torch.dtype) -> Tensor:
-        labels = F.one_hot(y, self.classes).to(dtype)
-        target = (1 - self.softness) * labels + self.softness / self.classes
+        labels = F.one_hot(self.targets.classes(y), self.targets.size).to(dtype)
+        target = (1 - self.softness) * labels + self.softness / self.targets.size
         if belief is None or self.softness == 0:
             return target
         return (self.power * target.log() + (1 - self.power) * belief.log_softmax(-1)).softmax(-1)
@@ -272,6 +275,8 @@ class SimilarityTerm(nn.Module):
         super().__init__()
         if spec.tokens:
             raise ValueError("Similarity() compares samples: it does not apply to targets per token")
+        if spec.targets.ignore_index is not None:
+            raise ValueError("Similarity() compares all samples of a batch: it has no ignore_index=")
         if spec.targets.size < 2 or spec.channels < 2:
             raise ValueError(
                 f"Similarity() compares patterns, but there are {spec.targets.size} targets and {spec.channels} "

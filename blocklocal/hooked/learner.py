@@ -24,7 +24,7 @@ from blocklocal.hooked.taps import Taps, Visit
 from blocklocal.hooked.values import Inputs, call, check_inputs, prediction_of, tensors
 from blocklocal.inputs import check_parameters, check_settings
 from blocklocal.layout import Layout, given_layouts
-from blocklocal.local_learner import LocalLearner, cross_entropy, targets_of
+from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import Criterion, Statistic, add_belief, dense, spatial_mean
@@ -69,6 +69,7 @@ class Hooked(LocalLearner):
         blocks: int | None = None,
         classes: int | None = None,
         outputs: int | None = None,
+        ignore_index: int | None = None,
         example: Inputs,
         output: Output = prediction_of,
         balance: Literal["time", "memory"] = "memory",
@@ -82,11 +83,8 @@ class Hooked(LocalLearner):
     ) -> None:
         super().__init__()
         require(model, nn.Module, name="model", needed="pass an nn.Module")
-        self.targets = targets_of(classes, outputs)
-        if criterion is None:
-            if not self.targets.labels:
-                raise ValueError("dense targets have no loss of their own: pass criterion=, such as mse_loss")
-            criterion = cross_entropy
+        self.targets = targets_of(classes, outputs, ignore_index=ignore_index)
+        criterion = criterion_of(criterion, targets=self.targets)
         check_settings(loss=loss, feedback=feedback, statistic=statistic, criterion=criterion, example=None)
         require_function(output, name="output", needed="pass a function from what the model returns to its prediction")
         for name, given in (("add_beliefs", add_beliefs), ("tied", tied)):
@@ -111,7 +109,7 @@ class Hooked(LocalLearner):
         if at is None:
             if layout is not None and not isinstance(layout, str):
                 raise ValueError("layout= for each border needs at=; with blocks=K pass one for all")
-            at = balanced(model, blocks, example, output=output, balance=balance, border=border)
+            at = balanced(model, blocks, example, output=output, balance=balance, border=border, tied=tied)
         elif blocks is not None:
             raise ValueError("at= and blocks= both say where to cut: pass one of them")
         require(at, Sequence, name="at", needed="pass a list of names of submodules")

@@ -24,11 +24,12 @@ FEW = (*NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """The layers after which a border would rather stand than before them."""
 
 
-def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
+def places(model: nn.Module, example: Inputs, *, output: Output, tied: bool = False) -> list[str]:
     """The submodules after which a border can stand, in the order of the forward pass of `example`.
 
     Their outputs are all that what follows computes from, as far as parameters are before them: nothing with a gradient
-    bypasses them. Of places with nothing but normalisation and activation between them the last counts.
+    bypasses them, but for parameters where `tied`. Of places with nothing but normalisation and activation between them
+    the last counts.
     """
     calls: dict[str, int] = {}
     seen: dict[Node, list[str]] = {}
@@ -54,7 +55,8 @@ def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
     for node, here in seen.items():
         once = [name for name in here if calls[name] == 1]
         before = reachable(node)
-        if not once or not before.isdisjoint(reachable(prediction.grad_fn, but={node})):
+        bypassing = before & reachable(prediction.grad_fn, but={node})
+        if not once or (bypassing and not (tied and all(hasattr(one, "variable") for one in bypassing))):
             continue
         found.append((min(once, key=len), set(parameters(before, names=known))))
     everything = set(parameters(reachable(prediction.grad_fn), names=known))
@@ -70,6 +72,7 @@ def balanced(
     output: Output,
     balance: Literal["time", "memory"],
     border: BorderLoss,
+    tied: bool,
 ) -> list[str]:
     """The places that make this number of blocks as even as can be, measured on a copy of the model.
 
@@ -81,14 +84,14 @@ def balanced(
     require_choice(balance, ("time", "memory"), name="balance")
     if blocks == 1:
         return []
-    found = places(model, example, output=output)
+    found = places(model, example, output=output, tied=tied)
     if blocks > len(found) + 1:
         raise ValueError(
-            f"blocks={blocks}: in the forward pass of {type(model).__name__} a border can stand after {len(found)} "
-            f"submodules ({', '.join(found[:6])}{', ...' * (len(found) > 6)}), so {len(found) + 1} blocks at most: "
-            "nothing with a gradient may bypass a border"
+            f"blocks={blocks}: {type(model).__name__} can be cut at {len(found)} places only"
+            f"{': ' * bool(found)}{', '.join(found[:6])}{', ...' * (len(found) > 6)}; nothing with a gradient may "
+            f"bypass a border{'' if tied else ', and no tied parameter unless you pass tied=True'}"
         )
-    profile = measure(model, found, example, output=output, border=border)
+    profile = measure(model, found, example, output=output, border=border, tied=tied)
     return [found[start - 1] for start in starts(profile, blocks=blocks, balance=balance)]
 
 
@@ -109,10 +112,11 @@ def measure(
     *,
     output: Output,
     border: BorderLoss,
+    tied: bool,
     repetitions: int = 3,
 ) -> Profile:
     """The costs of what is between these places, and of a border at each: forward and backward passes of `example`."""
-    seen = probe(model, names, example, output=output)
+    seen = probe(model, names, example, output=output, tied=tied)
     model = copy.deepcopy(model)
     devices = list({tensor.device for tensor in tensors(example) if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices):

@@ -32,14 +32,10 @@ def tensors(value: object) -> Iterator[Tensor]:
 def check_inputs(x: object, *, name: str) -> None:
     """TypeError, ValueError: what no model takes, or a batch without a sample."""
     if not isinstance(x, Tensor | tuple | Mapping):
-        raise TypeError(
-            f"{name} is {describe(x)}: pass what the model takes, a tensor, a tuple or a dict of its inputs"
-        )
+        raise TypeError(f"{name} is {describe(x)}: pass the model's input, a tensor, or a tuple or dict of its inputs")
     found = list(tensors(x))
     if not found:
-        raise ValueError(
-            f"{name} holds no tensor: pass what the model takes, a tensor, a tuple or a dict of its inputs"
-        )
+        raise ValueError(f"{name} holds no tensor: pass the model's input, a tensor, or a tuple or dict of its inputs")
     for tensor in found:
         if tensor.is_nested:
             raise ValueError(f"{name} holds {describe(tensor)}, but a tensor of a single shape is needed: pad it")
