@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any, TypeVar, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from blocklocal.lab import ranges
+from blocklocal.lab import groups, ranges
 from blocklocal.lab.errors import UserError
 
 Arguments = TypeVar("Arguments")
@@ -21,7 +22,8 @@ RENAMED = {"--patience": "--timeout", "--message": "--message-dtype"}
 HELP = {"-h", "--help"}
 WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
 DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan", re.ASCII | re.IGNORECASE)
-NUMBERS = ConstructorRegistry()
+REGISTRY = ConstructorRegistry()
+REGISTRY.struct_rule(groups.struct_rule)
 
 
 def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
@@ -32,9 +34,7 @@ def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arg
     _refuse_renamed(args)
     _refuse_misused(kind, args, prog=prog)
     with _in_one_line(args, prog=prog):
-        found = tyro.cli(
-            kind, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default, registry=NUMBERS
-        )
+        found = _parse(kind, args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
     return _checked(found)
 
 
@@ -43,8 +43,13 @@ def parse_known(kind: type[Arguments], args: Sequence[str], *, prog: str) -> tup
     _refuse_renamed(args)
     _refuse_misused(kind, args, prog=prog)
     with _in_one_line(args, prog=prog):
-        found, others = tyro.cli(kind, args=args, prog=prog, return_unknown_args=True, registry=NUMBERS)
+        found, others = _parse(kind, args, prog=prog, return_unknown_args=True)
     return _checked(found), others
+
+
+def _parse(kind: type, args: Sequence[str], **how: Any) -> Any:
+    read = groups.grouped(kind) if HELP & set(args) else kind  # both give the same; kind itself takes less time
+    return tyro.cli(read, args=args, description=inspect.getdoc(kind), registry=REGISTRY, **how)
 
 
 def _refuse_renamed(args: Sequence[str]) -> None:
@@ -60,7 +65,7 @@ def _checked(options: Arguments) -> Arguments:
     return options
 
 
-@NUMBERS.primitive_rule
+@REGISTRY.primitive_rule
 def _numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """Decimal digits only: Python itself also takes 1_0 for ten, and digits of other scripts."""
     if info.type is int:

@@ -11,10 +11,17 @@ from tyro.conf import Positional, arg
 
 from blocklocal.lab import ranges
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.groups import Group
 from blocklocal.lab.ranges import Needs, Range
 
 THREADS = 1024  # far more than help, far fewer than a system refuses
 LONGEST_TIMEOUT = 10**7  # seconds: four months
+
+DATA = Group("data")
+MODEL = Group("model and rule")
+OPTIMISATION = Group("optimisation")
+EXECUTION = Group("execution")
+OUTPUT = Group("output")
 
 
 @dataclass(frozen=True)
@@ -23,99 +30,99 @@ class Settings:
 
     data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"
     """digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images"""
-    model: str = "cnn"
+    train_size: Annotated[int, DATA, Range(least=0)] = 0
+    """train on a sample of so many images, always the same; 0: on all"""
+    test_size: Annotated[int, DATA, Range(least=0)] = 0
+    """test on such a sample; 0: on all"""
+    validation: Annotated[int, DATA, Range(least=0)] = 0
+    """hold so many training images out: on them exits are weighed, and settings compared"""
+    flip: Annotated[bool, DATA] = False
+    """mirror every second training image"""
+    crop: Annotated[int, DATA, Range(least=0)] = 1
+    """shift training images by up to so many pixels"""
+    cutout: Annotated[int, DATA, Range(least=0)] = 0
+    """blank a square of so many pixels in every training image"""
+    model: Annotated[str, MODEL] = "cnn"
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
-    rule: str = "bll"
+    blocks: Annotated[int, MODEL, Range(least=1), Needs("at", ((),))] = 4
+    """number of blocks"""
+    at: Annotated[tuple[str, ...], MODEL] = ()
+    """submodules after which to cut, instead of --blocks"""
+    rule: Annotated[str, MODEL] = "bll"
     """in blocks: bll, bll-paper, pred, predsim or package.module:function; whole: bp (backprop), fa, usf, brsf,
     frsf, dfa, drtp"""
-    head: str | None = None
+    head: Annotated[str | None, MODEL] = None
     """what predicts at borders, instead of the rule's own: linear, normalised, mlp, conv, residual, pooled,
     patches, depthwise, evidence"""
-    budget: Annotated[float | None, Range(above=0), Needs("head", (None,)), Needs("lookahead", ("none",))] = None
+    budget: Annotated[float | None, MODEL, Range(above=0), Needs("head", (None,)), Needs("lookahead", ("none",))] = None
     """the best head of at most so many times its own block's operations, instead of the rule's own: 0.1"""
-    lookahead: Literal["none", "frozen", "trained", "both"] = "none"
+    lookahead: Annotated[Literal["none", "frozen", "trained", "both"], MODEL] = "none"
     """head behind a copy of the next unit: frozen and refreshed, learning with the block, or the mean of both; over
     processes every refresh is a message against the stream"""
-    refresh: Annotated[int, Range(least=1), Needs("lookahead", ("frozen", "both"))] = 100
+    refresh: Annotated[int, MODEL, Range(least=1), Needs("lookahead", ("frozen", "both"))] = 100
     """steps between two refreshes of a frozen copy"""
-    statistic: Literal["mean", "moments", "grid"] = "mean"
+    statistic: Annotated[Literal["mean", "moments", "grid"], MODEL] = "mean"
     """what a border reads of a channel: its mean over positions, with the deviation too, or the means of four quarters
     of a feature map"""
-    variational: Annotated[float | None, Range(least=0)] = None
+    variational: Annotated[float | None, MODEL, Range(least=0)] = None
     """weight of the variational term, instead of the rule's own; 0: without it"""
-    estimate_variance: bool = False
+    estimate_variance: Annotated[bool, MODEL] = False
     """variational term with the variance of each channel estimated from the batch"""
-    softness: Annotated[float, Range(least=0, most=1)] = 0.0
+    softness: Annotated[float, MODEL, Range(least=0, most=1)] = 0.0
     """share of the target spread over all classes at the first border, falling to none at the end"""
-    power: Annotated[float, Range(least=0, most=1)] = 1.0
+    power: Annotated[float, MODEL, Range(least=0, most=1)] = 1.0
     """with --add-beliefs and --softness: of the targets in the posterior, which has the rest from the belief"""
-    add_beliefs: bool = False
+    add_beliefs: Annotated[bool, MODEL] = False
     """every exit adds its logits to those of the exits before it; what was trained is the model with its heads"""
-    train_size: Annotated[int, Range(least=0)] = 0
-    """train on a sample of so many images, always the same; 0: on all"""
-    test_size: Annotated[int, Range(least=0)] = 0
-    """test on such a sample; 0: on all"""
-    validation: Annotated[int, Range(least=0)] = 0
-    """hold so many training images out: on them exits are weighed, and settings compared"""
-    blocks: Annotated[int, Range(least=1), Needs("at", ((),))] = 4
-    """number of blocks"""
-    at: tuple[str, ...] = ()
-    """submodules after which to cut, instead of --blocks"""
-    epochs: Annotated[int, Range(least=1)] = 15
+    epochs: Annotated[int, OPTIMISATION, Range(least=1)] = 15
     """passes over the training images"""
-    batch_size: Annotated[int, Range(least=2)] = 64
+    batch_size: Annotated[int, OPTIMISATION, Range(least=2)] = 64
     """images per step"""
-    accumulate: Annotated[int, Range(least=1)] = 1
+    accumulate: Annotated[int, OPTIMISATION, Range(least=1)] = 1
     """number of minibatches whose mean gradient makes an optimizer step"""
-    lr: Annotated[float, Range(above=0, most=1e30)] = 0.1
+    lr: Annotated[float, OPTIMISATION, Range(above=0, most=1e30)] = 0.1
     """highest learning rate"""
-    momentum: Annotated[float, Range(above=0, below=1)] = 0.9
+    momentum: Annotated[float, OPTIMISATION, Range(above=0, below=1)] = 0.9
     """momentum, Nesterov's"""
-    weight_decay: Annotated[float, Range(least=0, most=1e30)] = 5e-4
+    weight_decay: Annotated[float, OPTIMISATION, Range(least=0, most=1e30)] = 5e-4
     """weight decay of all parameters"""
-    clip: Annotated[float, Range(least=0)] = 0.0
+    clip: Annotated[float, OPTIMISATION, Range(least=0)] = 0.0
     """highest norm of the gradient of a block with its border; 0: no limit"""
-    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    schedule: Annotated[Literal["cosine", "onecycle", "constant"], OPTIMISATION] = "cosine"
     """learning rate schedule: a fall to zero after the warm-up, or a rise for 30 % of the steps and a fall"""
-    warmup: Annotated[float, Range(least=0), Needs("schedule", ("cosine", "constant"))] = 1.0
+    warmup: Annotated[float, OPTIMISATION, Range(least=0), Needs("schedule", ("cosine", "constant"))] = 1.0
     """epochs of linear rise before cosine or constant"""
-    label_smoothing: Annotated[float, Range(least=0, below=1)] = 0.0
+    label_smoothing: Annotated[float, OPTIMISATION, Range(least=0, below=1)] = 0.0
     """share of the target spread over all classes"""
-    flip: bool = False
-    """mirror every second training image"""
-    crop: Annotated[int, Range(least=0)] = 1
-    """shift training images by up to so many pixels"""
-    cutout: Annotated[int, Range(least=0)] = 0
-    """blank a square of so many pixels in every training image"""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """arithmetic of the forward pass"""
-    channels_last: bool = False
-    """channels innermost in memory, which convolutions may like"""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
-    compile: bool = False
-    """compile every block with torch.compile"""
-    threads: Annotated[int, Range(least=0, most=THREADS)] = 0
-    """CPU threads; 0 leaves the choice to PyTorch"""
-    replicas: Annotated[int, Range(least=1)] = 1
-    """over processes: copies of every block, each of which learns from its share of a minibatch"""
-    shard: Annotated[bool, Needs("replicas")] = False
-    """with --replicas: each copy keeps a share of the block's weights and optimizer state (FSDP2)"""
-    message_dtype: Literal["fp32", "bf16"] = "fp32"
-    """over processes: what travels from block to block"""
-    seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 0
+    seed: Annotated[int, OPTIMISATION, Range(least=0, most=2**63 - 1)] = 0
     """of initial weights, order and augmentation"""
-    save_every: Annotated[int, Range(least=1)] = 500
-    """minibatches between two checkpoints, besides those at the end of every epoch"""
-    timeout: Annotated[float, Range(above=0, most=LONGEST_TIMEOUT)] = 300.0
+    dtype: Annotated[Literal["fp32", "bf16"], EXECUTION] = "fp32"
+    """arithmetic of the forward pass"""
+    channels_last: Annotated[bool, EXECUTION] = False
+    """channels innermost in memory, which convolutions may like"""
+    device: Annotated[str, EXECUTION] = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    threads: Annotated[int, EXECUTION, Range(least=0, most=THREADS)] = 0
+    """CPU threads; 0 leaves the choice to PyTorch"""
+    compile: Annotated[bool, EXECUTION] = False
+    """compile every block with torch.compile"""
+    replicas: Annotated[int, EXECUTION, Range(least=1)] = 1
+    """over processes: copies of every block, each of which learns from its share of a minibatch"""
+    shard: Annotated[bool, EXECUTION, Needs("replicas")] = False
+    """with --replicas: each copy keeps a share of the block's weights and optimizer state (FSDP2)"""
+    message_dtype: Annotated[Literal["fp32", "bf16"], EXECUTION] = "fp32"
+    """over processes: what travels from block to block"""
+    timeout: Annotated[float, EXECUTION, Range(above=0, most=LONGEST_TIMEOUT)] = 300.0
     """over processes: seconds without an answer after which another one is given up"""
-    trace: bool = False
-    """over processes: record what each does when, for bll timeline"""
-    out: str | None = None
+    out: Annotated[str | None, OUTPUT] = None
     """folder of the run (default: runs/DATA-MODEL-RULE-seedN)"""
-    resume: bool = False
+    save_every: Annotated[int, OUTPUT, Range(least=1)] = 500
+    """minibatches between two checkpoints, besides those at the end of every epoch"""
+    trace: Annotated[bool, OUTPUT] = False
+    """over processes: record what each does when, for bll timeline"""
+    resume: Annotated[bool, OUTPUT] = False
     """go on from the last checkpoint in --out, with the settings kept there"""
-    trust: bool = False
+    trust: Annotated[bool, OUTPUT] = False
     """with --resume: run the code of the model package.module:function that is kept there (or repeat --model)"""
 
     def check(self) -> None:
