@@ -212,7 +212,7 @@ def test_folders_that_are_no_runs(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert cli.main(["report"]) == 2
-    assert "name the folder of a run" in capsys.readouterr().err
+    assert "RUNS is missing" in capsys.readouterr().err
     assert not list(tmp_path.rglob("report"))
 
 

@@ -302,7 +302,7 @@ def test_a_benchmark_tells_what_a_model_fails_of_after_its_trial(sick, capsys, c
 def test_a_benchmark_tells_of_memory_as_before(sick, capsys):
     sick(HEAD + LATE.format(calls=3, fault="raise MemoryError") + changed("late(z, x)"))
     assert main(["bench", "--model=sick:net", "--rules=bp", "--size=8", "--batch-size=8"]) == 1
-    assert capsys.readouterr().err == "bll: this takes more memory than there is: MemoryError\n"
+    assert capsys.readouterr().err == "bll: not enough memory: MemoryError\n"
 
 
 @pytest.mark.parametrize("place", ["function", "module"])

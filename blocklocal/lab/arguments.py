@@ -1,4 +1,4 @@
-"""Command-line arguments into a dataclass, and what is wrong with them in one line."""
+"""Parses command-line arguments into a dataclass, and reports a wrong one in one line."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ REGISTRY.struct_rule(groups.struct_rule)
 
 
 def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
-    """The arguments as `kind`, absent ones from `default`; --help is printed and exits.
+    """Parse the arguments as `kind`, with absent ones from `default`. --help prints the help and exits.
 
-    UserError: unusable ones, what `ranges` refuses among them.
+    UserError: unusable arguments, including what `ranges` refuses.
     """
     _refuse_renamed(args)
     _refuse_misused(kind, args, prog=prog)
@@ -39,7 +39,7 @@ def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arg
 
 
 def parse_known(kind: type[Arguments], args: Sequence[str], *, prog: str) -> tuple[Arguments, list[str]]:
-    """The arguments that `kind` knows, and the others. UserError: as for `parse`."""
+    """Parse the arguments that `kind` knows, and return the others too. UserError: as for `parse`."""
     _refuse_renamed(args)
     _refuse_misused(kind, args, prog=prog)
     with _in_one_line(args, prog=prog):
@@ -67,7 +67,7 @@ def _checked(options: Arguments) -> Arguments:
 
 @REGISTRY.primitive_rule
 def _numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Decimal digits only: Python itself also takes 1_0 for ten, and digits of other scripts."""
+    """Accept decimal digits only: Python itself also reads 1_0 as ten, and digits of other scripts."""
     if info.type is int:
         return _number(int, WHOLE, what="a whole number", metavar="INT")
     if info.type is float:
@@ -91,9 +91,11 @@ def _number(kind: Callable[[str], Any], form: re.Pattern[str], *, what: str, met
 
 
 def _refuse_misused(kind: type, args: Sequence[str], *, prog: str) -> None:
-    """What tyro lets pass. UserError: an option twice, of which only one would count; a value for one that has none,
-    which would be read as something else; no value for one that takes several; an empty one, which as a path would be
-    the current folder."""
+    """Refuse what tyro lets pass.
+
+    UserError: an option given twice, of which only one would count; a value for a flag, which would be read as another
+    argument; no value for an option that takes several; an empty value, which as a path would be the current folder.
+    """
     kinds = {ranges.called(name): type for name, (type, _) in ranges.declared(kind).items()}
     seen: set[str] = set()
     for i, arg in enumerate(args):
@@ -131,7 +133,7 @@ def _in_one_line(args: Sequence[str], *, prog: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _wide() -> Iterator[None]:
-    """As if the terminal had room for the longest word: a line is not broken."""
+    """Pretend that the terminal is wide, so that no line is broken."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"
     try:
@@ -144,7 +146,7 @@ def _wide() -> Iterator[None]:
 
 
 def _first_paragraph(box: str) -> str:
-    """The text of tyro's box, which has lines of hyphens where the output is no terminal: between the first two."""
+    """The text between the first two lines of hyphens, which frame tyro's box where the output is not a terminal."""
     lines = [line.strip() for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if line and not line.strip("-")]
     return " ".join(" ".join(lines[rules[0] + 1 : rules[1]]).split())

@@ -57,7 +57,7 @@ def check_file(file: Path, *, flag: str) -> None:
 def check_picture(file: Path, *, flag: str) -> None:
     """UserError: see `check_file`; a kind of picture that cannot be drawn."""
     if file.suffix not in PICTURES:
-        raise UserError(f"{flag} {str(file)!r}: a picture is {' or '.join(PICTURES)}")
+        raise UserError(f"{flag} {str(file)!r}: a picture must be {' or '.join(PICTURES)}")
     check_file(file, flag=flag)
 
 
