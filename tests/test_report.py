@@ -219,7 +219,7 @@ def test_folders_that_are_no_runs(tmp_path, capsys):
 def test_run_without_an_epoch(tmp_path, capsys):
     write_run(tmp_path / "run", accuracies=[], epochs=3)
     assert cli.main(["report", str(tmp_path / "run")]) == 2
-    assert "no epoch is done" in capsys.readouterr().err
+    assert "none of these runs has finished an epoch" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: the page is not rendered")

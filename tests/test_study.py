@@ -55,7 +55,7 @@ def test_a_grid_is_a_list_of_settings_that_go_over_the_shared_ones(tmp_path):
 def test_another_file_is_refused(tmp_path, text, words):
     file = tmp_path / "grid.py"
     file.write_text(text)
-    with pytest.raises(UserError, match="is no grid of settings") as error:
+    with pytest.raises(UserError, match="is not a grid of settings") as error:
         read_grid(file, shared=SMALL)
     assert words in str(error.value)
     assert "\n" not in str(error.value)

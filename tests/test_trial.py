@@ -145,7 +145,7 @@ SICK = {
     "a dictionary": (HEAD + changed("{'logits': z}"), ["of type dict"]),
     "nothing": (HEAD + changed("None"), ["of type NoneType"]),
     "an array": (HEAD + changed("z.detach().numpy()"), ["of type ndarray"]),
-    "one vector": (HEAD + changed("z[0]"), ["shape (10,)", "needed is (8, 10)"]),
+    "one vector": (HEAD + changed("z[0]"), ["shape (10,)", "must be (8, 10)"]),
     "a scalar": (HEAD + changed("z.sum()"), ["shape ()"]),
     "one logit each": (HEAD + changed("z[:, 0]"), ["(8,)"]),
     "a map": (HEAD + changed("z[:, :, None, None]"), ["(8, 10, 1, 1)"]),
