@@ -121,7 +121,7 @@ class Children:
         """End all processes with this signal, and after a while with one that cannot be caught."""
         try:
             self._signal(number)
-            self._signal(signal.SIGCONT)  # one that is stopped would not hear that it shall end
+            self._signal(signal.SIGCONT)  # a stopped process would not react to the signal
             self._wait()
         finally:
             self._signal(signal.SIGKILL)

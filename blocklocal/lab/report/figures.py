@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "blocklocal",
 }
 WIDTH, HEIGHT = 4.8, 3.4  # inches
-INSIDE, NAMED = 4, 12  # so many lines at most are named inside the panel; of more, so many are named beside it
+INSIDE, NAMED = 4, 12  # up to 4 lines are named inside the panel; of more, up to 12 are named next to it
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class Task:
     cut between them.
 
     example: a batch of images as the model gets them. balance: see `split`; memory, unlike time, is the same at every
-    measurement. seed: of what a rule draws beside the model's weights.
+    measurement. seed: of what a rule draws besides the model's weights.
     add_beliefs: see `BlockLocal`.
     """
 
