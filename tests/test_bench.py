@@ -246,7 +246,7 @@ def test_compiled_steps_are_compiled(rule: str, monkeypatch: pytest.MonkeyPatch)
     ("arguments", "message"),
     [
         ({"rules": "bp,magic"}, "unknown rule 'magic': choose"),
-        ({"blocks": "two"}, "--blocks 'two': a number is needed"),
+        ({"blocks": "two"}, "--blocks 'two': write a number"),
         ({"blocks": "0,2"}, "--blocks 0 is out of range"),
         ({"steps": 0}, "--steps 0 is out of range"),
         ({"warmup": -1}, "--warmup -1 is out of range: 0 or more"),

@@ -128,7 +128,7 @@ def test_what_cannot_be_written_is_said_and_leaves_the_last(tmp_path, monkeypatc
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with failing(monkeypatch):
         checkpoints.save(10, {0: state(), 1: state() | {f"{i:0200}": i for i in range(40)}})
-        with pytest.warns(UserWarning, match=f"{words}.*MiB are free.*training goes on"):
+        with pytest.warns(UserWarning, match=f"{words}.*MiB are free.*training continues"):
             checkpoints.wait()
     assert checkpoints.latest() == 5
     assert [path.name for path in tmp_path.iterdir()] == ["step-5"]
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     checkpoints = saved(tmp_path, 5)
     (tmp_path / "step-10").write_text("a file")
     checkpoints.save(10, {0: state(), 1: state()})
-    with pytest.warns(UserWarning, match=r"step-10.*training goes on"):
+    with pytest.warns(UserWarning, match=r"step-10.*training continues"):
         checkpoints.wait()
     assert checkpoints.latest() == 5
     assert (tmp_path / "step-10").read_text() == "a file"

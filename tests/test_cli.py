@@ -5,7 +5,9 @@ import json
 import re
 import sys
 import warnings
+from dataclasses import fields
 from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 import rich
@@ -13,9 +15,11 @@ import torch
 
 import blocklocal.__main__ as entry
 from blocklocal.lab import cli
+from blocklocal.lab.arguments import parse
 from blocklocal.lab.cli import COMMANDS, main
 from blocklocal.lab.commands.blocks import submodules
 from blocklocal.lab.models import build
+from blocklocal.lab.settings import Settings, flag
 from blocklocal.split import split
 
 TINY = ["--model=mlp", "--epochs=2", "--train-size=256", "--test-size=100"]
@@ -72,6 +76,53 @@ def test_the_help_shows_the_recipe_of_the_data(capsys):
         with pytest.raises(SystemExit):
             main(["train", data, "--help"])
         assert f"(default: {model})" in " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().out).split())
+
+
+GROUPS = {
+    "data": "train_size test_size validation flip crop cutout",
+    "model and rule": "model blocks at rule head budget lookahead refresh statistic variational estimate_variance "
+    "softness power add_beliefs",
+    "optimisation": "epochs batch_size accumulate lr momentum weight_decay clip schedule warmup label_smoothing seed",
+    "execution": "dtype channels_last device threads compile replicas shard message_dtype timeout",
+    "output": "out save_every trace resume trust",
+}
+
+
+def help_boxes(text: str) -> dict[str, list[str]]:
+    """The options under each heading of a help text."""
+    boxes = re.findall(r"^ ([a-z ]+?) *\n -+ *\n(.*?)(?=^ [a-z]|\Z)", text, re.DOTALL | re.MULTILINE)
+    return {title: re.findall(r"^  (--[a-z-]+)", content, re.MULTILINE) for title, content in boxes}
+
+
+def test_each_setting_stands_in_one_group_of_the_help(capsys):
+    names = [field.name for field in fields(Settings)]
+    assert sorted(["data", *" ".join(GROUPS.values()).split()]) == sorted(names)
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    boxes = help_boxes(capsys.readouterr().out)
+    assert list(boxes) == ["positional arguments", "options", *(f"{group} options" for group in GROUPS)]
+    for group, names in GROUPS.items():
+        assert boxes[f"{group} options"] == [flag(name) for name in names.split()]
+
+
+def test_other_commands_show_the_settings_they_take_in_the_same_groups(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    boxes = help_boxes(capsys.readouterr().out)
+    assert boxes["options"] == ["--out", "--rules", "--seeds"]
+    assert boxes["output options"] == ["--save-every", "--trace"]
+    assert "--rule" not in boxes["model and rule options"]
+
+
+def test_the_groups_change_no_result():
+    """-h behind -- is no call for help, but the help is set up."""
+    assert parse(Settings, ["--lr=0.5", "--flip", "--", "-h"], prog="bll train") == Settings("-h", lr=0.5, flip=True)
+
+
+def test_the_page_of_the_command_lists_the_groups():
+    page = (Path(__file__).parents[1] / "docs" / "commands.md").read_text()
+    rows = dict(re.findall(r"^\| ([a-z ]+) \| (`--.*`) \|$", page, re.MULTILINE))
+    assert rows == {group: ", ".join(f"`{flag(name)}`" for name in names.split()) for group, names in GROUPS.items()}
 
 
 def test_the_version_is_the_packages(capsys):

@@ -198,7 +198,7 @@ def test_records_of_which_the_checkpoint_knows_more(run, capsys):
     (run / "metrics.jsonl").write_text("".join(lines[:2]))
     before = files(run.parent)
     assert cli.main(["train", "--resume", f"--out={run}"]) == 2
-    assert "says nothing of epoch 3, which the checkpoint has" in capsys.readouterr().err
+    assert "has no record of epoch 3, which the checkpoint includes" in capsys.readouterr().err
     assert files(run.parent) == before
 
 
@@ -277,7 +277,7 @@ def test_folders_without_a_run(run, capsys):
     before = files(run)
     for command in ("train", "launch"):
         assert cli.main([command, *OPTIONS, f"--out={run}"]) == 2
-        assert "is of a run that has no config.json" in capsys.readouterr().err
+        assert "belongs to a run without config.json" in capsys.readouterr().err
     assert files(run) == before
     shutil.rmtree(run / "trace")
     assert cli.main(["timeline", str(run)]) == 2

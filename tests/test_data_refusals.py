@@ -223,7 +223,7 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
     (folder / "train/cat/more").symlink_to(tmp_path / "elsewhere")
     assert len(load(str(folder)).train) == 3
     (tmp_path / "elsewhere/more/back").symlink_to(folder / "train/cat")
-    assert "is a link to a folder around it" in refused(folder)
+    assert "is a link to a folder that contains it" in refused(folder)
 
 
 @pytest.fixture

@@ -288,11 +288,11 @@ def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, mon
     ("args", "words"),
     [
         (["--nnodes=2"], "--nnodes 2 needs --rdzv-endpoint"),
-        (["--nnodes=0"], "--nnodes 0: a number of machines"),
+        (["--nnodes=0"], "--nnodes 0: write a number of machines"),
         (["--nnodes=3:2"], "--nnodes 3:2: a number"),
         (["--processes=-1"], "--processes -1"),
         (["--restarts=many"], "--restarts"),
-        (["--nnodes=2", "--rdzv-endpoint=nowhere", "--interface=lo"], "HOST:PORT is needed"),
+        (["--nnodes=2", "--rdzv-endpoint=nowhere", "--interface=lo"], "write HOST:PORT"),
         (["--speed=3"], "--speed"),
         (["--lr=-1"], "--lr -1.0 is out of range"),
         (["--timeout=0"], "--timeout 0.0 is out of range"),

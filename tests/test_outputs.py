@@ -128,7 +128,7 @@ def test_pictures_of_a_kind_that_is_not_drawn(tmp_path, capsys, no_work, command
     (run / "trace" / "rank0.jsonl").touch()
     for name in ("picture.gif", "picture", "picture.svgz"):
         assert cli.main([*(str(run) if word == "RUN" else word for word in command), f"{flag}={tmp_path / name}"]) == 2
-        assert "a picture is .svg or .png" in capsys.readouterr().err
+        assert "a picture must be .svg or .png" in capsys.readouterr().err
 
 
 def test_files_of_a_run_are_not_overwritten(tmp_path, capsys):

@@ -212,14 +212,14 @@ def test_folders_that_are_no_runs(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err
     assert cli.main(["report"]) == 2
-    assert "name the folder of a run" in capsys.readouterr().err
+    assert "RUNS is missing" in capsys.readouterr().err
     assert not list(tmp_path.rglob("report"))
 
 
 def test_run_without_an_epoch(tmp_path, capsys):
     write_run(tmp_path / "run", accuracies=[], epochs=3)
     assert cli.main(["report", str(tmp_path / "run")]) == 2
-    assert "no epoch is done" in capsys.readouterr().err
+    assert "none of these runs has finished an epoch" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: the page is not rendered")

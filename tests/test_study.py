@@ -43,19 +43,19 @@ def test_a_grid_is_a_list_of_settings_that_go_over_the_shared_ones(tmp_path):
         ("{}", "one list"),
         ("[]", "one list"),
         ("[__import__('os').remove('x')]", "malformed"),
-        ("[3]", "item 1: a dictionary"),
+        ("[3]", "item 1 must be a dictionary"),
         ('[{"rule": "bp"}, {"head": 3}]', "item 2: head"),
         ('[{"layers": 3}]', "item 1: unknown setting 'layers'"),
         ('[{"seed": 3}]', "item 1: 'seed' is the same in all rows"),
         ('[{"name": ""}]', 'item 1: "name"'),
         ('[{"rule": "bp"}, {"rule": "bp"}]', "2 rows are called 'rule bp'"),
-        ("[" * 5000, "no grid"),
+        ("[" * 5000, "not a grid"),
     ],
 )
 def test_another_file_is_refused(tmp_path, text, words):
     file = tmp_path / "grid.py"
     file.write_text(text)
-    with pytest.raises(UserError, match="is no grid of settings") as error:
+    with pytest.raises(UserError, match="is not a grid of settings") as error:
         read_grid(file, shared=SMALL)
     assert words in str(error.value)
     assert "\n" not in str(error.value)

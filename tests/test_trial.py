@@ -103,12 +103,12 @@ SICK = {
     "gives none": (function("pass"), ["of type NoneType"]),
     "gives a number": (function("return 3"), ["of type int"]),
     "of type function": (function("return lambda x: x"), ["of type function"]),
-    "gives a class": (HEAD + function("return Wrapped"), ["gives the class Wrapped"]),
+    "gives a class": (HEAD + function("return Wrapped"), ["returns the class Wrapped"]),
     "of type list": (HEAD + function("return [nn.Flatten(), nn.Linear(64, classes)]"), ["of type list"]),
     "gives weights": (HEAD + function("return nn.Linear(4, 4).state_dict()"), ["of type OrderedDict"]),
     "is a generator": (HEAD + function("yield nn.Linear(64, 10)"), ["of type generator"]),
-    "is async": (HEAD + f"async {function('return Wrapped(channels, size, classes)')}", ["async", "by def alone"]),
-    "is async in forward": (HEAD + module(f"async {FORWARD}"), ["async forward()", "by def alone"]),
+    "is async": (HEAD + f"async {function('return Wrapped(channels, size, classes)')}", ["async", "with def alone"]),
+    "is async in forward": (HEAD + module(f"async {FORWARD}"), ["async forward()", "with def alone"]),
     "no parameters": (HEAD + function("return nn.Flatten()"), ["no parameters to train"]),
     "frozen": (HEAD + function("return Wrapped(channels, size, classes).requires_grad_(False)"), ["no parameters to"]),
     "expanded weights": (
@@ -145,7 +145,7 @@ SICK = {
     "a dictionary": (HEAD + changed("{'logits': z}"), ["of type dict"]),
     "nothing": (HEAD + changed("None"), ["of type NoneType"]),
     "an array": (HEAD + changed("z.detach().numpy()"), ["of type ndarray"]),
-    "one vector": (HEAD + changed("z[0]"), ["shape (10,)", "needed is (8, 10)"]),
+    "one vector": (HEAD + changed("z[0]"), ["shape (10,)", "must be (8, 10)"]),
     "a scalar": (HEAD + changed("z.sum()"), ["shape ()"]),
     "one logit each": (HEAD + changed("z[:, 0]"), ["(8,)"]),
     "a map": (HEAD + changed("z[:, :, None, None]"), ["(8, 10, 1, 1)"]),
@@ -302,7 +302,7 @@ def test_a_benchmark_tells_what_a_model_fails_of_after_its_trial(sick, capsys, c
 def test_a_benchmark_tells_of_memory_as_before(sick, capsys):
     sick(HEAD + LATE.format(calls=3, fault="raise MemoryError") + changed("late(z, x)"))
     assert main(["bench", "--model=sick:net", "--rules=bp", "--size=8", "--batch-size=8"]) == 1
-    assert capsys.readouterr().err == "bll: this takes more memory than there is: MemoryError\n"
+    assert capsys.readouterr().err == "bll: not enough memory: MemoryError\n"
 
 
 @pytest.mark.parametrize("place", ["function", "module"])

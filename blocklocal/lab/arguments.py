@@ -1,8 +1,9 @@
-"""Command-line arguments into a dataclass, and what is wrong with them in one line."""
+"""Parses command-line arguments into a dataclass, and reports a wrong one in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any, TypeVar, get_origin
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from blocklocal.lab import ranges
+from blocklocal.lab import groups, ranges
 from blocklocal.lab.errors import UserError
 
 Arguments = TypeVar("Arguments")
@@ -21,30 +22,34 @@ RENAMED = {"--patience": "--timeout", "--message": "--message-dtype"}
 HELP = {"-h", "--help"}
 WHOLE = re.compile(r"[+-]?\d{1,40}", re.ASCII)
 DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf|nan", re.ASCII | re.IGNORECASE)
-NUMBERS = ConstructorRegistry()
+REGISTRY = ConstructorRegistry()
+REGISTRY.struct_rule(groups.struct_rule)
 
 
 def parse(kind: type[Arguments], args: Sequence[str], *, prog: str, default: Arguments | None = None) -> Arguments:
-    """The arguments as `kind`, absent ones from `default`; --help is printed and exits.
+    """Parse the arguments as `kind`, with absent ones from `default`. --help prints the help and exits.
 
-    UserError: unusable ones, what `ranges` refuses among them.
+    UserError: unusable arguments, including what `ranges` refuses.
     """
     _refuse_renamed(args)
     _refuse_misused(kind, args, prog=prog)
     with _in_one_line(args, prog=prog):
-        found = tyro.cli(
-            kind, args=args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default, registry=NUMBERS
-        )
+        found = _parse(kind, args, prog=prog, default=tyro.MISSING_NONPROP if default is None else default)
     return _checked(found)
 
 
 def parse_known(kind: type[Arguments], args: Sequence[str], *, prog: str) -> tuple[Arguments, list[str]]:
-    """The arguments that `kind` knows, and the others. UserError: as for `parse`."""
+    """Parse the arguments that `kind` knows, and return the others too. UserError: as for `parse`."""
     _refuse_renamed(args)
     _refuse_misused(kind, args, prog=prog)
     with _in_one_line(args, prog=prog):
-        found, others = tyro.cli(kind, args=args, prog=prog, return_unknown_args=True, registry=NUMBERS)
+        found, others = _parse(kind, args, prog=prog, return_unknown_args=True)
     return _checked(found), others
+
+
+def _parse(kind: type, args: Sequence[str], **how: Any) -> Any:
+    read = groups.grouped(kind) if HELP & set(args) else kind  # both give the same; kind itself takes less time
+    return tyro.cli(read, args=args, description=inspect.getdoc(kind), registry=REGISTRY, **how)
 
 
 def _refuse_renamed(args: Sequence[str]) -> None:
@@ -60,9 +65,9 @@ def _checked(options: Arguments) -> Arguments:
     return options
 
 
-@NUMBERS.primitive_rule
+@REGISTRY.primitive_rule
 def _numbers(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """Decimal digits only: Python itself also takes 1_0 for ten, and digits of other scripts."""
+    """Accept decimal digits only: Python itself also reads 1_0 as ten, and digits of other scripts."""
     if info.type is int:
         return _number(int, WHOLE, what="a whole number", metavar="INT")
     if info.type is float:
@@ -86,9 +91,11 @@ def _number(kind: Callable[[str], Any], form: re.Pattern[str], *, what: str, met
 
 
 def _refuse_misused(kind: type, args: Sequence[str], *, prog: str) -> None:
-    """What tyro lets pass. UserError: an option twice, of which only one would count; a value for one that has none,
-    which would be read as something else; no value for one that takes several; an empty one, which as a path would be
-    the current folder."""
+    """Refuse what tyro lets pass.
+
+    UserError: an option given twice, of which only one would count; a value for a flag, which would be read as another
+    argument; no value for an option that takes several; an empty value, which as a path would be the current folder.
+    """
     kinds = {ranges.called(name): type for name, (type, _) in ranges.declared(kind).items()}
     seen: set[str] = set()
     for i, arg in enumerate(args):
@@ -126,7 +133,7 @@ def _in_one_line(args: Sequence[str], *, prog: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _wide() -> Iterator[None]:
-    """As if the terminal had room for the longest word: a line is not broken."""
+    """Pretend that the terminal is wide, so that no line is broken."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"
     try:
@@ -139,7 +146,7 @@ def _wide() -> Iterator[None]:
 
 
 def _first_paragraph(box: str) -> str:
-    """The text of tyro's box, which has lines of hyphens where the output is no terminal: between the first two."""
+    """The text between the first two lines of hyphens, which frame tyro's box where the output is not a terminal."""
     lines = [line.strip() for line in box.splitlines()]
     rules = [i for i, line in enumerate(lines) if line and not line.strip("-")]
     return " ".join(" ".join(lines[rules[0] + 1 : rules[1]]).split())

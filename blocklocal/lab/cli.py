@@ -1,4 +1,4 @@
-"""The command `bll`: finds the subcommand and turns what goes wrong into one line and an exit code."""
+"""The command `bll`: runs a subcommand, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from blocklocal.lab.names import sentence
 
 # name: (module with main(args), what it does). The module is imported only when its command is called.
 COMMANDS = {
-    "train": ("blocklocal.lab.training.run", "train a network, in blocks or whole"),
+    "train": ("blocklocal.lab.training.run", "train a network, in blocks or as a whole"),
     "launch": ("blocklocal.lab.commands.launch", "the same over several processes or machines"),
     "eval": ("blocklocal.lab.commands.eval", "test a trained network: last exit, an earlier one, all combined"),
     "blocks": ("blocklocal.lab.commands.blocks", "show where a model is cut, and what each block costs"),
-    "compare": ("blocklocal.lab.commands.compare", "several rules with several seeds, laid side by side"),
-    "study": ("blocklocal.lab.commands.study", "accuracy against cost, over a grid of settings"),
-    "table1": ("blocklocal.lab.commands.table1", "the paper's Table 1, or a smaller stand-in for it"),
-    "report": ("blocklocal.lab.commands.report", "tables, plots and a page of runs"),
-    "bench": ("blocklocal.lab.commands.bench", "time and memory of a training step, rule by rule"),
-    "timeline": ("blocklocal.lab.commands.timeline", "what each process of a run did when"),
-    "demo": ("blocklocal.lab.commands.demo", "train four local blocks and plain backpropagation side by side"),
+    "compare": ("blocklocal.lab.commands.compare", "compare several rules, each with several seeds"),
+    "study": ("blocklocal.lab.commands.study", "measure accuracy against cost over a grid of settings"),
+    "table1": ("blocklocal.lab.commands.table1", "measure the paper's Table 1, or a smaller version of it"),
+    "report": ("blocklocal.lab.commands.report", "make tables, plots and an HTML page from runs"),
+    "bench": ("blocklocal.lab.commands.bench", "measure time and memory of a training step, rule by rule"),
+    "timeline": ("blocklocal.lab.commands.timeline", "draw what each process of a run did and when"),
+    "demo": ("blocklocal.lab.commands.demo", "compare four local blocks with backpropagation, in seconds"),
 }
 
-HELP = f"""bll trains neural networks in blocks, each from its own local loss.
+HELP = f"""bll trains neural networks in blocks, each with its own local loss.
 
   bll COMMAND --help      the options of a command
 
@@ -62,19 +62,19 @@ def main(args: Sequence[str]) -> int:
         return _fail(str(error), code=2)
     except KeyboardInterrupt as stop:
         return _fail(f"interrupted{f': {stop}' if str(stop) else ''}", code=130)
-    except BrokenPipeError:  # who reads the output has enough of it, and knows
+    except BrokenPipeError:  # the reader of the output closed it on purpose
         return 1
     except OSError as error:
         return _fail(str(error), code=1)
     except (MemoryError, RuntimeError) as error:
         if not lacks_memory(error):
             raise
-        return _fail(f"this takes more memory than there is: {str(error) or type(error).__name__}", code=1)
+        return _fail(f"not enough memory: {str(error) or type(error).__name__}", code=1)
     return 0
 
 
 def _fail(message: str, *, code: int) -> int:
-    """Say it once: what has started this process says it, and of the processes of torchrun the first."""
+    """Print the message once: by the parent of this process if it listens, and by the first process of torchrun."""
     report(message)
     told = subcommand.report_to_parent(sentence(message))
     if LAUNCHED in os.environ:
@@ -86,14 +86,14 @@ def _fail(message: str, *, code: int) -> int:
     return code
 
 
-# Where other people's code is, whose warnings say nothing to who calls a command.
+# Where third-party code is, whose warnings mean nothing to the user of a command.
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 OWN = str(Path(__file__).parents[1])
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, *_: object) -> None:
     foreign = filename.startswith(LIBRARIES) and not filename.startswith(OWN)
-    if not foreign and "Triggered internally at" not in str(message):  # a warning of torch that names its caller
+    if not foreign and "Triggered internally at" not in str(message):  # a warning of torch, attributed to its caller
         _say(f"warning: {message}")
 
 

@@ -1,4 +1,4 @@
-"""Where a run computes, and with what; how the process treats its memory."""
+"""The device and versions that a run uses, and how its process manages memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blocklocal.lab.errors import UserError
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one. UserError: there is none."""
+    """The device of that name; `auto` is a GPU if there is one. UserError: no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -36,10 +36,10 @@ def find_device(name: str) -> torch.device:
 
 
 def find_interface(name: str) -> str:
-    """UserError: this machine has no network interface of that name."""
+    """Check a network interface of this machine. UserError: there is none of that name."""
     there = [found for _, found in socket.if_nameindex()]
     if name not in there:
-        raise UserError(f"--interface {name!r} is not here: this machine has {', '.join(there)}")
+        raise UserError(f"--interface {name!r} does not exist: this machine has {', '.join(there)}")
     return name
 
 
@@ -58,7 +58,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """MiB: the most that tensors took on a GPU, or the whole process elsewhere."""
+    """Peak memory in MiB: of tensors on a GPU, otherwise of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
@@ -66,12 +66,12 @@ def peak_memory(device: torch.device) -> float:
 
 
 def keep_freed_memory(*, largest: int = 2**25) -> None:
-    """Let this process keep the memory that it frees for the next step: blocks of up to so many bytes.
+    """Let this process keep the memory that it frees for the next step, in blocks of up to this number of bytes.
 
-    By itself the C library of GNU hands blocks of some MiB back to the system as it sees fit, and gets them again page
-    by page. Whether it does depends on the sizes that came before, so that the same step takes up to twice as long in
-    one process as in another. What is kept has holes: with the largest blocks in it, it is up to twice what is used.
-    Under another C library this does nothing.
+    By default, glibc returns blocks of some MiB to the system when it sees fit and gets them back page by page. Whether
+    it does depends on the sizes allocated before, so the same step can take twice as long in one process as in another.
+    The memory kept is fragmented: with the largest blocks in it, it is up to twice what is used. With another C library
+    this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -80,7 +80,7 @@ def keep_freed_memory(*, largest: int = 2**25) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of this code, "-dirty" where files differ from it; None outside a repository."""
+    """The commit of this code, with "-dirty" if files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,4 +1,4 @@
-"""What a person can put right: one line that says what, why, and what to do."""
+"""Errors that the user can fix: one line that says what is wrong, why, and what to do."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from blocklocal.arguments import first_line
 
 
 class UserError(ValueError):
-    """Unusable arguments or data. The command prints it in one line and exits with code 2."""
+    """Unusable arguments or data. The command prints the message in one line and exits with code 2."""
 
 
 @contextmanager
 def blame(subject: str, *, unless: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
-    """Whatever goes wrong in code of the user's is a UserError that names the subject, the kind and the line.
+    """Turn any error in the user's code into a UserError that names the subject, the kind of error and the line.
 
-    unless: tells of an error whether it is none of the user's code; then it passes as it is.
+    unless: whether an error is not due to the user's code; it is then raised unchanged.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def blame(subject: str, *, unless: Callable[[BaseException], bool] = lambda _: F
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """torch has a class of its own for a GPU's memory, and none for the rest."""
+    """Whether memory has run out. torch has an exception class for GPU memory only."""
     words = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -46,12 +46,12 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def of_machine(error: BaseException) -> bool:
-    """Whether it comes from files, connections or memory, and might not come again."""
+    """Whether the error comes from files, connections or memory, and might not recur."""
     return any(isinstance(one, OSError) or lacks_memory(one) for one in _chain(error))
 
 
 def place(error: BaseException) -> str:
-    """The last line of code outside this package and torch that ran, in words; a SyntaxError says its own."""
+    """The last line that ran outside this package and torch, in words; a SyntaxError names its own line."""
     if isinstance(error, SyntaxError):
         return ""
     specs = [find_spec(name) for name in ("blocklocal", "torch")]
@@ -65,7 +65,7 @@ def place(error: BaseException) -> str:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it was raised from."""
+    """An error and those that it was raised from."""
     one: BaseException | None = error
     while one is not None:
         yield one

@@ -1,6 +1,6 @@
-"""Names of data, models, files and runs, which may hold anything, as text that is harmless where it goes.
+"""Makes names of data, models, files and runs, which may contain anything, safe to print.
 
-For the terminal, Markdown and HTML; figures draw `plain` names and read no mathematics in them (`figures.STYLE`).
+For the terminal, Markdown and HTML; figures draw `plain` names without interpreting mathematics (`figures.STYLE`).
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ MARKDOWN = re.compile(r"[\\`*\[\]<>|$~#&]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def plain(text: str) -> str:
-    """Without what a terminal obeys: control, direction and other invisible characters are shown by their numbers."""
+    """The text with control, direction and other invisible characters, which a terminal obeys, as their numbers."""
     return "".join(letter if letter.isprintable() or letter == "\n" else _number(letter) for letter in text)
 
 
 def sentence(text: str) -> str:
-    """One line, in which no word is endless."""
+    """The text as one line with long words shortened."""
     return plain(" ".join(short(word, longest=WORD) for word in text.split()))
 
 
 def short(name: str, *, longest: int = NAME) -> str:
-    """The name, or its beginning and its end."""
+    """The name, or its beginning and end if it is long."""
     head = longest * 2 // 3
     return name if len(name) <= longest else f"{name[:head]}…{name[head + 1 - longest :]}"
 
 
 def markdown(name: str) -> str:
-    """As itself in a paragraph, a heading or a cell."""
+    """The name escaped for Markdown: for a paragraph, a heading or a table cell."""
     return MARKDOWN.sub(lambda found: f"\\{found[0]}", sentence(name))
 
 
 def page(name: str) -> str:
-    """As itself in HTML, in an attribute too."""
+    """The name escaped for HTML, also in an attribute."""
     return html.escape(sentence(name))
 
 

@@ -1,4 +1,4 @@
-"""Where a command writes: tried before its work is done, and written whole or not at all."""
+"""Output files of a command: checked before the work begins, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG, METRICS, MODEL = "config.json", "metrics.jsonl", "model.safetensors"  # 
 
 @contextmanager
 def room(folder: Path, *, flag: str) -> Iterator[None]:
-    """A folder for files, made if need be. Of what was made for it, nothing stays that is empty at the end.
+    """A folder for files, created if necessary; folders created for it are removed if they are empty at the end.
 
     flag: the option that names it. UserError: no file can be written there.
     """
@@ -38,7 +38,7 @@ def room(folder: Path, *, flag: str) -> Iterator[None]:
 
 
 def check_file(file: Path, *, flag: str) -> None:
-    """UserError: no such file can be written, or it is one that a run needs."""
+    """Check that a file can be written. UserError: it cannot, or it is one that a run needs."""
     if os.path.exists(file) and not os.path.isfile(file):
         raise UserError(f"{flag} {str(file)!r} is not a regular file")
     if file.name in (CONFIG, METRICS, MODEL) and os.path.exists(file.parent / CONFIG):
@@ -55,14 +55,14 @@ def check_file(file: Path, *, flag: str) -> None:
 
 
 def check_picture(file: Path, *, flag: str) -> None:
-    """UserError: see `check_file`; a kind of picture that cannot be drawn."""
+    """Check that a picture can be written. UserError: see `check_file`; a format that cannot be drawn."""
     if file.suffix not in PICTURES:
-        raise UserError(f"{flag} {str(file)!r}: a picture is {' or '.join(PICTURES)}")
+        raise UserError(f"{flag} {str(file)!r}: a picture must be {' or '.join(PICTURES)}")
     check_file(file, flag=flag)
 
 
 def write(file: Path, how: Callable[[Path], object]) -> None:
-    """Write a file beside `file`, then let it take the name. OSError: it was not, and all is as it was before."""
+    """Write a file next to `file`, then rename it to `file`. OSError: this failed, and nothing has changed."""
     file = Path(os.path.realpath(file))  # not a link, but where it leads
     part = _part(file)
     try:
@@ -89,7 +89,7 @@ def _try(folder: Path, *, again: int = 3) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Without the number and the path that an OSError brings."""
+    """The text of an OSError without its number and path."""
     if isinstance(error, FileExistsError):
         return "it is a file"
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)

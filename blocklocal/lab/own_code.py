@@ -1,4 +1,4 @@
-"""Functions of the user's own, named package.module:function on the command line."""
+"""The user's own functions, named package.module:function on the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from blocklocal.lab.errors import UserError
 
 
 def own_function(name: str, *, kind: str, positional: int = 0, keywords: tuple[str, ...]) -> Callable[..., Any]:
-    """The function behind package.module:function. kind: what it makes, "model" or "rule", for messages.
+    """The function named package.module:function. kind: what it makes, "model" or "rule", for messages.
 
     UserError: no such module or function, or one that does not accept these arguments.
     """

@@ -1,4 +1,4 @@
-"""What an option may be, said beside it and checked in one place: `lr: Annotated[float, Range(above=0)]`."""
+"""Ranges of options, declared with the option and checked in one place: `lr: Annotated[float, Range(above=0)]`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tyro.conf import Positional
 
 from blocklocal.lab.errors import UserError
 
-PATH, PART = 4095, 255  # bytes: the longest path, and name in it, that a file system takes
-LARGEST = 2**31 - 1  # of whole numbers, where no other bound is said: they go to functions that take 32 or 64 bits
+PATH, PART = 4095, 255  # bytes: the longest path, and name in it, that a file system accepts
+LARGEST = 2**31 - 1  # of whole numbers without another bound: they go to functions that take 32 or 64 bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that an option may be: from `least` to `most`, more than `above`, less than `below`.
+    """The numbers that an option accepts: from `least` to `most`, more than `above`, less than `below`.
 
-    Never infinite, never nan. Of a tuple, every number.
+    Never infinite, never nan. In a tuple, every number must be in the range.
     """
 
     least: float = -math.inf
@@ -45,7 +45,7 @@ class Range:
         return low if self.above > -math.inf else f"{low} or more"
 
     def check(self, name: str, value: float) -> None:
-        """UserError: outside. name: of the option, as it is called on the command line."""
+        """Check a value. UserError: it is outside. name: of the option, as on the command line."""
         if value not in self:
             beyond = "" if isinstance(value, float) or value < LARGEST or self.most < math.inf else f", up to {LARGEST}"
             raise UserError(f"{name} {value} is out of range: {self}{beyond}")
@@ -53,14 +53,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Needs:
-    """An option that does nothing unless another has one of these values; none named: any but its default."""
+    """Marks an option that does nothing unless another has one of these values, or any but its default if none is
+    named."""
 
     other: str
     values: tuple[Any, ...] = ()
 
 
 def check(options: Any) -> None:
-    """Of a dataclass of options. UserError: a number out of its `Range`, text that is empty, endless or no text."""
+    """Check a dataclass of options. UserError: a number out of its `Range`; text that is empty, too long or invalid."""
     for name, value, beside in _given(options):
         for item in value if isinstance(value, tuple) else (value,):
             _check_text(name, item)
@@ -70,7 +71,7 @@ def check(options: Any) -> None:
 
 
 def check_needs(options: Any) -> None:
-    """Of a dataclass of options. UserError: one without what it `Needs`."""
+    """Check a dataclass of options. UserError: an option without what it `Needs`."""
     defaults = {field.name: _default(field) for field in fields(options)}
     for name, _, beside in _given(options):
         for need in beside:
@@ -85,14 +86,14 @@ def check_needs(options: Any) -> None:
 
 @cache
 def declared(kind: type) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Of a dataclass of options: the type of every field, and what is declared beside it."""
+    """The type of every field of a dataclass of options, and what is declared with it."""
     hints = get_type_hints(kind, include_extras=True)
     parts = {name: get_args(hint) if get_origin(hint) is Annotated else (hint,) for name, hint in hints.items()}
     return {name: (first, tuple(rest)) for name, (first, *rest) in parts.items()}
 
 
 def _given(options: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Of every option that is not as it is by default: what it is called, its value, what is declared beside it."""
+    """Name, value and declarations of every option that differs from its default."""
     for field in fields(options):
         value, (_, beside) = getattr(options, field.name), declared(type(options))[field.name]
         if value != _default(field):
@@ -100,7 +101,7 @@ def _given(options: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 
 def called(name: str, beside: tuple[Any, ...] = ()) -> str:
-    """The field as it stands on the command line: BATCH of a positional one, else --batch-size."""
+    """The name of a field on the command line: BATCH_SIZE if it is positional, else --batch-size."""
     return name.upper() if get_args(Positional[int])[1] in beside else f"--{name.replace('_', '-')}"
 
 
@@ -119,6 +120,6 @@ def _check_text(name: str, value: Any) -> None:
     except UnicodeEncodeError:
         encoded = b"\0"
     if b"\0" in encoded:
-        raise UserError(f"{name} {text!r} is not text: it has bytes that are no UTF-8, or a null character")
+        raise UserError(f"{name} {text!r} is not text: it contains bytes that are not UTF-8, or a null character")
     if len(encoded) > PATH or max(map(len, encoded.split(b"/"))) > PART:
         raise UserError(f"{name} {text!r} is too long for a file: {len(text)} characters")

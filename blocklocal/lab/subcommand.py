@@ -1,4 +1,4 @@
-"""A command that is one of a sweep: what the one that starts it tells it in the environment, and hears from it."""
+"""Commands that a sweep starts: what they are told through the environment, and what they report back."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TITLE = "BLOCKLOCAL_TITLE"  # which of the sweep it is
-ERROR_FD = "BLOCKLOCAL_ERROR_FD"  # number of an open file for what went wrong, in place of standard error
+TITLE = "BLOCKLOCAL_TITLE"  # which command of the sweep it is
+ERROR_FD = "BLOCKLOCAL_ERROR_FD"  # number of an open file for the error message, instead of standard error
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """code: negative where a signal ended it. message: what it says went wrong."""
+    """How a command ended. code: negative if a signal ended it. message: its error message."""
 
     code: int
     message: str
@@ -25,7 +25,7 @@ class CommandResult:
 
 
 def run(command: Sequence[str], *, title: str) -> CommandResult:
-    """Run a command of a sweep, without what it prints."""
+    """Run a command of a sweep without printing its output."""
     with tempfile.TemporaryFile() as file:
         environment = {**os.environ, TITLE: title, ERROR_FD: str(file.fileno())}
         code = subprocess.run(command, stdout=subprocess.DEVNULL, pass_fds=[file.fileno()], env=environment).returncode
@@ -34,12 +34,12 @@ def run(command: Sequence[str], *, title: str) -> CommandResult:
 
 
 def title() -> str:
-    """What such a command says before its first line."""
+    """The prefix of the first line that a command of a sweep prints."""
     return f"{os.environ[TITLE]}: " if TITLE in os.environ else ""
 
 
 def report_to_parent(message: str) -> bool:
-    """Whether there was one to tell what went wrong."""
+    """Report an error message to the parent. Returns whether there is one that listens."""
     if ERROR_FD in os.environ:
         os.write(int(os.environ[ERROR_FD]), message.encode())
     return ERROR_FD in os.environ

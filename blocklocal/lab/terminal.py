@@ -1,4 +1,4 @@
-"""What the commands write to: consoles that show a name as it is, and streams whose failure ends no run."""
+"""Output of the commands: consoles that print names literally, and streams whose failure does not end a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.text import Text
 
 from blocklocal.lab.names import plain
 
-# For an output that has ASCII alone; any other character is shown by its number.
+# For output in ASCII; any other character is shown by its number.
 ASCII = {"±": "+-", "−": "-", "–": "-", "…": "...", "│": "|", "─": "-", "━": "-"}
 
 
 class Terminal(Console):
-    """A console on which brackets, colons and escape characters of a string mean nothing."""
+    """A console that does not interpret brackets, colons and escape characters in strings."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
@@ -29,7 +29,7 @@ class Terminal(Console):
 
 
 class Expendable(io.FileIO):
-    """A file for what need not arrive: a full disk or a closed pipe loses it, and that is all."""
+    """A file for output that may be lost: a full disk or a closed pipe raises no error."""
 
     def write(self, content: Any) -> int:
         try:
@@ -39,16 +39,16 @@ class Expendable(io.FileIO):
 
 
 def expendable(descriptor: int, mode: str, *, like: TextIO | None = None) -> TextIO:
-    """A stream that may fail, on an open file; with the encoding of another one."""
+    """A stream that may fail without an error, on an open file, with the encoding of `like`."""
     raw = io.BufferedWriter(Expendable(descriptor, mode))
     encoding, errors = (like.encoding, like.errors) if like else ("utf-8", "backslashreplace")
     return io.TextIOWrapper(raw, encoding, errors=errors, line_buffering=True)
 
 
 def prepare_streams() -> None:
-    """Of a process that is a command: standard error is expendable, and both streams take every character."""
+    """Prepare the streams of a command: standard error is expendable, and both accept every character."""
     codecs.register_error("blocklocal", _replace)
-    if sys.stdout is None:  # closed by who called
+    if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     if sys.stderr is None:
         sys.stderr = sys.__stderr__ = open(os.devnull, "w")  # noqa: SIM115
@@ -60,7 +60,7 @@ def prepare_streams() -> None:
 
 
 def flush_output() -> None:
-    """OSError: what was printed cannot be written. Nothing is tried again as the process ends."""
+    """Flush standard output. OSError: it cannot be written; this is not tried again as the process ends."""
     try:
         sys.stdout.flush()
     except OSError:

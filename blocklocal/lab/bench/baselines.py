@@ -1,4 +1,4 @@
-"""The ways of taking a training step that `bll bench` sets side by side, each on its own copy of one model."""
+"""The kinds of training step that `bll bench` compares, each on its own copy of one model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from blocklocal.lab.errors import UserError, blame, lacks_memory
 from blocklocal.lab.training import rules
 from blocklocal.split import candidates
 
-EXAMPLE = 8  # images by which the blocks are balanced
+EXAMPLE = 8  # images for balancing the blocks
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every baseline does: train this model on this batch.
+    """The task of every baseline: train this model on this batch.
 
-    head: of all predictions at borders, None for that of the rule. accumulate: parts of the batch for `bp-accumulate`.
+    head: of all predictions at borders; None: the rule's own. accumulate: parts of the batch for `bp-accumulate`.
     name: of the model, in messages.
     """
 
@@ -43,14 +43,14 @@ class Workload:
         return torch.autocast(self.x.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def blamed(self, what: str) -> AbstractContextManager[None]:
-        """What goes wrong in a model of the user's is said of it, but for a lack of memory."""
+        """Attribute errors to the model if it is the user's, except for a lack of memory."""
         return blame(f"model {self.name!r} {what}", unless=lacks_memory) if ":" in self.name else nullcontext()
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A rule at work. step: one training step, from the batch to changed weights. module: what is trained, borders
-    among it. parts: the modules that follow each other in a step, blocks where there are some."""
+    """A rule with its model. step: one training step, from the batch to updated weights. module: what is trained,
+    including borders. parts: the modules that run one after another in a step, such as blocks."""
 
     rule: str
     module: nn.Module
@@ -64,7 +64,7 @@ class Baseline:
         return len(self.parts)
 
     def state(self) -> Iterable[Tensor]:
-        """Parameters, buffers and what the optimizers keep."""
+        """Parameters, buffers and optimizer state."""
         yield from self.module.parameters()
         yield from self.module.buffers()
         for optimizer in self.optimizers:
@@ -73,7 +73,7 @@ class Baseline:
 
 
 def baseline(rule: str, work: Workload, *, blocks: int) -> Baseline:
-    """A rule, see `find`, on a copy of the model. UserError: a model that it does not fit, or that fails in a step."""
+    """A rule, see `find`, on a copy of the model. UserError: the model does not fit the rule, or fails in a step."""
     with work.blamed(f"does not fit rule {rule!r}"):
         work = replace(work, model=copy.deepcopy(work.model))
         torch.manual_seed(0)  # borders begin with the same weights under every rule
@@ -107,7 +107,7 @@ def accumulation(rule: str, work: Workload, blocks: int) -> Baseline:
 
 
 def ruled(rule: str, work: Workload, blocks: int) -> Baseline:
-    """A rule of `bll train`; in blocks, one after the other."""
+    """A rule of `bll train`; blocks are trained one after another."""
     return _in_turn(rule, work, _learning(rule, work, work.model, blocks=blocks))
 
 
@@ -117,7 +117,7 @@ def checkpointed_blocks(rule: str, work: Workload, blocks: int) -> Baseline:
 
 
 def summed(rule: str, work: Workload, blocks: int) -> Baseline:
-    """One backward pass of the sum of the local losses: the same gradients, and all graphs alive."""
+    """One backward pass of the sum of the local losses: the same gradients, but all graphs are alive at once."""
     learner = _learning("bll", work, work.model, blocks=blocks).learner
     optimizer = _sgd(learner.parameters())
 
@@ -137,14 +137,14 @@ SPECIAL = WHOLE | IN_BLOCKS  # to this benchmark
 
 
 def find(rule: str) -> Build:
-    """One of this benchmark, or any rule of `bll train`. UserError: neither."""
+    """A rule of this benchmark or of `bll train`. UserError: neither."""
     if rule not in SPECIAL and rule not in rules.RULES and not rules.is_own(rule):
         raise UserError(f"unknown rule {rule!r}: choose {', '.join(dict.fromkeys([*rules.RULES, *SPECIAL]))}")
     return SPECIAL.get(rule, ruled)
 
 
 def in_blocks(rule: str) -> bool:
-    """Whether the number of blocks makes a difference."""
+    """Whether the rule depends on the number of blocks."""
     return rule in IN_BLOCKS or (rule not in WHOLE and rules.find(rule).in_blocks)
 
 
@@ -192,7 +192,7 @@ def _in_turn(rule: str, work: Workload, learning: rules.Learning) -> Baseline:
 
 
 def _checkpointed(model: nn.Module) -> nn.Sequential:
-    """The model as a chain of its smallest segments, such as residual units, each of which keeps its input alone."""
+    """The model as a chain of its smallest segments, such as residual units, each of which keeps only its input."""
     chain = split(model, at=candidates(model))
     for segment in chain:
         recompute(segment)

@@ -14,9 +14,9 @@ from blocklocal.operations import operations
 
 
 def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:
-    """One row per block; memory and time are those of one training step on the batch, the border's part included.
+    """One row per block; memory and time are those of one training step on the batch, including the border.
 
-    The head's share is that of the operations in matrix products and convolutions, forward, of block and border.
+    The head's share is that of the forward operations of block and border, in matrix products and convolutions.
     """
     costs = _costs(learner, x, y)
     total = sum(seconds for _, seconds, _ in costs)
@@ -38,7 +38,7 @@ def table(learner: BlockLocal, x: Tensor, y: Tensor) -> Table:
 
 
 def submodules(model: nn.Module, block: nn.Module) -> list[str]:
-    """The largest submodules of the model whose parameters are all in the block."""
+    """Names of the largest submodules of the model whose parameters are all in the block."""
     own = set(block.parameters())
     names: list[str] = []
     for name, module in model.named_modules():
@@ -50,8 +50,8 @@ def submodules(model: nn.Module, block: nn.Module) -> list[str]:
 
 
 def _costs(learner: BlockLocal, x: Tensor, y: Tensor, *, repetitions: int = 3) -> list[tuple[int, float, float]]:
-    """Of every block the bytes that its forward pass keeps for the backward pass, the seconds of both, and the share of
-    its operations that its border takes."""
+    """For every block: the bytes that its forward pass keeps for the backward pass, the seconds of both, and the
+    border's share of its operations."""
     costs, h = [], x
     for k in range(len(learner.blocks)):
         with MemoryTracker() as tracker:

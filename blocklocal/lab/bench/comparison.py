@@ -1,4 +1,4 @@
-"""Rules side by side on one model, batch and machine: a record of time and memory for each."""
+"""Compares rules on the same model, batch and machine: a record of time and memory for each."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from blocklocal.lab.outputs import check_picture
 
 
 def bench(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
-    """What `bll bench --json` prints: the options, the machine, and under "rules" one record per rule.
+    """Measure, and return what `bll bench --json` prints: options, machine, and under "rules" one record per rule.
 
-    A rule in several numbers of blocks K has a record each, named RULE/K. UserError: options that cannot be used.
+    With several numbers of blocks K there is a record for each, named RULE/K. UserError: unusable options.
     """
     options.check()
     if options.plot:
@@ -58,8 +58,8 @@ def bench(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
 def record(measurement: Measurement, *, bp: Measurement, images: int) -> dict[str, Any]:
     """Time and memory as plain values, with ratios to backpropagation.
 
-    time_ratio: the median over rounds of the quotient within a round, so that a machine which is slow for a while is so
-    for both. memory_bytes, allocated_bytes: what a step adds to what is there before it, as tensors alive and as bytes
+    time_ratio: the median over rounds of the ratio within a round, so that a temporary slowdown of the machine affects
+    both. memory_bytes, allocated_bytes: what a step adds to the memory in use before it, as tensors alive and as bytes
     of the allocator, see `step_memory`. state_bytes: parameters, buffers, optimizer state. total_ratio: of
     memory_bytes + state_bytes.
     """

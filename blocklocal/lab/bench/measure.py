@@ -1,4 +1,4 @@
-"""Steps of several baselines measured in turn, so that what slows the machine for a while slows all of them."""
+"""Measures steps of several baselines in turn, so that a temporary slowdown of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Watch = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One baseline: the seconds of its steps, round by round, by the clock and of the processor; its memory.
+    """Wall-clock and processor seconds of one baseline's steps, round by round, and its memory.
 
-    step_memory: before compilation, since no operation shows what compiled code takes. allocated: see there, after it.
-    flops: operations of the matrix products and convolutions in a step. state_bytes: parameters, buffers and optimizer
-    state. compile_seconds: its first compiled step less a later one.
+    step_memory: before compilation, since compiled code does not show its operations. allocated: see there;
+    after compilation. flops: operations of the matrix products and convolutions in a step. state_bytes: parameters,
+    buffers and optimizer state. compile_seconds: the first compiled step minus a later one.
     """
 
     baseline: Baseline
@@ -52,7 +52,7 @@ def measure_all(
     compiled: bool = False,
     watch: Watch = lambda _: None,
 ) -> dict[str, Measurement]:
-    """Memory of each baseline, then `rounds` rounds of one step each, after `warmup` rounds that do not count."""
+    """Measure the memory of each baseline, then `rounds` rounds of one step each, after `warmup` further rounds."""
     step_memories, peaks, flops, first_seconds = {}, {}, {}, {}
     for label, baseline in baselines.items():
         watch(f"memory of {label}")
@@ -69,7 +69,7 @@ def measure_all(
             first_seconds[label], _ = _take(baseline, device)
         peaks[label] = allocated(baseline.step, device=device)
     times: dict[str, list[tuple[float, float]]] = {label: [] for label in baselines}
-    keep_freed_memory(largest=2**30)  # no baseline shall have page faults that another is spared
+    keep_freed_memory(largest=2**30)  # so that no baseline has page faults that another is spared
     with _collector_off():
         for turn in range(-warmup, rounds):
             watch(f"time, round {max(turn + 1, 0)} of {rounds}")
@@ -95,7 +95,7 @@ def measure_all(
 
 
 def ratio(numerator: tuple[float, ...], denominator: tuple[float, ...]) -> float:
-    """Median over rounds of the quotient within a round."""
+    """The median over rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
@@ -110,7 +110,7 @@ def _take(baseline: Baseline, device: torch.device) -> tuple[float, float]:
 
 
 def _rotated(labels: list[str], turn: int) -> list[str]:
-    """Each round begins with another one, since what ran before is left in the caches."""
+    """The order of each round, which begins with a different baseline, since the previous one affects the caches."""
     first = turn % len(labels)
     return labels[first:] + labels[:first]
 

@@ -16,7 +16,7 @@ from blocklocal.lab.names import plain, short
 
 @matplotlib.rc_context({"text.parse_math": False})
 def plot(step_memories: Mapping[str, StepMemory], file: Path, *, title: str) -> None:
-    """One panel per baseline, on a common scale; where there are blocks, every second one is shaded."""
+    """Draw one panel per baseline, on a common scale; every second block is shaded."""
     figure = Figure(figsize=(1.5 + 3 * len(step_memories), 3.2), layout="constrained")
     panels = figure.subplots(1, len(step_memories), sharey=True, squeeze=False)[0]
     for panel, (label, step_memory) in zip(panels, step_memories.items(), strict=True):

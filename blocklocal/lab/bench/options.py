@@ -23,11 +23,11 @@ from blocklocal.lab.training.trial import FEW, try_model
 class Options:
     """Measure one training step under several rules in turn: seconds, images per second, peak memory.
 
-    bp-checkpoint keeps the inputs of residual units (or other smallest segments) alone and computes the rest again;
+    bp-checkpoint keeps only the inputs of residual units (or other smallest segments) and recomputes the rest;
     bp-accumulate takes the batch in parts; bll-checkpoint is blocks with checkpointing inside; bll-sum is one backward
     pass of the sum of all local losses. The other rules are those of bll train.
 
-    bll bench --pipeline measures blocks over several processes instead: bll bench --pipeline --help has its options.
+    bll bench --pipeline measures blocks over several processes instead: see bll bench --pipeline --help.
     """
 
     model: str = "resnet20"
@@ -37,28 +37,28 @@ class Options:
     batch_size: Annotated[int, Range(least=2)] = 128
     """images per step"""
     rules: str = "bp,bp-checkpoint,bp-accumulate,bll,bll-checkpoint,bll-sum"
-    """what to compare with bp"""
+    """rules to compare with bp"""
     head: str | None = None
-    """prediction at borders, instead of the rule's: linear, normalised, mlp, conv, residual, pooled,
+    """prediction head at borders, instead of the rule's own: linear, normalised, mlp, conv, residual, pooled,
     patches, depthwise, evidence"""
     balance: Literal["time", "memory"] = "memory"
-    """what makes blocks even"""
+    """cost that the blocks share evenly"""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """arithmetic of the forward pass"""
+    """precision of the forward pass"""
     compile: Annotated[bool, FlagCreatePairsOff] = False
-    """torch.compile each model or block; tensors alive are those of the step before it"""
+    """compile each model or block with torch.compile; tensors alive are measured before that"""
     channels_last: Annotated[bool, FlagCreatePairsOff] = False
-    """images and kernels with the channels last in memory"""
+    """store images and kernels with the channels last in memory"""
     accumulate: Annotated[int, Range(least=1)] = 4
     """parts of the batch for bp-accumulate"""
     steps: Annotated[int, Range(least=1)] = 10
     """measured rounds of one step per rule"""
     warmup: Annotated[int, Range(least=0)] = 2
-    """rounds before them that do not count"""
+    """rounds before them that are not measured"""
     scale: Annotated[bool, FlagCreatePairsOff] = False
     """instead: how time and memory of bp and bll grow with the batch and with depth"""
     operations: Annotated[bool, FlagCreatePairsOff, Needs("scale", (False,))] = False
-    """list the ten operations (GPU: kernels) of bp and bll that take the most time, too"""
+    """also list the ten operations (on a GPU: kernels) of bp and bll that take the most time"""
     plot: Annotated[str | None, Needs("scale", (False,))] = None
     """file (.png or .svg) for a picture of memory over one step"""
     json: Annotated[bool, FlagCreatePairsOff] = False
@@ -75,7 +75,7 @@ class Options:
     """number of classes"""
 
     def check(self) -> None:
-        """UserError: an option out of its range, an unknown rule, a picture of another kind."""
+        """Check the options. UserError: a number out of range, an unknown rule, another kind of picture."""
         ranges.check(self)
         for k in self.ks:
             Range(least=1).check("--blocks", k)
@@ -87,17 +87,17 @@ class Options:
         if "bp-accumulate" in self.rules.split(",") and self.batch_size % self.accumulate:
             raise UserError(f"--accumulate {self.accumulate} does not divide the batch of {self.batch_size} images")
         if self.plot is not None and not self.plot.endswith((".png", ".svg")):
-            raise UserError(f"--plot {self.plot!r}: a picture is .svg or .png")
+            raise UserError(f"--plot {self.plot!r}: a picture must be .svg or .png")
 
     @property
     def ks(self) -> list[int]:
         """The numbers of blocks."""
         if not re.fullmatch(r"-?\d{1,18}(,-?\d{1,18})*", self.blocks, re.ASCII):
-            raise UserError(f"--blocks {self.blocks!r}: a number is needed, or several such as 2,4,8")
+            raise UserError(f"--blocks {self.blocks!r}: write a number, or several such as 2,4,8")
         return [int(k) for k in self.blocks.split(",")]
 
     def workload(self, model: nn.Module, *, batch_size: int, device: torch.device) -> Workload:
-        """The model, moved to the device and laid out as the options say, and a batch of noise for it."""
+        """The model on the device, in the memory format of the options, and a batch of noise for it."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(batch_size, self.channels, self.size, self.size, generator=generator).to(device)
         y = torch.randint(self.classes, (batch_size,), generator=generator).to(device)

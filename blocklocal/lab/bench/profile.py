@@ -11,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def most_expensive(step: Callable[[], None], *, device: torch.device, count: int = 10) -> list[dict[str, Any]]:
-    """name, calls, seconds and share of the step's total for the `count` dearest operations of one step.
+    """name, calls, seconds and share of the step's total for the `count` most expensive operations of one step.
 
-    Time is that of the operation itself, without those that it calls; on CUDA that of the device.
+    Time is that of the operation itself, without the operations it calls; on CUDA it is device time.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -35,7 +35,9 @@ def most_expensive(step: Callable[[], None], *, device: torch.device, count: int
 
 def table(label: str, operations: list[Mapping[str, Any]]) -> Table:
     """One row per operation."""
-    rows = Table(title=f"{label}: the dearest operations of a step", title_justify="left", box=None, pad_edge=False)
+    rows = Table(
+        title=f"{label}: the most expensive operations of a step", title_justify="left", box=None, pad_edge=False
+    )
     rows.add_column("operation", max_width=50, overflow="ellipsis", no_wrap=True)
     for column in ("calls", "ms", "share"):
         rows.add_column(column, justify="right", no_wrap=True)

@@ -25,10 +25,10 @@ UNITS = (2, 4, 8)  # residual units in each of three stages: 6 n + 2 layers
 
 
 def scale(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
-    """Exponents p of cost = c size^p, the slope of a least-squares line through logarithms, for bp and bll.
+    """Fit exponents p of cost = c size^p for bp and bll, as the slope of a least-squares line through logarithms.
 
-    batch: an eighth to all of the batch. depth: CIFAR ResNets of 14, 26 and 50 layers, whatever the model. bll is in
-    the first number of blocks. UserError: options that cannot be used.
+    batch: an eighth to all of the batch. depth: CIFAR ResNets of 14, 26 and 50 layers, whatever the model. bll has
+    the first of the numbers of blocks. UserError: unusable options.
     """
     options.check()
     device = find_device(options.device)
@@ -62,14 +62,14 @@ def scale(options: Options, *, watch: Watch = lambda _: None) -> dict[str, Any]:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """Slope of the least-squares line of log cost over log size."""
+    """The slope of the least-squares line of log cost over log size."""
     return statistics.linear_regression([math.log(s) for s in sizes], [math.log(c) for c in costs]).slope
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """One row per axis and rule: what the smallest and the largest cost, and the exponents over all."""
+    """One row per axis and rule: cost of the smallest and the largest size, and the exponents over all sizes."""
     rows = Table(
-        title="cost = c size^p: least seconds and most memory of one step",
+        title="cost = c size^p: minimum seconds and peak memory of one step",
         title_justify="left",
         box=None,
         padding=(0, 2, 0, 0),

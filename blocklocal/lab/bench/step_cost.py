@@ -1,4 +1,4 @@
-"""What a training step costs under several settings: measured in turn in one process, beside backpropagation."""
+"""The cost of a training step under several settings, measured in turn in one process, against backpropagation."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ROUNDS, WARMUP = 10, 2
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step, with backpropagation's as 1.
+    """The cost of one training step, relative to backpropagation.
 
-    time: processor seconds, the median over rounds of the quotient within a round. operations: of matrix products and
-    convolutions. memory: bytes of tensors that it adds at most.
+    time: processor seconds, as the median over rounds of the ratio within a round. operations: of matrix products and
+    convolutions. memory: the most bytes of tensors that it adds.
     """
 
     time: float
@@ -35,9 +35,9 @@ class Cost:
 
 
 def costs(settings: Mapping[str, Settings], *, file: Path, watch: Watch = lambda _: None) -> dict[str, Cost]:
-    """Those of a file, if it has those of the same settings; else they are measured, and the file is written.
+    """Read the costs from a file if it has those of the same settings; otherwise measure them and write the file.
 
-    The first settings of rule bp are what the others are compared with. UserError: there are none.
+    The costs are relative to the first settings with rule bp. UserError: there are none.
     """
     wanted = {name: encode(one) for name, one in settings.items()}
     found = _kept(file)
@@ -59,9 +59,9 @@ def costs(settings: Mapping[str, Settings], *, file: Path, watch: Watch = lambda
 
 
 def step_memory(settings: Settings) -> float:
-    """Bytes of tensors that a training step with these settings adds at most."""
+    """The most bytes of tensors that a training step with these settings adds."""
     made = baseline(settings)
-    made.step()  # and the optimizers make their state
+    made.step()  # creates the optimizer state
     return measure(made.step, parts=made.parts).alive
 
 
@@ -88,12 +88,12 @@ def baseline(settings: Settings) -> Baseline:
 
 
 def _small(settings: Settings) -> Settings:
-    """As many images as a step needs."""
+    """The settings with only as many images as a step needs."""
     return replace(settings, train_size=settings.batch_size * settings.accumulate, test_size=1, validation=0)
 
 
 def _kept(file: Path) -> dict[str, Any] | None:
-    """UserError: a file that this module has not written."""
+    """The content of the file. UserError: a file that this module has not written."""
     if not file.exists():
         return None
     try:
@@ -102,4 +102,4 @@ def _kept(file: Path) -> dict[str, Any] | None:
             convert_to(cost, Cost)
         return {"settings": found["settings"], "costs": found["costs"]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{str(file)!r} holds no costs ({error}): remove it, and they are measured again") from error
+        raise UserError(f"{str(file)!r} holds no costs ({error}): remove it to measure them again") from error

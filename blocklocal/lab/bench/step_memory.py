@@ -22,11 +22,11 @@ from blocklocal.memory import MemoryTracker, Timeline
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What one step adds to the memory that is taken before it: parameters, buffers, optimizer state and the batch.
+    """What one step adds to the memory used before it for parameters, buffers, optimizer state and the batch.
 
-    timeline: bytes of the tensors alive, see `MemoryTracker`. marks: the second in which each part of the model began
-    its forward pass. resident_peak, resident_growth: bytes of the whole process, at the peak and less those before;
-    None outside Linux.
+    timeline: bytes of the tensors alive, see `MemoryTracker`. marks: the second at which each part of the model
+    began its forward pass. resident_peak, resident_growth: bytes of the whole process at the peak, and minus those
+    before the step; None outside Linux.
     """
 
     timeline: Timeline
@@ -41,7 +41,7 @@ class StepMemory:
 
 
 def measure(step: Callable[[], None], *, parts: Sequence[nn.Module]) -> StepMemory:
-    """The step_memory of `step`, which is taken twice. What only a first step does must be done before."""
+    """Measure `step`, which is run twice. Anything that only a first step does must be done before."""
     resident_peak, resident_growth = _resident(step)
     gc.collect()
     marks: list[float] = []
@@ -54,10 +54,10 @@ def measure(step: Callable[[], None], *, parts: Sequence[nn.Module]) -> StepMemo
 
 
 def allocated(step: Callable[[], None], *, device: torch.device) -> int:
-    """The most bytes that the allocator has given out at once during `step`, less those before it.
+    """The most bytes allocated at once during `step`, minus those before it.
 
-    Unlike `StepMemory.alive` with the workspace inside operations, and also in compiled code. On CUDA
-    torch.cuda.max_memory_allocated; on a CPU the sum of what the profiler records of the allocator.
+    Unlike `StepMemory.alive`, this includes the workspace inside operations, and covers compiled code. On CUDA it is
+    torch.cuda.max_memory_allocated; on a CPU it is computed from the allocations that the profiler records.
     """
     if device.type != "cuda":
         return max(accumulate(_allocations(step), initial=0))
@@ -68,7 +68,7 @@ def allocated(step: Callable[[], None], *, device: torch.device) -> int:
 
 
 def _allocations(step: Callable[[], None]) -> list[int]:
-    """Bytes taken from the allocator of the CPU (above zero) and given back (below), in order."""
+    """Bytes allocated (positive) and freed (negative) on the CPU, in order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports each start and stop on standard error
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         step()
@@ -87,7 +87,7 @@ def _resident(step: Callable[[], None]) -> tuple[int | None, int | None]:
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
-        trim(0)  # else what an earlier step has freed still counts as resident
+        trim(0)  # otherwise memory freed by an earlier step still counts as resident
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _status("VmRSS")
     step()

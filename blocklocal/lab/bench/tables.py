@@ -1,4 +1,4 @@
-"""The records of a comparison as tables."""
+"""Shows the records of a comparison as tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blocklocal.lab.bench import profile
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Time, memory and, where they were asked for, the dearest operations; one row per rule."""
+    """Time, memory and, if requested, the most expensive operations; one row per rule."""
     options, device = result["options"], result["device"]
     place = f"cpu, {device['threads']} threads" if device["type"] == "cpu" else device["name"]
     title = f"{options['model']}, {options['batch_size']} images per step, {options['dtype']}, {place}"
@@ -22,9 +22,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
     )
     memory = _table(
         ["alive", "of bp", "allocated", "of bp", "state", "total", "process"],
-        caption="alive, allocated: MiB that a step adds at most, in tensors and from the allocator, there with the "
-        "workspace inside operations; state: MiB of parameters, buffers and optimizer state; total: alive and state, "
-        "of bp; process: MiB of resident memory that a step adds" + _remarks(result["rules"]),
+        caption="alive, allocated: the most MiB that a step adds, as tensors and from the allocator, including the "
+        "workspace inside operations; state: MiB of parameters, buffers and optimizer state; total: alive + state, "
+        "as a ratio to bp; process: MiB of resident memory that a step adds" + _remarks(result["rules"]),
     )
     for label, found in result["rules"].items():
         time.add_row(

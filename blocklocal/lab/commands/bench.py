@@ -17,7 +17,7 @@ PIPELINE = "--pipeline"
 
 
 def main(args: Sequence[str]) -> None:
-    if PIPELINE in args:  # imported here only, since it needs the runtime of one version of torch
+    if PIPELINE in args:  # imported only here, since it needs the runtime of one version of torch
         importlib.import_module("blocklocal.lab.pipeline_bench.bench").main([arg for arg in args if arg != PIPELINE])
         return
     options = parse(Options, args, prog="bll bench")

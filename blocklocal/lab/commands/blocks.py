@@ -1,4 +1,4 @@
-"""`bll blocks`: where a model is cut, and what every block costs to train."""
+"""`bll blocks`: where a model is cut, and what each block costs to train."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from blocklocal.lab.training.trial import FEW, try_learning, try_model
 
 @dataclass(frozen=True)
 class Options:
-    """Show the blocks of a model: what is in them, their parameters, the memory of their activations, their time."""
+    """Show the blocks of a model: their submodules, parameters, activation memory and time."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
     blocks: Annotated[int, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: tuple[str, ...] = ()
-    """submodules after which to cut, instead of --blocks"""
+    """submodules to cut after, instead of --blocks"""
     rule: str = "bll"
-    """how the blocks learn, which says what stands at the borders"""
+    """learning rule of the blocks, which decides what is at the borders"""
     head: str | None = None
-    """what predicts at borders, instead of the rule's own: as for bll train"""
+    """prediction head at borders, instead of the rule's own: as for bll train"""
     budget: Annotated[float | None, Range(above=0), Needs("head", (None,))] = None
-    """the best head of at most so many times its own block's operations, instead of the rule's own: 0.1"""
+    """use the best head within this share of its block's operations, instead of the rule's own: 0.1"""
     channels: Annotated[int, Range(least=1, most=2**14)] = 3
     """colour channels of the images"""
     size: Annotated[int, Range(least=1, most=2**14)] = 32
@@ -45,21 +45,21 @@ class Options:
     classes: Annotated[int, Range(least=2, most=2**20)] = 10
     """number of classes"""
     batch_size: Annotated[int, Range(least=2)] = 32
-    """images in the batch that is measured"""
+    """images in the measured batch"""
     plan: Annotated[int, Range(least=0)] = 0
-    """instead: place the blocks on so many ranks, and predict what pipelines of up to so many take"""
+    """instead: place the blocks on this number of ranks, and predict the time of pipelines of up to that many"""
     speeds: Annotated[tuple[float, ...], Range(above=0), Needs("plan")] = ()
-    """with --plan: how fast each rank is, this process being 1; without, all are as fast as this process"""
+    """with --plan: speed of each rank relative to this process (default: 1 for all)"""
     link: Annotated[str, Needs("plan")] = ""
-    """with --plan: between ranks, such as 100mbit or 100mbit,0.5ms (latency); without, messages take no time"""
+    """with --plan: link between ranks, such as 100mbit or 100mbit,0.5ms (latency); without it messages take no time"""
     message_dtype: Annotated[Literal["fp32", "bf16"], Needs("plan")] = "fp32"
-    """with --plan: what travels between blocks"""
+    """with --plan: precision of the messages between blocks"""
 
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll blocks")
     if options.plan:
-        from blocklocal.lab.pipeline_bench import plan  # which takes a second to import
+        from blocklocal.lab.pipeline_bench import plan  # takes a second to import
 
         blocks = len(options.at) + 1 if options.at else options.blocks
         plan.check(blocks=blocks, ranks=options.plan, speeds=options.speeds, link=options.link)

@@ -20,18 +20,18 @@ from blocklocal.lab.training.recipes import recipe
 
 @dataclass(frozen=True)
 class Options(Settings):
-    """Train a model under several rules with several seeds, one run after another, and lay the results side by side.
+    """Train a model under several rules with several seeds, one run after another, and compare the results.
 
-    All other settings are those of every run. The same command goes on where it was stopped.
+    All other settings apply to every run. The same command continues where it was stopped.
     """
 
     rule: Suppress[str] = "bp"
     resume: Suppress[bool] = False
     trust: Suppress[bool] = False
     rules: str = "bp,bll"
-    """rules, with commas between them"""
+    """rules, separated by commas"""
     seeds: Annotated[int, Range(least=1, most=MOST_SEEDS)] = 3
-    """runs of every rule: the first with --seed, each further one with one more"""
+    """runs of every rule: the first with --seed, each further one with the next seed"""
     out: str | None = None
     """folder of all runs (default: runs/compare-DATA-MODEL)"""
 
@@ -41,7 +41,7 @@ class Options(Settings):
 
     @property
     def sweep(self) -> list[Settings]:
-        """All rules with the first seed, then with the next: a sweep that is stopped compares what it has."""
+        """All rules with the first seed, then with the next, so that a sweep that is stopped can be compared."""
         shared = self.shared
         whole = replace(shared, add_beliefs=False, **{name: getattr(Settings, name) for name in CHANGES})
         return [

@@ -1,4 +1,4 @@
-"""`bll demo`: four local blocks and backpropagation through the whole, on the same model and digits."""
+"""`bll demo`: four local blocks compared with end-to-end backpropagation, on the same model and digits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training.recipes import DIGITS
 from blocklocal.lab.training.run import train
 
-SETTINGS = replace(DIGITS, validation=142)  # a tenth of the training images, by which the exits are weighed
-RULES = {"bll": "4 blocks, each with its own loss", "bp": "backpropagation through the whole"}
+SETTINGS = replace(DIGITS, validation=142)  # a tenth of the training images, for weighting the exits
+RULES = {"bll": "4 blocks, each with its own loss", "bp": "end-to-end backpropagation"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Options:
     epochs: Annotated[int, Range(least=1)] = DIGITS.epochs
     """passes over the training images"""
     seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 0
-    """of initial weights, order and augmentation"""
+    """seed of initial weights, order and augmentation"""
     out: Path | None = None
     """folder of both runs (default: runs/demo-DATE-TIME)"""
 
@@ -52,5 +52,5 @@ def main(args: Sequence[str]) -> None:
             table.add_row(rule, text, *figures)
     console = Terminal()
     console.print(table)
-    console.print("memory: of what a step keeps alive at most, without weights", style="dim")
+    console.print("memory: the most that a step keeps alive, without weights", style="dim")
     console.print(f"The runs are in {folder}. Next: bll eval {folder}/bll --exit 0.9", soft_wrap=True)

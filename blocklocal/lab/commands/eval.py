@@ -1,4 +1,4 @@
-"""`bll eval`: the test accuracy of a run, by its last exit, an earlier one, all combined, or early exits."""
+"""`bll eval`: the test accuracy of a run at its last exit, an earlier one, all combined, or with early exits."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from blocklocal.operations import operations
 
 @dataclass(frozen=True)
 class Options:
-    """Test a trained network: every exit, and the accuracy of the one that is asked for."""
+    """Test a trained network: every exit, and the accuracy of the chosen one."""
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """folder of the run, as `bll train` has named it"""
+    """folder of the run"""
     exit: str = "last"
-    """last, all (every exit has a vote), the number of a block, or a threshold between 0 and 1 such as 0.9: each
-    image leaves at the first exit that gives its class that probability"""
+    """last, all (the exits combined), the number of a block, or a threshold between 0 and 1 such as 0.9: each
+    image leaves at the first exit whose class has that probability"""
     data: str | None = None
-    """another place of the same data set"""
+    """another location of the same data set"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, ..."""
     trust: bool = False
@@ -58,7 +58,7 @@ def main(args: Sequence[str]) -> None:
     checkpoints = Checkpoints(run.checkpoints, blocks=len(learner.blocks))
     minibatch = checkpoints.latest()
     if minibatch is None:
-        raise UserError(f"{str(run.path)!r} has no checkpoint: it was stopped before the first")
+        raise UserError(f"{str(run.path)!r} has no checkpoint: the run was stopped before the first")
     load_weights(learner, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
     experiment.validate()
     epoch, exits = round(minibatch / experiment.steps, 2), experiment.test()
@@ -68,9 +68,9 @@ def main(args: Sequence[str]) -> None:
 
 
 def find_exit(exit: str, *, blocks: int | None = None) -> int | float | None:
-    """What `--exit` names: a block, a threshold, or None for last and all. UserError: neither, or no such block.
+    """What `--exit` names: a block, a threshold, or None for last and all. UserError: none of these, or no such block.
 
-    blocks: their number, None where it is not known yet.
+    blocks: their number, or None if it is not known yet.
     """
     if exit in ("last", "all"):
         return None
@@ -93,7 +93,7 @@ def choose(exits: Exits, exit: str) -> float:
 
 
 def prediction_costs(learner: BlockLocal, x: Tensor) -> tuple[list[float], float]:
-    """Operations of a prediction by each exit, blocks and head, and by all of them, as multiples of the model's own."""
+    """Operations of a prediction at each exit (blocks and head) and by all combined, as multiples of the model's."""
     with mode(learner, training=False):
         model = max(operations(learner.model, x), 1)
         alone = [operations(learner.predictor(exit=k).eval(), x) / model for k in range(len(learner.blocks))]

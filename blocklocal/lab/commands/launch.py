@@ -1,4 +1,4 @@
-"""`bll launch`: a training run over several processes, which it starts, watches and starts again when one fails."""
+"""`bll launch`: starts a training run over several processes, watches them, and restarts them when one fails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from blocklocal.lab.settings import Settings
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.recipes import settings_from
 
-# What a process runs. While it imports, an interruption is a silent end, and so is that of the launcher.
+# The code of a process. While it imports, it ends silently when it is interrupted or the launcher ends.
 ENTRY = """
 import ctypes, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -47,37 +47,37 @@ sys.exit(main())
 class Options:
     """Train blocks over processes: bll launch [these options] [DATA] [options of bll train].
 
-    Each process trains its own blocks, by default one. When a process dies or hangs, all of them start again from the
-    last checkpoint. Several machines need a folder for --out that all of them see, and call the same command; one that
-    joins later adds --resume.
+    Each process trains its own blocks, by default one. When a process dies or hangs, all of them restart from the last
+    checkpoint. To use several machines, run the same command on each, with an --out folder that all of them share; a
+    machine that joins later adds --resume.
     """
 
     processes: Annotated[int, Range(least=0, most=4096)] = 0
     """processes on this machine; 0: one per block and replica, spread over the machines"""
     nnodes: str = "1"
-    """number of machines, or LEAST:MOST to go on when one is lost or joins"""
+    """number of machines, or LEAST:MOST to continue when one is lost or joins"""
     rdzv_endpoint: Annotated[str, Needs("nnodes")] = ""
-    """HOST:PORT where the machines meet, HOST being one of them; needed for several"""
+    """HOST:PORT where the machines meet, on one of them; needed for several machines"""
     interface: str = ""
     """network interface for the messages (default: the loopback of this machine); needed for several machines"""
     restarts: Annotated[int, Range(least=0)] = 3
-    """so many times the processes are started again"""
+    """how often to restart the processes after a failure"""
 
     @property
     def machines(self) -> tuple[int, int]:
-        """The least and the most. UserError: no numbers."""
+        """The least and the most machines. UserError: not numbers."""
         numbers = re.fullmatch(r"(\d{1,5})(?::(\d{1,5}))?", self.nnodes, re.ASCII)
         if numbers is None or not 1 <= int(numbers[1]) <= int(numbers[2] or numbers[1]):
-            raise UserError(f"--nnodes {self.nnodes}: a number of machines, or LEAST:MOST")
+            raise UserError(f"--nnodes {self.nnodes}: write a number of machines, or LEAST:MOST")
         return int(numbers[1]), int(numbers[2] or numbers[1])
 
     def check(self) -> None:
-        """UserError: what does not go together."""
+        """Check the options. UserError: some do not go together."""
         _, most = self.machines
         if most > 1 and not (self.rdzv_endpoint and self.interface):
             raise UserError(
                 f"--nnodes {self.nnodes} needs --rdzv-endpoint HOST:PORT, where the machines meet, and --interface, "
-                "by which they reach each other"
+                "through which they reach each other"
             )
         if self.interface:
             find_interface(self.interface)
@@ -87,7 +87,7 @@ def main(args: Sequence[str]) -> None:
     if {"-h", "--help"} & set(args):
         with suppress(SystemExit):
             parse_known(Options, ["--help"], prog="bll launch")
-        settings_from(["--help"])  # the rest of the options, and the end
+        settings_from(["--help"])  # prints the other options and exits
     options, rest = parse_known(Options, args, prog="bll launch")
     options.check()
     settings = settings_from(rest)
@@ -95,7 +95,7 @@ def main(args: Sequence[str]) -> None:
     rules.check_over_processes(settings.rule)
     run = Run(settings.folder)
     if settings.resume:
-        run.records()  # before anything is started
+        run.records()  # checked before anything is started
     else:
         run.refuse()
     processes = options.processes or max(1, _parts(settings) // options.machines[1])
@@ -104,7 +104,7 @@ def main(args: Sequence[str]) -> None:
     with (
         _silence(),
         outputs.room(run.path, flag="--out"),
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,  # a meeting may leave a last word there
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name,  # a rendezvous may still write there
     ):
         folder = Path(name)
         try:
@@ -134,7 +134,7 @@ def main(args: Sequence[str]) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing from the loggers of torch, each of which has a level of its own: what they tell is said here."""
+    """Silence the loggers of torch, each of which has its own level: the launcher reports the same itself."""
     logging.disable(logging.CRITICAL)
     try:
         yield
@@ -143,19 +143,19 @@ def _silence() -> Iterator[None]:
 
 
 def _parts(settings: Settings) -> int:
-    """So many processes are there work for: one per block and replica."""
+    """The number of processes that there is work for: one per block and replica."""
     return settings.replicas * (len(settings.at) + 1 if settings.at else settings.blocks)
 
 
 def _set_environment(options: Options, *, processes: int) -> None:
-    """What the processes inherit."""
+    """Set the environment that the processes inherit."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = options.interface or loopback()
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a process ends when another is gone
 
 
 def _rendezvous(options: Options, *, processes: int, folder: Path) -> Rendezvous:
-    """UserError: nobody answers at the endpoint."""
+    """Where the processes meet. UserError: nobody answers at the endpoint."""
     if options.machines == (1, 1):
         return Alone(processes=processes, folder=folder)
     address, hosts = _address(options.rdzv_endpoint)
@@ -169,22 +169,22 @@ def _rendezvous(options: Options, *, processes: int, folder: Path) -> Rendezvous
 
 
 def _address(endpoint: str) -> tuple[str, bool]:
-    """The address by which the endpoint reaches this machine, and whether the machines meet here.
+    """The address at which the endpoint reaches this machine, and whether the endpoint is on this machine.
 
-    UserError: no HOST:PORT, or an unknown host.
+    UserError: not HOST:PORT, or an unknown host.
     """
     host, _, port = endpoint.rpartition(":")
     if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
-        raise UserError(f"--rdzv-endpoint {endpoint}: HOST:PORT is needed, with a port from 1 to 65535")
+        raise UserError(f"--rdzv-endpoint {endpoint}: write HOST:PORT, with a port from 1 to 65535")
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
             way.connect((host, int(port)))
             address = way.getsockname()[0]
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--rdzv-endpoint {endpoint}: there is no way to that host ({error})") from error
+        raise UserError(f"--rdzv-endpoint {endpoint}: the host cannot be reached ({error})") from error
     with socket.socket() as place:
         try:
             place.bind((host, int(port)))
-        except OSError:  # another machine's address, or another launcher of this one is there already
+        except OSError:  # the address of another machine, or in use by another launcher on this one
             return address, False
     return address, True

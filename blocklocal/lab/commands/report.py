@@ -1,4 +1,4 @@
-"""`bll report`: what runs have shown, as Markdown, pictures and one HTML file."""
+"""`bll report`: the results of runs as Markdown, pictures and one HTML file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Options:
     """Report on runs, finished or not: tables, plots as PNG and SVG, Markdown, and an HTML page in one file."""
 
     runs: Positional[tuple[str, ...]]
-    """folders of runs, or folders that hold such"""
+    """folders of runs, or folders that contain them"""
     out: str | None = None
-    """folder of the report (default: report/ in the folder that is given, runs/report for several)"""
+    """folder of the report (default: report/ in the given folder, or runs/report for several)"""
     html: str | None = None
     """file of the page (default: report.html in the report's folder)"""
 
@@ -42,7 +42,7 @@ class Options:
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll report")
     if not options.runs:
-        raise UserError("name the folder of a run, or several: bll report runs/NAME")
+        raise UserError("RUNS is missing: name the folders of one or more runs, such as bll report runs/NAME")
     paths = list({path.resolve(): path for name in options.runs for path in find(Path(name))}.values())
     page = Path(options.html) if options.html else options.home / "report.html"
     check(folder=options.home, page=page)
@@ -56,14 +56,14 @@ def main(args: Sequence[str]) -> None:
 
 
 def check(*, folder: Path, page: Path) -> None:
-    """UserError: a report cannot be written there."""
+    """Check that a report can be written there. UserError: it cannot."""
     with outputs.room(folder, flag="--out"), outputs.room(folder / PLOTS, flag="--out"):
         outputs.check_file(folder / MARKDOWN, flag="--out")
         outputs.check_file(page, flag="--html")
 
 
 def write(content: ReportContent, *, folder: Path, page: Path) -> None:
-    """report.md and plots/ into the folder, and the page."""
+    """Write report.md and plots/ into the folder, and the page."""
     pictures = folder / PLOTS
     pictures.mkdir(parents=True, exist_ok=True)
     page.parent.mkdir(parents=True, exist_ok=True)

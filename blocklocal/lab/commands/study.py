@@ -1,4 +1,4 @@
-"""`bll study`: accuracy against cost, over a grid of settings and several seeds."""
+"""`bll study`: accuracy against cost over a grid of settings, with several seeds."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ BACKGROUND = "--background"
 
 @dataclass(frozen=True)
 class Options(Settings):
-    """Train every row of a grid with several seeds, and lay accuracy beside what a training step costs.
+    """Train every row of a grid with several seeds, and compare accuracy with the cost of a training step.
 
     GRID is a file with a plain Python list, each item the settings of a row: [{"rule": "bp"}, {"head": "pooled"}, ...].
-    Costs are measured first, all rows in turn in one process, as ratios to the first row of rule bp. Backpropagation
-    with the epochs that the time of the other rows buys is added. Rows are chosen by the validation images, and the
-    test images are looked at for the last table alone. The same command goes on where it was stopped.
+    Costs are measured first, all rows in turn in one process, as ratios to the first row of rule bp. Rows of
+    backpropagation are added that train for as long as the other rows. Rows are chosen by the validation images; the
+    test images are used only for the final table. The same command continues where it was stopped.
     """
 
     grid: Annotated[Positional[Path], arg(metavar="GRID")] = Path()
@@ -42,13 +42,13 @@ class Options(Settings):
     resume: Suppress[bool] = False
     trust: Suppress[bool] = False
     seeds: Annotated[int, Range(least=1, most=MOST_SEEDS)] = 3
-    """runs of every row: the first with --seed, each further one with one more"""
+    """runs of every row: the first with --seed, each further one with the next seed"""
     equal_time: bool = True
-    """add rows of backpropagation with the epochs that the time of the other rows buys"""
+    """add rows of backpropagation that train for as long as the other rows"""
     show: Annotated[bool, FlagCreatePairsOff] = False
-    """train nothing: show what is there"""
+    """train nothing, and show the results so far"""
     background: Annotated[bool, FlagCreatePairsOff] = False
-    """go on without the terminal, with a log in the folder"""
+    """continue without the terminal, with a log in the folder"""
     out: str | None = None
     """folder of all runs (default: runs/study-GRID-DATA)"""
 
@@ -57,11 +57,11 @@ class Options(Settings):
         return Path(self.out or Path("runs", folder_name("study", self.grid.stem, self.data)))
 
     def rows(self) -> list[Row]:
-        """UserError: no grid of settings, or such as a run cannot have."""
+        """The rows of the grid. UserError: not a grid of settings, or settings that a run cannot have."""
         if self.grid == Path():
             raise UserError("GRID is missing: name the file that holds the list of settings")
         if not self.validation:
-            raise UserError("--validation is needed: so many training images are held out, by which rows are chosen")
+            raise UserError("--validation is missing: give the number of held-out training images for choosing rows")
         rows = read_grid(self.grid, shared=self.shared)
         for row in rows:
             row.settings.check()
@@ -92,7 +92,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def _leave(options: Options, args: Sequence[str]) -> None:
-    """Begin the same command in a session of its own."""
+    """Start the same command in a session of its own."""
     options.home.mkdir(parents=True, exist_ok=True)
     log = options.home / "study.log"
     with log.open("ab") as said:
@@ -103,7 +103,7 @@ def _leave(options: Options, args: Sequence[str]) -> None:
             stderr=said,
             start_new_session=True,
         )
-    print(f"process {process.pid} goes on in the background and writes {log}; stop it with: kill {process.pid}")
+    print(f"process {process.pid} continues in the background and writes {log}; stop it with: kill {process.pid}")
 
 
 def _default(data: str) -> Options:

@@ -19,17 +19,17 @@ from blocklocal.lab.sweeps.table1 import DATASETS, PAPER, RULES, SCALES
 class Options:
     """Measure the paper's Table 1: every rule on every data set with several seeds, one run after another.
 
-    The same command goes on where it was stopped. The figures beside ours are the paper's, of ResNet-50.
+    The same command continues where it was stopped. The column "paper" has the paper's figures, for ResNet-50.
     """
 
     scale: Literal["paper", "small", "tiny"] = "tiny"
     """paper: ResNet-50, for a GPU; small: ResNet-20 on all images; tiny: ResNet-8, minutes on two CPU cores"""
     rules: str = ",".join(RULES)
-    """rules, with commas between them"""
+    """rules, separated by commas"""
     datasets: str = ",".join(DATASETS)
-    """data sets, with commas between them"""
+    """data sets, separated by commas"""
     data: str | None = None
-    """folder that holds one folder per data set (default: the Hugging Face hub)"""
+    """folder with one subfolder per data set (default: the Hugging Face hub)"""
     seeds: Annotated[int, Range(least=1, most=MOST_SEEDS)] = 3
     """runs of every cell, with seeds 0, 1, ..."""
     epochs: Annotated[int | None, Range(least=1)] = None
@@ -43,7 +43,7 @@ class Options:
 
     @property
     def sweep(self) -> list[Settings]:
-        """All cells with the first seed, then with the next: a sweep that is stopped has a table of what it has."""
+        """All cells with the first seed, then with the next, so that a sweep that is stopped still gives a table."""
         return [
             self._run(dataset, rule=rule, seed=seed)
             for seed in range(self.seeds)

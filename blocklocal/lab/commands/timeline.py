@@ -1,4 +1,4 @@
-"""`bll timeline`: what each process of a run did when, drawn and in numbers (the paper's Fig. 2, measured)."""
+"""`bll timeline`: what each process of a run did and when, as a picture and in numbers (the paper's Fig. 2)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FOLDER = "trace"  # in the run's folder: one file of records per rank
 
 @dataclass(frozen=True)
 class Options:
-    """Draw what each process of a traced run did when, and say how well they were used."""
+    """Draw what each process of a traced run did and when, and report how well they were used."""
 
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """folder of a run made with --trace"""
     out: str | None = None
-    """picture, .svg or .png (default: timeline.svg in the run's folder); a Chrome trace (.json) is written beside it"""
+    """picture, .svg or .png (default: timeline.svg in the run's folder); a Chrome trace (.json) goes next to it"""
     minibatches: Annotated[int, Range(least=0)] = 12
-    """the picture shows so many, from the first on; 0: all"""
+    """number of minibatches in the picture, from the first; 0: all"""
 
 
 def main(args: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def find(run: Path) -> list[Path]:
-    """The files of a run's trace. UserError: it has none."""
+    """The trace files of a run. UserError: it has none."""
     folder = run / FOLDER
     files = sorted(file for file in folder.glob("*.jsonl") if file.is_file()) if os.path.isdir(folder) else []
     if not files:

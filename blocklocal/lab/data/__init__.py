@@ -1,1 +1,1 @@
-"""Images and labels: where they come from, how they are read and put into batches."""
+"""Images and labels: where they come from, and how they are read and batched."""

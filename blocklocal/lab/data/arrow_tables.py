@@ -1,4 +1,4 @@
-"""Data sets in Arrow tables with a column of encoded images and one of labels, such as Parquet files hold."""
+"""Data sets in Arrow tables, such as Parquet files, with a column of encoded images and one of labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a split. origin: where they are from. label: the name of the column. classes: names, none if unknown."""
+    """Rows of a split. origin: where they come from. label: name of the column. classes: names, empty if unknown."""
 
     origin: str
     label: str
@@ -35,7 +35,7 @@ class Part:
 
     @staticmethod
     def of(table: pa.Table, *, origin: str) -> Part:
-        """UserError: columns that are missing or hold something else, a row without a label."""
+        """The rows of a table. UserError: missing columns or columns of another type, a row without a label."""
         label = _column(table.column_names, LABEL_COLUMNS, origin=origin)
         image = _column(table.column_names, IMAGE_COLUMNS, origin=origin)
         return Part(
@@ -47,7 +47,7 @@ class Part:
         )
 
     def encoded(self) -> Iterator[tuple[str, bytes]]:
-        """The name and the bytes of every image. UserError: a row without."""
+        """The name and the bytes of every image. UserError: a row without an image."""
         row = 0
         for chunk in self.images.chunks:
             for content in chunk.to_pylist():
@@ -58,7 +58,7 @@ class Part:
 
 
 def read(file: Path) -> Part:
-    """UserError: not a Parquet file of images and labels."""
+    """Read a Parquet file. UserError: it is not one of images and labels."""
     check_regular(file)
     try:
         with file.open("rb") as content:
@@ -67,12 +67,12 @@ def read(file: Path) -> Part:
             columns = [_column(names, known, origin=str(file)) for known in (IMAGE_COLUMNS, LABEL_COLUMNS)]
             table = parquet.read(columns=columns)
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        raise UserError(f"{str(file)!r} is not a readable Parquet file ({first_line(error)}); get it anew") from error
+        raise UserError(f"{str(file)!r} is not a readable Parquet file ({first_line(error)}); get it again") from error
     return Part.of(table, origin=str(file))
 
 
 def from_parts(splits: Mapping[str, Sequence[Part]], sizes: Sizes, *, name: str) -> Dataset:
-    """UserError: no training or test images, parts that do not agree on labels."""
+    """The data set made of these parts. UserError: no training or test images, parts that disagree on labels."""
     test = next((part for part in TEST_NAMES if part in splits), None)
     if "train" not in splits or test is None:
         raise UserError(f"data {name!r} has the splits {', '.join(splits) or 'none'}: train and test are needed")
@@ -103,7 +103,7 @@ def _split(parts: Sequence[Part], *, size: int) -> Split:
 
 
 def _agreed(parts: Sequence[Part]) -> tuple[str, ...]:
-    """The class names of all parts that have them."""
+    """The class names that all parts with names agree on."""
     named = [part for part in parts if part.classes]
     for part in named[1:]:
         if part.classes != named[0].classes:
@@ -112,7 +112,7 @@ def _agreed(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def _numbered(parts: Sequence[Part], *, name: str) -> tuple[str, ...]:
-    """Classes that have no names: as many as the training labels count."""
+    """Numbers as class names, for as many classes as the training labels count."""
     labels = torch.cat([part.labels for part in parts])
     largest = int(labels.max())
     if labels.min() < 0 or largest >= len(labels):
@@ -159,7 +159,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _class_names(metadata: Mapping[bytes, bytes], *, column: str, origin: str) -> tuple[str, ...]:
-    """The names in the schema's `huggingface` entry; none where it says nothing of the column."""
+    """The class names in the schema's `huggingface` entry; none if the column is not in it."""
     try:
         entry = json.loads(metadata.get(b"huggingface", b"{}"))
         names = entry.get("info", {}).get("features", {}).get(column, {}).get("names", [])
@@ -167,4 +167,4 @@ def _class_names(metadata: Mapping[bytes, bytes], *, column: str, origin: str) -
             return tuple(names)
     except (ValueError, AttributeError, RecursionError):
         pass
-    raise UserError(f"{origin!r}: the entry 'huggingface' of the schema is damaged; get the file anew")
+    raise UserError(f"{origin!r}: the entry 'huggingface' of the schema is damaged; get the file again")

@@ -1,7 +1,7 @@
-"""Batches from tensors: the order and the augmentation of an epoch are drawn at once, from (seed, epoch) alone.
+"""Batches from tensors: the order and augmentation of an epoch are drawn at once and depend only on (seed, epoch).
 
-Flip, crop and choice of images are one gather from the uint8 images, on their device; nothing waits for it, and the
-global random state is neither read nor moved. Draws are made on the CPU, so every device sees the same batches.
+Flip, crop and choice of images are one gather from the uint8 images on their device, without synchronisation. The
+global random state is neither read nor changed. Numbers are drawn on the CPU, so every device gets the same batches.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from blocklocal.lab.data.dataset import Split
 
 @dataclass(frozen=True)
 class Augmentation:
-    """flip: left and right, every second image. crop: shift by up to so many pixels, edges reflected.
-    cutout: side of a square set to the mean colour, in pixels, its centre anywhere."""
+    """Augmentation of training images. flip: mirror left and right with probability 1/2. crop: largest shift in pixels,
+    edges reflected. cutout: side in pixels of a square set to the mean colour, its centre anywhere."""
 
     flip: bool = False
     crop: int = 0
@@ -28,7 +28,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """mean, std: (C, 1, 1) in units of uint8 pixels."""
+    """Normalisation of the channels. mean, std: (C, 1, 1) in units of uint8 pixels."""
 
     mean: Tensor
     std: Tensor
@@ -61,9 +61,9 @@ def training_batches(
     augmentation: Augmentation = Augmentation(),
     begin: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, y) of `size` images each, in the epoch's order; images beyond the last full batch are left out.
+    """Batches (x, y) of `size` images, in the epoch's order; images after the last full batch are left out.
 
-    begin: the first so many batches are passed over.
+    begin: number of batches to skip at the start.
     """
     n, _, height, width = split.images.shape
     device = split.images.device
@@ -86,14 +86,14 @@ def training_batches(
 
 
 def training_labels(split: Split, *, size: int, seed: int, epoch: int, begin: int = 0) -> Iterator[Tensor]:
-    """The labels y of the same batches, without touching an image."""
+    """The labels y of the same batches, without reading an image."""
     order = torch.randperm(len(split), generator=_draws(seed, epoch)).to(split.labels.device)
     for first in range(begin * size, len(split) - size + 1, size):
         yield split.labels[order[first : first + size]]
 
 
 def ordered_batches(split: Split, *, normalisation: Normalisation, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(x, y) of all images in their own order; the last batch may be smaller."""
+    """Batches (x, y) of all images in their own order; the last batch may be smaller."""
     for first in range(0, len(split), size):
         yield normalisation(split.images[first : first + size]), split.labels[first : first + size]
 
@@ -104,7 +104,7 @@ def _draws(seed: int, epoch: int) -> torch.Generator:
 
 
 def _gather(images: Tensor, index: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """images (N, C, H, W) at index (B,), rows (B, H) and columns (B, W): (B, C, H, W)."""
+    """The pixels (B, C, H, W) of images (N, C, H, W) at index (B,), rows (B, H) and columns (B, W)."""
     channels = torch.arange(images.shape[1], device=images.device)
     return images[
         index[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
@@ -112,12 +112,12 @@ def _gather(images: Tensor, index: Tensor, rows: Tensor, columns: Tensor) -> Ten
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Indices below 0 and above size - 1 mirrored at the edge pixel."""
+    """The indices, with those below 0 or above size - 1 mirrored at the edge pixel."""
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 def _square(centres: Tensor, height: int, width: int, *, side: int) -> Tensor:
-    """Mask (B, 1, H, W) of squares of that side around centres (2, B)."""
+    """Mask (B, 1, H, W) of squares with this side around centres (2, B)."""
     rows = torch.arange(height, device=centres.device) - centres[0, :, None] + side // 2
     columns = torch.arange(width, device=centres.device) - centres[1, :, None] + side // 2
     inside = ((rows >= 0) & (rows < side))[:, :, None] & ((columns >= 0) & (columns < side))[:, None, :]

@@ -1,4 +1,4 @@
-"""A data set as tensors: decoded once into uint8 images and integer labels, on the device that trains."""
+"""A data set as tensors: decoded once into uint8 images and integer labels, on the training device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from blocklocal.lab.errors import UserError
 
-TEST_NAMES = ("test", "validation", "val")  # of the test split: the first one that is there
+TEST_NAMES = ("test", "validation", "val")  # names of the test split; the first one found is used
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 (N, C, H, W). labels: int64 (N,)."""
+    """Images and labels. images: uint8 (N, C, H, W). labels: int64 (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -27,7 +27,7 @@ class Split:
         return self.of(sample(len(self), size=size))
 
     def of(self, rows: Tensor) -> Split:
-        """The images of these rows, by their numbers or a mask."""
+        """The images of these rows, given by index or as a mask."""
         return Split(self.images[rows], self.labels[rows])
 
     def to(self, device: torch.device) -> Split:
@@ -36,8 +36,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split. classes: names, the index being the label. validation: images that were held out of
-    the training split; none where nothing was."""
+    """A training and a test split. classes: names, indexed by label. validation: images held out of the training
+    split, if any."""
 
     name: str
     classes: tuple[str, ...]
@@ -56,7 +56,7 @@ class Dataset:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What config.json of a run says of its data, as plain values."""
+        """What config.json of a run records about its data, as plain values."""
         held_out = {"validation_images": len(self.validation)} if self.validation else {}
         return {
             "training_images": len(self.train),
@@ -71,7 +71,7 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
 
     def hold_out(self, images: int) -> Dataset:
-        """With so many of the training images as the validation split, always the same ones, and not trained on.
+        """Move this number of training images, always the same ones, to the validation split.
 
         UserError: fewer than two would be left to train on.
         """
@@ -86,16 +86,16 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many images of a split to keep, 0 being all. They are drawn before any image is decoded."""
+    """Number of images to keep of each split; 0: all. The sample is drawn before any image is decoded."""
 
     train: int = 0
     test: int = 0
 
 
 def sample(images: int, *, size: int) -> Tensor:
-    """Which of so many images a sample of `size` keeps, in their order: always the same ones, all for size 0.
+    """The indices of a sample of `size` images, in order: always the same ones; all images for size 0.
 
-    UserError: fewer images than that.
+    UserError: there are fewer images than that.
     """
     if size > images:
         raise UserError(f"a sample of {size} images from {images}: lower --train-size or --test-size")

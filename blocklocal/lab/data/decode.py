@@ -1,4 +1,4 @@
-"""Encoded images into one uint8 tensor."""
+"""Decodes images into one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from torch import Tensor
 from blocklocal.arguments import first_line
 from blocklocal.lab.errors import UserError
 
-# Named, so that Pillow looks at these decoders only: three times as fast for WebP as its search through all.
+# Named, so that Pillow tries only these decoders: for WebP three times as fast as its search through all.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 GREY, COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of at most 8 bits per channel
 
 
 def decode(encoded: Iterable[tuple[str, bytes]]) -> Tensor:
-    """uint8 (N, C, H, W) from (name, bytes) pairs: one channel where all images are grey, else three.
+    """Decode (name, bytes) pairs into uint8 (N, C, H, W), with one channel if all images are grey, else three.
 
-    Of 16 bits per channel the higher 8 are kept, as Pillow itself does with colours, and an image is turned as its EXIF
-    orientation says. Threads do not help: for small images the interpreter's lock, not the decoder, is what they would
-    wait for.
+    Of 16 bits per channel the upper 8 are kept, as Pillow itself does for colours, and EXIF orientation is applied.
+    Threads do not help: for small images they would wait for the interpreter's lock, not the decoder.
 
-    UserError: no image, bytes that are no image, images of more than one size, with several frames, transparent pixels
-    or values without a known range; it gives the image's name.
+    UserError, which names the image: no images, bytes that are not an image, images of different sizes, with several
+    frames, transparent pixels or values of unknown range.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # damage that Pillow can read past, such as in EXIF data
@@ -45,7 +44,7 @@ def decode(encoded: Iterable[tuple[str, bytes]]) -> Tensor:
 
 
 def _arrays(encoded: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
-    """(H, W) of grey images, (H, W, 3) of others."""
+    """The pixels: (H, W) of a grey image, (H, W, 3) of others."""
     first = None
     for name, content in encoded:
         try:
@@ -68,7 +67,7 @@ def _arrays(encoded: Iterable[tuple[str, bytes]]) -> Iterator[np.ndarray]:
 
 
 class _Unfit(Exception):
-    """What an image has that this module does not turn into pixels."""
+    """What is in an image that this module cannot turn into pixels."""
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -89,7 +88,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _has_16_bits(image: Image.Image) -> bool:
-    """Whether a grey image spans black at 0 to white at 65535; Pillow's mode alone does not say so."""
+    """Whether a grey image has black at 0 and white at 65535, which Pillow's mode alone does not tell."""
     if image.format == "PPM":
         return image.mode == "I"  # scaled to that range
     if isinstance(image, TiffImageFile):  # the same mode for 12 bits, and for white at 0

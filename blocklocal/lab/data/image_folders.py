@@ -1,4 +1,4 @@
-"""Folders of images train/CLASS/* and test/CLASS/*, and how files are found and read."""
+"""Folders of images train/CLASS/* and test/CLASS/*, and functions that find and read files."""
 
 from __future__ import annotations
 
@@ -59,13 +59,14 @@ def from_images(path: Path, sizes: Sizes) -> Dataset:
 
 
 def walk(folder: Path, *, suffixes: Sequence[str], above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """The files of these suffixes in a folder and those below it; what begins with a dot is passed over.
+    """The files with these suffixes in a folder and its subfolders; names that begin with a dot are skipped.
 
-    UserError: a folder that cannot be read or links to one around it, and what has such a suffix and is not a file.
+    UserError: a folder that cannot be read or links to a parent folder, or something with such a suffix that is not a
+    file.
     """
     place = os.path.realpath(folder)
     if place in above:
-        raise UserError(f"{str(folder)!r} is a link to a folder around it: take it out")
+        raise UserError(f"{str(folder)!r} is a link to a folder that contains it: remove it")
     for entry, is_folder in _entries(folder):
         if entry.suffix.lower() in suffixes:
             check_regular(entry)
@@ -83,13 +84,13 @@ def read(file: Path) -> bytes:
 
 
 def check_regular(file: Path) -> None:
-    """UserError: not a file, such as a pipe, which might never end."""
+    """Check that this is a file. UserError: it is not, such as a pipe, which might never end."""
     try:
         regular = stat.S_ISREG(file.stat().st_mode)
     except OSError as error:
         raise _unreadable(file, error) from error
     if not regular:
-        raise UserError(f"{str(file)!r} is not a regular file: take it out or rename it")
+        raise UserError(f"{str(file)!r} is not a regular file: remove it or rename it")
 
 
 def _classes(part: Path) -> tuple[str, ...]:
@@ -101,7 +102,7 @@ def _classes(part: Path) -> tuple[str, ...]:
 
 
 def _entries(folder: Path) -> list[tuple[Path, bool]]:
-    """What is in a folder, and whether it is a folder itself."""
+    """The entries of a folder, and whether each is a folder itself."""
     try:
         with os.scandir(folder) as entries:
             return [(folder / entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""A data set by its name, decoded once and checked."""
+"""Loads a data set by name, decoded once and checked."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from blocklocal.lab.errors import UserError
 
 
 def load(name: str, *, train_size: int = 0, test_size: int = 0, validation: int = 0) -> Dataset:
-    """The data set of that name: `digits`, a hub name of `sources.HUB`, `hf:OWNER/NAME`, or a folder.
+    """Load the data set of that name: `digits`, a hub name of `sources.HUB`, `hf:OWNER/NAME`, or a folder.
 
-    train_size, test_size: keep a sample of so many images, see `sample`. validation: hold out so many training images,
-    see `Dataset.hold_out`.
+    train_size, test_size: number of images in the sample to keep, see `sample`. validation: number of training images
+    to hold out, see `Dataset.hold_out`.
     UserError: no such data set or folder, files that cannot be read, images or labels that do not fit together.
     """
     from blocklocal.lab.data import sources  # here, since what reads files and hub takes time to import

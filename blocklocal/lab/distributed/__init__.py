@@ -1,1 +1,1 @@
-"""Processes of a run: how they are started, meet, speak and fail."""
+"""Processes of a run: how they start, meet, log and fail."""

@@ -1,4 +1,4 @@
-"""Watches the processes of a run on this machine: starts them, says what failed, and starts all of them again."""
+"""Starts the processes of a run on this machine, watches them, reports failures, and restarts all of them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from blocklocal.lab.distributed.rendezvous import Rendezvous
 from blocklocal.lab.distributed.workers import Children, Failure
 from blocklocal.lab.runs.folder import Run
 
-POLL = 0.1  # seconds between two looks at the processes
+POLL = 0.1  # seconds between checks of the processes
 
 
 class Terminated(Exception):
-    """A signal asks the launcher to end."""
+    """The launcher got a signal to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -28,10 +28,10 @@ class Terminated(Exception):
 
 
 class ElasticAgent:
-    """Starts `command` on this machine as often as there are processes, and again when something breaks.
+    """Runs `command` in a number of processes on this machine, and restarts them after a failure.
 
-    restarts: number of times that a failure is answered by another start. folder: for what the processes report.
-    console: their standard error, if not this process's.
+    restarts: how often, at most. folder: for the reports of the processes. console: their standard error, if not this
+    process's.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class ElasticAgent:
         self._console = console
 
     def run(self) -> Failure | None:
-        """Until all processes of all machines have ended well, or one has failed for good: that failure.
+        """Run until all processes of all machines have succeeded, or one has failed for good; returns that failure.
 
-        OSError: see `Rendezvous`. Terminated, KeyboardInterrupt: a signal; no process is left behind, whatever happens.
+        OSError: see `Rendezvous`. Terminated, KeyboardInterrupt: a signal. No process is left behind in any case.
         """
         with _signals():
             while True:
@@ -65,7 +65,7 @@ class ElasticAgent:
                 self._say(f"{describe_failure(failure, self._run)}; restart {self._failed} of {self._restarts}")
 
     def _start(self) -> Failure | None:
-        """The processes from a start to their end, or to that of one; None where all have ended well."""
+        """Run the processes until all have ended or one has failed; None if all have succeeded."""
         while True:
             place = self._rendezvous.join()
             with Children(
@@ -83,7 +83,7 @@ class ElasticAgent:
                 return children.failure()
 
     def _watch(self, children: Children) -> bool:
-        """Whether they have ended, well or not; otherwise another machine joins, and all have to start again."""
+        """Wait until the processes have ended (True), or another machine joins and all must restart (False)."""
         while True:
             time.sleep(POLL)
             codes = children.codes()
@@ -107,7 +107,7 @@ def describe_failure(failure: Failure, run: Run) -> str:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Signals that would end this process raise Terminated instead, but for those that it was started to ignore."""
+    """Signals that would end this process raise Terminated instead, except those that it inherited as ignored."""
 
     def end(number: int, _: object) -> None:
         raise Terminated(number)

@@ -1,4 +1,4 @@
-"""The processes of a run: how this one joins the others, and what they add up."""
+"""The processes of a run: how this one joins the others, and the sums they compute together."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from blocklocal.lab.ranges import Range
 
 # Set by `bll launch` for the processes that it starts.
 STORE = "BLOCKLOCAL_STORE"  # file in which the processes of one machine meet, instead of at a port
-PARENT = "BLOCKLOCAL_PARENT"  # process that has started them
-START = timedelta(seconds=60)  # that all processes have at least from the first to the last to start
-FIRST, AGAIN = "first", "again"  # values of LAUNCHED: whether they begin, or go on where others were
+PARENT = "BLOCKLOCAL_PARENT"  # process that started them
+START = timedelta(seconds=60)  # shortest time allowed between the first and the last process to start
+FIRST, AGAIN = "first", "again"  # values of LAUNCHED: whether the run begins or restarts
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among those of a run, all of which call the same methods in the same order.
 
-    group: for what they add up; None in a process that was started by itself. device: this one's.
+    group: for their sums; None in a process that was started alone. device: of this process.
     """
 
     device: torch.device
@@ -47,16 +47,16 @@ class Processes:
 
     @property
     def distributed(self) -> bool:
-        """Whether the run was started as a group of processes, be it of one."""
+        """Whether the run was started as a group of processes, even of only one."""
         return self.group is not None
 
     @property
     def restarted(self) -> bool:
-        """Whether others have been here before, in the same run."""
+        """Whether the processes of this run were started before."""
         return os.environ.get(LAUNCHED) == AGAIN or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes, the same tensor on each; what is zero on all others passes as it is."""
+        """The sum over all processes, the same on each; a value that is zero on all others is unchanged."""
         if self.group is not None:
             dist.all_reduce(values := values.clone(), group=self.group)
         return values
@@ -68,20 +68,20 @@ class Processes:
         return value
 
     def broadcast(self, value: int) -> int:
-        """The number that rank 0 has."""
+        """The value of rank 0."""
         return int(self.sum(torch.tensor(value if self.rank == 0 else 0)))
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         self.sum(torch.zeros(()))
 
     def log_to(self, run: Path) -> None:
-        """From now on what a process says that is not the first goes to its file in the folder of the run."""
+        """From now on, write the output of every process but the first to its log file in the run's folder."""
         if self.rank_log:
             self.rank_log.open(run)
 
 
-# What torchrun, `bll launch` and others that start processes say to each, and the numbers that it may be.
+# The environment that torchrun, `bll launch` and other launchers set, and the allowed values.
 NUMBERS = {
     "RANK": Range(least=0),
     "WORLD_SIZE": Range(least=1),
@@ -94,13 +94,13 @@ NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment() -> tuple[int, int] | None:
-    """Rank and number of processes, where this one was started as one of several. UserError: that is said in part, or
-    by no such numbers."""
+    """Rank and number of processes, if this one was started as one of several. UserError: the environment is incomplete
+    or has invalid numbers."""
     if "RANK" not in os.environ:
         return None
     for name in NEEDED:
         if not os.environ.get(name):
-            raise UserError(f"RANK is set and {name} is not: start with bll launch or torchrun, or unset RANK")
+            raise UserError(f"RANK is set but {name} is not: start with bll launch or torchrun, or unset RANK")
     for name, allowed in NUMBERS.items():
         text = os.environ.get(name, "0" if allowed.least == 0 else "1")
         if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
@@ -114,9 +114,9 @@ def environment() -> tuple[int, int] | None:
 
 @contextmanager
 def joined(*, device: str, timeout: float) -> Iterator[Processes]:
-    """This process in its group, if it was started as one of several; they end together, whatever happens.
+    """This process in its group, if it was started as one of several. All processes end together in any case.
 
-    device: by name, as for `find_device`. timeout: seconds after which a process that does not answer is given up.
+    device: name, as for `find_device`. timeout: seconds after which a process that does not answer is given up.
     """
     place = environment()
     if place is None:
@@ -141,7 +141,7 @@ def joined(*, device: str, timeout: float) -> Iterator[Processes]:
 
 
 def loopback() -> str:
-    """The name of the network interface that leads back to this machine."""
+    """The name of the loopback interface."""
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 
 
@@ -156,7 +156,7 @@ def _join(rank: int, size: int, *, device: torch.device, timeout: timedelta) -> 
 
 
 def _gathered(rank: int, size: int, *, timeout: timedelta) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
-    """Where the processes find each other, once all have come there. OSError: one did not."""
+    """The store through which the processes meet, once all are there. OSError: one is missing."""
     try:
         if STORE in os.environ:
             store = dist.FileStore(os.environ[STORE], size)  # pyright: ignore[reportPrivateImportUsage]
@@ -176,14 +176,14 @@ def _own_device(name: str) -> torch.device:
         return device
     if processes > torch.cuda.device_count():
         raise UserError(
-            f"{processes} processes for {torch.cuda.device_count()} GPUs of this machine: a process can hold several "
-            "blocks; take one process per GPU"
+            f"{processes} processes for the {torch.cuda.device_count()} GPUs of this machine: start one process per "
+            "GPU, which can hold several blocks"
         )
     return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
 def _die_with_parent() -> None:
-    """Where the system can do it: no process goes on alone when the one that started it is killed."""
+    """End this process when its parent is killed, where the system supports that."""
     if sys.platform == "linux" and {PARENT, "TORCHELASTIC_RUN_ID"} & set(os.environ):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):

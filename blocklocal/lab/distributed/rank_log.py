@@ -1,4 +1,4 @@
-"""What one process of several says: rank 0 to the console, every other one to a file; and the last words of each."""
+"""The output of one process of several: rank 0 to the console, all others to a file; and why each one ended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOGS = "logs"  # in the folder of a run: a file per process
 
 
 def report(message: str, *, trace: str = "") -> None:
-    """Tell the launcher, where one has started this process, why it ends."""
+    """Tell the launcher, if there is one, why this process ends."""
     if REPORT in os.environ:
         Path(os.environ[REPORT]).write_text(
             json.dumps({"message": message, "trace": trace, "timestamp": str(int(time.time()))})
@@ -30,9 +30,9 @@ def report(message: str, *, trace: str = "") -> None:
 
 
 class RankLog:
-    """Of one process. What a rank above 0 says before there is a file is kept for it.
+    """The log of one process. Output of ranks above 0 is kept until there is a file.
 
-    Under `bll launch` this is also where the libraries below Python write their own lines, beside what is said here.
+    Under `bll launch`, native libraries also write their output here.
     """
 
     def __init__(self, rank: int, *, size: int) -> None:
@@ -48,7 +48,7 @@ class RankLog:
             sys.stdout = sys.stderr = self.early
 
     def open(self, run: Path) -> None:
-        """From now on there is a file in the folder of the run."""
+        """Write to a file in the folder of the run from now on."""
         (run / LOGS).mkdir(parents=True, exist_ok=True)
         log = os.open(run / LOGS / f"rank{self.rank}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self.file = expendable(log, "a")
@@ -63,10 +63,10 @@ class RankLog:
             sys.stdout = sys.stderr = self.file
 
     def end(self, error: BaseException, *, code: int) -> NoReturn:
-        """End this process at once: it shall not wait for others, nor they for it.
+        """End this process at once, so that it does not wait for others, nor they for it.
 
-        The launcher gets a line. The traceback of what nobody expected goes to the file, or where there is none yet to
-        the launcher, who knows whose failure the others follow from.
+        The launcher gets one line. The traceback of an unexpected error goes to the file or, if there is none yet, to
+        the launcher, which knows which failure came first.
         """
         message = str(error) if code == 2 else f"{type(error).__name__}: {error}".split("\n")[0].rstrip(": ")
         told = code == 1 and (self.file or not isinstance(error, OSError))
@@ -85,7 +85,7 @@ class RankLog:
 
 
 def divert(file: TextIO) -> TextIO:
-    """Let what libraries below Python write to standard error go to `file`; returns the way that it took before."""
+    """Redirect what native libraries write to standard error to `file`; returns the former destination."""
     assert sys.__stderr__ is not None
     sys.__stderr__.flush()
     before = expendable(os.dup(2), "w", like=sys.__stderr__)
@@ -95,7 +95,7 @@ def divert(file: TextIO) -> TextIO:
 
 @contextmanager
 def diverted(path: Path) -> Iterator[TextIO | None]:
-    """The same for a while: standard error as it was, for Python and for processes that are started; None: closed."""
+    """Do so for a while; gives the former standard error, for Python and for new processes, or None if it is closed."""
     if sys.__stderr__ is None:
         yield None
         return

@@ -1,4 +1,4 @@
-"""Where the machines of a run meet, and what each of them learns there."""
+"""How the machines of a run meet, and what each of them learns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAVE = 300  # seconds that a machine whose processes are done waits for the oth
 
 @dataclass(frozen=True)
 class Place:
-    """Of one machine: the rank of its first process, the number of all processes, and how they reach each other."""
+    """A machine's first rank, the number of all processes, and the environment through which they meet."""
 
     first: int
     size: int
@@ -32,24 +32,24 @@ class Place:
 
 class Rendezvous(Protocol):
     def join(self) -> Place:
-        """Meet, once before every start of the processes. OSError: the machines cannot."""
+        """Meet the other machines, before every start of the processes. OSError: this failed."""
         ...
 
     def changed(self) -> bool:
-        """Whether a machine waits to join, so that all have to meet again. OSError: the others cannot be reached."""
+        """Whether a machine waits to join, so that all must meet again. OSError: the others cannot be reached."""
         ...
 
     def done(self) -> bool:
-        """Whether the others are done too, asked when the processes here are."""
+        """Whether the other machines are done too; called when the processes here are."""
         ...
 
     def close(self) -> None:
-        """Nobody needs to come any more."""
+        """End the rendezvous: no machine can join any more."""
         ...
 
 
 class Alone:
-    """One machine: its processes meet in a new file of `folder` at every start, so that nothing listens at a port."""
+    """One machine: its processes meet in a new file in `folder` at every start, so no port is opened."""
 
     def __init__(self, *, processes: int, folder: Path) -> None:
         self._processes, self._folder, self._starts = processes, folder, 0
@@ -74,9 +74,9 @@ class Alone:
 
 
 class Endpoint:
-    """Several machines, LEAST to MOST, that meet by torch's rendezvous at HOST:PORT.
+    """Several machines, LEAST to MOST, that meet through torch's rendezvous at HOST:PORT.
 
-    address: of this machine, as the others see it. hosts: whether they meet here. OSError: nobody is there.
+    address: of this machine, as the others see it. hosts: whether the endpoint is here. OSError: nobody answers.
     """
 
     def __init__(self, endpoint: str, *, processes: int, machines: tuple[int, int], address: str, hosts: bool) -> None:
@@ -147,7 +147,7 @@ class Endpoint:
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """What a call gives that may never return and that no signal ends. TimeoutError: nothing in so many seconds."""
+    """The result of a call that may never return or react to signals. TimeoutError: it takes longer than `seconds`."""
     results: Queue[T | Exception] = Queue()
 
     def run() -> None:

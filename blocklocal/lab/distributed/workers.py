@@ -1,4 +1,4 @@
-"""The processes that a launcher starts on its machine, each in a session of its own, and what they ended of."""
+"""The processes that a launcher starts on its machine, each in its own session, and why they ended."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ GRACE = 3  # seconds that a process has to end by itself before it is killed
 
 @dataclass(frozen=True)
 class Failure:
-    """Of one process. code: what it ended with, or the number of the signal that killed it, negated.
+    """The failure of one process. code: its exit code, or the negative number of the signal that killed it.
 
-    message: what it reported, or the name of the signal. seconds: since the epoch, when that was. trace: the traceback
-    of an error that nobody expected, where no log has it.
+    message: what it reported, or the name of the signal. seconds: when, in seconds since 1970. trace: the traceback of
+    an unexpected error, if it is in no log.
     """
 
     rank: int
@@ -36,10 +36,10 @@ class Failure:
 
 
 class Children:
-    """`command` in one process per rank, from the entry of a `with` block to its end, which none of them outlives.
+    """Runs `command` in one process per rank during a `with` block, which none of them outlives.
 
-    size: number of processes of all machines. environment: what they get beside their rank. launched: first or again.
-    folder: for their reports; new. console: their standard error, if not this process's.
+    size: number of processes on all machines. environment: what they get besides their rank. launched: first or again.
+    folder: a new one, for their reports. console: their standard error, if not this process's.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Children:
         self._end(signal.SIGINT if kind is KeyboardInterrupt else signal.SIGTERM)
 
     def codes(self) -> list[int | None]:
-        """What each has ended with; None while it runs."""
+        """The exit code of each process; None while it runs."""
         codes = [process.poll() for process in self._processes]
         for rank, code in zip(self._ranks, codes, strict=False):  # some may not have been started
             if code is not None:
@@ -91,9 +91,9 @@ class Children:
         return codes
 
     def failure(self) -> Failure | None:
-        """What the others follow from: unusable settings, else a process that was killed, else the first to fail.
+        """The failure that caused the others: unusable settings, else a killed process, else the first to fail.
 
-        Not one of those that were still running, and were killed here for it.
+        Never one of the processes that were still running and were killed here.
         """
 
         def order(failure: Failure) -> tuple[bool, bool, float]:
@@ -118,10 +118,10 @@ class Children:
         return self._folder / f"rank{rank}.json"
 
     def _end(self, number: int) -> None:
-        """End them all: by this signal, and after a while by one that cannot be caught."""
+        """End all processes with this signal, and after a while with one that cannot be caught."""
         try:
             self._signal(number)
-            self._signal(signal.SIGCONT)  # one that is stopped would not hear that it shall end
+            self._signal(signal.SIGCONT)  # a stopped process would not react to the signal
             self._wait()
         finally:
             self._signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Models by name: built in, of timm or torchvision, or any function."""
+"""Models by name: built in, from timm or torchvision, or any function."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vit": VisionTransformer,
 }
 
-# Where the recipe for so many blocks cuts; elsewhere the library balances the blocks. The paper's ResNet-50 has four
-# bottlenecks in each block; vgg8 in eight is a block per layer.
+# Cuts by model and number of blocks; for others the library balances the blocks. The paper's ResNet-50 has four
+# bottlenecks in each block; vgg8 in eight blocks has one block per layer.
 CUTS: dict[tuple[str, int], tuple[str, ...]] = {
     ("mlp", 4): ("layer1", "layer2", "layer3"),
     ("cnn", 4): ("layer1", "layer2", "layer3"),
@@ -53,10 +53,10 @@ CUTS: dict[tuple[str, int], tuple[str, ...]] = {
 
 
 def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-    """A new model for images of `channels` and `size` (height, width) pixels, with `classes` logits.
+    """Build a new model for images with `channels` and `size` (height, width) in pixels, with `classes` logits.
 
     name: one of `MODELS`, `timm:NAME`, `torchvision:NAME`, or `package.module:function`, a function that is called with
-    channels=, size=, classes= and gives the module. UserError: no such model, package or function, or one that fails.
+    channels=, size=, classes= and returns the module. UserError: no such model, package or function, or one that fails.
     """
     source, colon, function = name.partition(":")
     if name not in MODELS and not colon:
@@ -72,20 +72,20 @@ def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> n
         elif source == "torchvision":
             model = _torchvision(function, channels=channels, classes=classes)
         else:
-            with chdir("."):  # back after it: relative paths of the command line are those of where it was started
+            with chdir("."):  # restores the folder to which the relative paths of the command line refer
                 function = own_function(name, kind="model", keywords=("channels", "size", "classes"))
                 model = function(channels=channels, size=size, classes=classes)
     if inspect.iscoroutine(model):
         model.close()
-        raise UserError(f"model {name!r}: its function is async, and gives no module: define it by def alone")
+        raise UserError(f"model {name!r}: its function is async and returns no module: define it with def alone")
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"an object of type {type(model).__name__}"
-        raise UserError(f"model {name!r}: its function gives {kind}, not a torch.nn.Module")
+        raise UserError(f"model {name!r}: its function returns {kind}, not a torch.nn.Module")
     return model
 
 
 def is_own(name: str) -> bool:
-    """Whether the name is that of a function of the user's, package.module:function."""
+    """Whether the name is that of the user's own function, package.module:function."""
     source, colon, _ = name.partition(":")
     return name not in MODELS and bool(colon) and source not in ("timm", "torchvision")
 
@@ -93,16 +93,16 @@ def is_own(name: str) -> bool:
 def _timm(name: str, *, channels: int, classes: int) -> nn.Module:
     timm = _package("timm", model=f"timm:{name}")
     if not timm.is_model(name):
-        raise UserError(f"unknown model 'timm:{name}': timm.list_models() has the names")
+        raise UserError(f"unknown model 'timm:{name}': choose one of timm.list_models()")
     return timm.create_model(name, in_chans=channels, num_classes=classes)
 
 
 def _torchvision(name: str, *, channels: int, classes: int) -> nn.Module:
     torchvision = _package("torchvision", model=f"torchvision:{name}")
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"unknown model 'torchvision:{name}': torchvision.models.list_models() has the names")
+        raise UserError(f"unknown model 'torchvision:{name}': choose one of torchvision.models.list_models()")
     if channels != 3:
-        raise UserError(f"model 'torchvision:{name}' takes colour images, and these have {channels} channel(s)")
+        raise UserError(f"model 'torchvision:{name}' takes colour images, but these have {channels} channel(s)")
     return torchvision.models.get_model(name, weights=None, num_classes=classes)
 
 

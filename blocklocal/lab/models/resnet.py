@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut."""
+    """Two 3x3 convolutions with a shortcut."""
 
     expansion = 1
 
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut; the output is four times as wide as the 3x3 convolution."""
+    """1x1, 3x3 and 1x1 convolutions with a shortcut; the output is four times as wide as the 3x3 convolution."""
 
     expansion = 4
 
@@ -54,7 +54,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """depths: residual blocks per stage; each stage after the first halves the resolution and doubles the width."""
+    """A residual network. depths: residual blocks per stage; each stage after the first halves the resolution and
+    doubles the width."""
 
     def __init__(
         self, block: type[BasicBlock | Bottleneck], depths: Sequence[int], *, width: int, channels: int, classes: int

@@ -1,4 +1,4 @@
-"""A plain convolutional network after VGG (Simonyan and Zisserman, 2015), small enough to learn layer by layer."""
+"""A plain convolutional network like VGG (Simonyan and Zisserman, 2015), small enough to learn layer by layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ POOLED = (2, 4, 5, 6)  # layers
 def vgg8(*, channels: int, size: tuple[int, int], classes: int, width: int = 16) -> nn.Sequential:
     """Seven 3x3 convolutions with batch normalisation and ReLU, and a linear classifier: layer1, ..., layer7, fc.
 
-    The convolutions are those of vgg8b (Nøkland and Eidnes, 2019) at an eighth of its width, and a seventh that takes
-    the place of its hidden linear layer. Layers 2, 4, 5, 6 end in a max-pooling by two where 4 pixels or more come in.
+    The convolutions are those of vgg8b (Nøkland and Eidnes, 2019) at an eighth of its width, with a seventh instead of
+    its hidden linear layer. Layers 2, 4, 5 and 6 end in max-pooling by two if their input has at least 4 pixels.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     inputs, side = channels, min(size)

@@ -24,7 +24,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron of four times the width, each added to what it reads."""
+    """Attention, then a perceptron of four times the width, each with a residual connection."""
 
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
@@ -81,5 +81,5 @@ def _patch(size: tuple[int, int]) -> int:
         if size[0] % patch == size[1] % patch == 0 and (size[0] // patch) * (size[1] // patch) <= 64:
             return patch
     raise UserError(
-        f"model 'vit' cuts images into equal patches, and {size[1]}x{size[0]} pixels divide into none of 2 to 32"
+        f"model 'vit' needs equal patches, but {size[1]}x{size[0]} pixels cannot be divided into any of side 2 to 32"
     )

@@ -1,4 +1,4 @@
-"""Ways to train one chain on the processes of a group. Each goes on for ever, and says when minibatches are done."""
+"""Ways to train one chain on the processes of a group. Each continues for ever, and reports finished minibatches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from blocklocal.lab.training import rules
 from blocklocal.pipeline import Pipeline, Placement
 
 Progress = Iterator[int]
-"""How many minibatches were done since the last time, again and again."""
+"""Yields the number of minibatches finished since the last time, without end."""
 
 
 def optimizer(parameters: list[nn.Parameter]) -> SGD:
@@ -31,7 +31,7 @@ def optimizer(parameters: list[nn.Parameter]) -> SGD:
 
 
 def learner(chain: Chain, rule: str) -> BlockLocal:
-    """Under a rule of `bll train`."""
+    """The learner of a chain under a rule of `bll train`."""
     return rules.apply(rule, chain.blocks, rules.Task(classes=CLASSES, example=chain.x[:8])).learner
 
 
@@ -69,7 +69,7 @@ class Replicas:
 
     def __init__(self, chain: Chain) -> None:
         self.x, self.y = (whole.tensor_split(dist.get_world_size())[dist.get_rank()] for whole in (chain.x, chain.y))
-        self.model = nn.Sequential(*copy.deepcopy(chain.blocks))  # DDP stays with its parameters for good
+        self.model = nn.Sequential(*copy.deepcopy(chain.blocks))  # DDP stays attached to its parameters
         self.parameters = list(self.model.parameters())
 
     def loss(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Replicas:
 
 
 class ClockedStage(PipelineStage):
-    """A stage of this rank, and the seconds of its work in every minibatch: forward, backward, optimizer step.
+    """A stage of this rank that records its seconds of work in every minibatch: forward, backward, optimizer step.
 
     What the runtime does between them counts for the passes, half and half, as far as it takes processor time.
     """
@@ -100,7 +100,7 @@ class ClockedStage(PipelineStage):
             self.seconds[-1][doing] += between / 2
 
     def clock(self, doing: int, work: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-        """Work of the present minibatch; doing: 0 forward, 1 backward, 2 the optimizer step."""
+        """Time work of the current minibatch. doing: 0 forward, 1 backward, 2 the optimizer step."""
         start, begin = time.perf_counter(), time.thread_time()
         result = work(*args, **keywords)
         self.seconds[-1][doing] += time.perf_counter() - start
@@ -121,7 +121,7 @@ class ClockedStage(PipelineStage):
 
 
 class EndToEnd:
-    """Backpropagation over all processes, by a schedule of torch; the stages are those of the block-local pipeline."""
+    """Backpropagation over all processes with a schedule of torch, with the stages of the block-local pipeline."""
 
     def __init__(self, chain: Chain, schedule: type[ScheduleGPipe | Schedule1F1B], *, microbatches: int) -> None:
         rank, ranks = dist.get_rank(), dist.get_world_size()

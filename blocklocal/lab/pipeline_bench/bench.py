@@ -1,4 +1,4 @@
-"""`bll bench --pipeline`: a chain of blocks in one process, block-local over several, by GPipe, 1F1B and replicas.
+"""`bll bench --pipeline`: a chain of blocks in one process, and over several: block-local, GPipe, 1F1B and replicas.
 
 Every process computes with one thread.
 """
@@ -37,7 +37,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def bench(options: Options) -> dict[str, Any]:
-    """Seconds per minibatch, round by round, and what the simulator says, by baseline.
+    """Measure seconds per minibatch, round by round, and simulate them, for each baseline.
 
     Where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, this is one of the processes, and there may be a
     network between them; otherwise it starts them all.
@@ -77,8 +77,8 @@ def table(result: dict[str, Any]) -> Table:
     shares = ", ".join(f"{share:.1%}" for share in result["waiting"])
     alone, at_once = (median(result["seconds"][name]) for name in (ALONE, AT_ONCE))
     rows.caption = (
-        f"block-local: {alone / pace:.2f} times as fast as alone; {result['options']['processes']} processes that have "
-        f"nothing to do with each other are {result['options']['processes'] * alone / at_once:.2f} times as fast as one"
+        f"block-local: {alone / pace:.2f} times as fast as alone; {result['options']['processes']} independent "
+        f"processes are {result['options']['processes'] * alone / at_once:.2f} times as fast as one"
         f"\nthe processes wait {shares} of the time from their first to their last minibatch"
     )
     return rows

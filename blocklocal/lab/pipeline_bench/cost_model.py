@@ -1,4 +1,4 @@
-"""What the simulator of schedules needs to know: measured in one process, or on those of a group as all compute."""
+"""Measures the inputs of the simulator, in one process or in a group while all processes compute."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from blocklocal.pipeline.analysis.programs import Cost
 from blocklocal.pipeline.analysis.simulator import Link
 from blocklocal.pipeline.trace import Record
 
-SIZES = (2**10, 2**23)  # bytes of the messages that measure a link
+SIZES = (2**10, 2**23)  # bytes of the messages for measuring a link
 
 
 def link(*, repetitions: int = 20) -> Link:
-    """Between ranks 0 and 1, by messages that are expected and asked for. Every rank calls it and gets the same."""
+    """The link between ranks 0 and 1, measured with expected messages. Every rank calls it and gets the same."""
     rank, measured = dist.get_rank(), torch.zeros(2, 2, dtype=torch.float64)
     for i, size in enumerate(SIZES):
         seconds = min(_send(size) for _ in range(repetitions))  # the link's, without what delays the processes
@@ -34,7 +34,7 @@ def link(*, repetitions: int = 20) -> Link:
 
 
 def block_costs(rounds: Sequence[Sequence[Record]], *, blocks: int, messages: Sequence[float]) -> list[Cost]:
-    """Of every block, from this rank's records of several rounds; messages: bytes of the blocks' outputs."""
+    """The cost of every block, from this rank's records of several rounds. messages: bytes of the blocks' outputs."""
     seconds = torch.zeros(blocks, 2, dtype=torch.float64)
     for k in {record.block for record in rounds[0]}:
         for i, phase in enumerate(("forward", "backward")):
@@ -46,7 +46,7 @@ def block_costs(rounds: Sequence[Sequence[Record]], *, blocks: int, messages: Se
 
 
 def stage_costs(rounds: Sequence[Sequence[Sequence[float]]], *, messages: Sequence[float]) -> list[Cost]:
-    """Of every stage of an end-to-end pipeline, from this rank's clock in the minibatches of several rounds.
+    """The cost of every stage of an end-to-end pipeline, from this rank's times of several rounds.
 
     messages: bytes of the stages' outputs.
     """
@@ -60,9 +60,9 @@ def stage_costs(rounds: Sequence[Sequence[Sequence[float]]], *, messages: Sequen
 def cost(
     forward: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], h: Tensor, *, parts: int = 1, repetitions: int
 ) -> Cost:
-    """Of a minibatch in so many parts, each like h: both passes of all parts, and one optimizer step.
+    """The cost of a minibatch of `parts` parts, each like h: both passes of all parts, and one optimizer step.
 
-    Medians over repetitions. An h that requires a gradient gets it.
+    Medians over repetitions. If h requires a gradient, it is computed too.
     """
     stepper, seconds, size = optimizer(parameters), [], 0
     for _ in range(repetitions):
@@ -79,10 +79,10 @@ def cost(
 
 
 def replica_cost(chain: Chain, *, repetitions: int = 10) -> Cost:
-    """Of the whole chain and minibatch, `workers` times what a replica takes for its share as all compute.
+    """The cost of the whole chain and minibatch: that of a replica for its share, while all compute, times `workers`.
 
-    Every rank calls it and gets the longest. backward: with the processor's time for summing the gradients, which it
-    cannot give to the pass; what a slow link adds to that is not in it.
+    Every rank calls it and gets the longest. backward: includes the processor time for summing the gradients, which is
+    not available to the pass, but not what a slow link adds.
     """
     replica, workers = Replicas(chain), dist.get_world_size()
     dist.barrier()
@@ -95,7 +95,7 @@ def replica_cost(chain: Chain, *, repetitions: int = 10) -> Cost:
 
 
 def outputs(chain: Chain) -> list[float]:
-    """Bytes of every block's output."""
+    """The bytes of every block's output."""
     sizes, h = [], chain.x
     with torch.no_grad():
         for block in chain.blocks:
@@ -105,7 +105,7 @@ def outputs(chain: Chain) -> list[float]:
 
 
 def _send(size: int) -> float:
-    """Seconds from asking for so many bytes until they are there, on rank 1; of sending them, on rank 0."""
+    """On rank 1 the seconds from requesting `size` bytes to their arrival, on rank 0 the seconds to send them."""
     rank, buffer, ready = dist.get_rank(), torch.zeros(size, dtype=torch.uint8), torch.zeros(1)
     if rank == 0:
         dist.recv(ready, src=1)
@@ -121,7 +121,7 @@ def _send(size: int) -> float:
 
 
 def _sum(size: float) -> float:
-    """Seconds of the processor, on this rank, for gradients of so many bytes: into a bucket, summed, and out of it."""
+    """Processor seconds of this rank to sum gradients of `size` bytes, including copies into and out of a bucket."""
     gradients = torch.zeros(int(size) // 4)
     bucket, start = torch.empty_like(gradients), time.process_time()
     dist.all_reduce(torch.div(gradients, dist.get_world_size(), out=bucket))

@@ -1,7 +1,7 @@
-"""What a round of the pipeline benchmark measures: seconds per minibatch of every baseline, and what costs them.
+"""Measures seconds per minibatch of every baseline of the pipeline benchmark, and the costs behind them.
 
-The baselines take turns, round after round, so that a machine which is slow for a while is so for all; what counts is
-the median. Times are those of a full pipeline.
+The baselines take turns, round after round, so that a temporary slowdown of the machine affects all; the median counts.
+Times are those of a full pipeline.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ AT_ONCE = "block-local, alone in each"  # process at the same time: what they ta
 
 
 def measure(options: Options) -> dict[str, Any]:
-    """The result, in the processes of the default group; every one of them gets it."""
+    """Measure in the processes of the default group; every one of them gets the result."""
     torch.set_num_threads(1)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def _turn(progress: Progress | None, *, minibatches: int) -> float:
-    """Seconds per minibatch of the slowest process, once the first minibatches are done."""
+    """Seconds per minibatch of the slowest process, after the first minibatches."""
     dist.barrier()
     pace = torch.zeros((), dtype=torch.float64)
     if progress is not None:

@@ -22,29 +22,29 @@ SCHEDULES = {"GPipe": (ScheduleGPipe, gpipe), "1F1B": (Schedule1F1B, one_forward
 
 @dataclass(frozen=True)
 class Options:
-    """Milliseconds per minibatch of blocks over processes, beside one process, GPipe, 1F1B and data parallelism."""
+    """Measure blocks over processes in ms per minibatch, against one process, GPipe, 1F1B and data parallelism."""
 
     model: Literal["mlp", "cnn", "devices"] = "mlp"
-    """four blocks of Linear(1024); four of convolutions; or a block per process that sleeps instead of computing"""
+    """four blocks of Linear(1024); four of convolutions; or one block per process that sleeps instead of computing"""
     processes: Annotated[int, Range(least=2, most=16)] = 2
-    """processes, of one thread each"""
+    """number of processes, with one thread each"""
     rule: str = "bll-paper"
-    """of blocks, as for bll train"""
+    """learning rule of the blocks, as for bll train"""
     message_dtype: Literal["fp32", "bf16"] = "fp32"
-    """what travels between blocks"""
+    """precision of the messages between blocks"""
     microbatches: Annotated[tuple[int, ...], Range(least=1, most=64)] = (2, 4, 8)
-    """of GPipe and 1F1B, the latter with at least as many as processes"""
+    """numbers of microbatches for GPipe and, from the number of processes on, for 1F1B"""
     minibatches: Annotated[int, Range(least=2)] = 16
     """measured minibatches per round of a pipeline, after the first 8"""
     rounds: Annotated[int, Range(least=1)] = 5
-    """how often each baseline has its turn"""
+    """how often each baseline is measured"""
     interface: str = ""
     """network interface for the messages (default: the loopback of this machine)"""
     json: Annotated[bool, FlagCreatePairsOff] = False
     """print one JSON object as the last line"""
 
     def check(self) -> None:
-        """UserError: what does not go together."""
+        """Check the options. UserError: some do not go together."""
         if not rules.find(self.rule).in_blocks:
             raise UserError(f"--rule {self.rule} trains the model whole: choose one in blocks, such as bll")
         if self.model != "devices" and self.processes > BLOCKS:
@@ -59,5 +59,5 @@ class Options:
 
     @property
     def end_to_end(self) -> list[tuple[str, int]]:
-        """Schedules, and their microbatches."""
+        """The schedules with their numbers of microbatches."""
         return [(name, m) for name in SCHEDULES for m in self.microbatches if name == "GPipe" or m >= self.processes]

@@ -1,4 +1,4 @@
-"""`bll blocks --plan`: where the blocks of a model belong on several ranks, and what the simulator says of it."""
+"""`bll blocks --plan`: how to place the blocks of a model on several ranks, and the simulated time."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def show(
     link: str,
     message_dtype: Literal["fp32", "bf16"],
 ) -> None:
-    """Measure, predict and print. names: of what is in each block. speeds: of the ranks; if empty, all are as this one.
+    """Measure, predict and print. names: of what is in each block. speeds: of the ranks; if empty, all are 1.
 
-    UserError: as of `check`.
+    UserError: as for `check`.
     """
     check(blocks=len(learner.blocks), ranks=ranks, speeds=speeds, link=link)
     predictions = predict(
@@ -49,7 +49,7 @@ def show(
 
 
 def check(*, blocks: int, ranks: int, speeds: Sequence[float], link: str) -> None:
-    """UserError: more ranks than blocks, speeds of other ranks, a link unheard of."""
+    """Check the options. UserError: more ranks than blocks, a wrong number of speeds, an invalid link."""
     parse_link(link)
     if not 1 <= ranks <= blocks:
         raise UserError(f"--plan {ranks}: 1 to {blocks}, since every rank needs one of the {blocks} blocks (--blocks)")
@@ -59,7 +59,7 @@ def check(*, blocks: int, ranks: int, speeds: Sequence[float], link: str) -> Non
 
 
 def parse_link(text: str) -> Link:
-    """From such as 100mbit or 100mbit,0.5ms, in Mbit/s and ms where no unit stands; if empty, messages take no time."""
+    """Parse a link such as 100mbit or 100mbit,0.5ms, by default in Mbit/s and ms; if empty, messages take no time."""
     if not text:
         return Link()
     parts = RATE.fullmatch(text)
@@ -70,7 +70,7 @@ def parse_link(text: str) -> Link:
 
 
 def placement_table(predictions: Predictions, *, names: Sequence[str], title: str) -> Table:
-    """One row per block; its rank is that where all ranks are used."""
+    """One row per block, with its rank if all ranks are used."""
     rows = Table("block", "submodules", title=title, title_justify="left")
     for column in ("forward", "backward", "output", "rank"):
         rows.add_column(column, justify="right", no_wrap=True)
@@ -82,7 +82,7 @@ def placement_table(predictions: Predictions, *, names: Sequence[str], title: st
 
 
 def predictions_table(predictions: Predictions) -> Table:
-    """One row per way of training; the speed-up is that over backpropagation in one process."""
+    """One row per way of training, with the speed-up over backpropagation in one process."""
     rows = Table("predicted")
     for column in ("ms per minibatch", "speed-up"):
         rows.add_column(column, justify="right")
@@ -93,7 +93,7 @@ def predictions_table(predictions: Predictions) -> Table:
 
 
 def advice(predictions: Predictions) -> str:
-    """Which placement to take, what limits it, and what would be faster still, in one line."""
+    """Which placement to use, what limits it, and what is predicted to be faster, in one line."""
     seconds, placement = predictions.block_local[predictions.best], predictions.placements[predictions.best]
     work = predictions.work(placement)
     messages = [(predictions.link.seconds(block.message), k) for k, block in enumerate(predictions.costs.local)]

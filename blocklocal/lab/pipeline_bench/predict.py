@@ -1,4 +1,4 @@
-"""What the simulator says of a model's blocks on several ranks, from their costs in one process.
+"""Simulates a model's blocks on several ranks, from their costs in one process.
 
 Blocks are measured one by one, with their local losses and as stages of backpropagation. A rank of speed 1 is as fast
 as this process.
@@ -27,7 +27,7 @@ REPETITIONS = 5
 @dataclass(frozen=True)
 class Costs:
     """Of every block and one minibatch. local: with its local loss, its output as it travels. end_to_end: under
-    backpropagation, of a minibatch in so many parts."""
+    backpropagation, by number of parts of a minibatch."""
 
     local: list[Cost]
     end_to_end: dict[int, list[Cost]]
@@ -35,7 +35,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Seconds per minibatch. placements, block_local: on 1, 2, ... ranks. alone: backpropagation in one process.
+    """Predicted seconds per minibatch. placements, block_local: on 1, 2, ... ranks. alone: backprop in one process.
     others: other ways, on all ranks."""
 
     costs: Costs
@@ -57,9 +57,9 @@ class Predictions:
 
 
 def measure(learner: BlockLocal, x: Tensor, y: Tensor, *, ranks: int, message: torch.dtype) -> Costs:
-    """The costs of a copy of the learner's blocks, for as many parts as pipelines on so many ranks have.
+    """The costs of a copy of the learner's blocks, for the numbers of parts of pipelines on this number of ranks.
 
-    A part has two images at least, so that batch normalisation can work.
+    A part has at least two images, as batch normalisation requires.
     """
     learner, h = copy.deepcopy(learner).train(), x
     local: list[Cost] = []
@@ -81,9 +81,9 @@ def measure(learner: BlockLocal, x: Tensor, y: Tensor, *, ranks: int, message: t
 
 
 def predict(costs: Costs, *, speeds: Sequence[float], link: Link) -> Predictions:
-    """What every way of training takes, with placements that even out the time of the blocks.
+    """Predict the time of every way of training, with placements that balance the time of the blocks.
 
-    speeds: of each rank, that of the process that has measured being 1.
+    speeds: of each rank, relative to the process that measured the costs.
     """
     ranks, whole = len(speeds), costs.end_to_end[1]
     placements = [_even(costs.local, speeds[: n + 1]) for n in range(ranks)]
@@ -118,7 +118,7 @@ def _even(costs: Sequence[Cost], speeds: Sequence[float]) -> Placement:
 
 
 def _slowed(costs: Sequence[Cost], placement: Placement, speeds: Sequence[float]) -> list[Cost]:
-    """What the blocks cost where they are placed."""
+    """The costs of the blocks on the ranks where they are placed."""
     return [_at_speed(block, speeds[rank]) for block, rank in zip(costs, placement.ranks, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What the pipeline benchmark trains: chains of blocks of even cost, and emulated devices."""
+"""The workloads of the pipeline benchmark: chains of blocks of equal cost, and emulated devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Chain:
-    """Blocks, and a minibatch (x, y) for them."""
+    """Blocks with a minibatch (x, y) for them."""
 
     blocks: list[nn.Module]
     x: Tensor
@@ -44,7 +44,7 @@ def cnn() -> Chain:
 
 
 def devices(stages: int) -> Chain:
-    """A block per device, which takes 20 ms forward and 40 ms backward without computing; messages of 1 MiB."""
+    """One block per device, which takes 20 ms forward and 40 ms backward without computing; messages of 1 MiB."""
     blocks: list[list[nn.Module]] = [[Device(rows=64, forward=0.02, backward=0.04)] for _ in range(stages)]
     blocks[-1].append(nn.Linear(4096, CLASSES))
     return _chain(blocks, torch.randn(64, 4096))
@@ -58,7 +58,7 @@ CHAINS: dict[str, Callable[[int], Chain]] = {
 
 
 class Device(nn.Module):
-    """Takes so many seconds on a batch of `rows`, asleep, and of a part of it that part; scales its input."""
+    """Sleeps for a given time on a batch of `rows`, or for part of it on part of the batch; scales its input."""
 
     def __init__(self, *, rows: int, forward: float, backward: float) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Device(nn.Module):
 
 
 class Sleep(torch.autograd.Function):
-    """The identity, with a time per row in each direction."""
+    """The identity, with a delay per row in each direction."""
 
     @staticmethod
     def forward(ctx, h: Tensor, forward: float, backward: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What runs have shown, before it is written down in any form."""
+"""The content of a report on runs, independent of its format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from blocklocal.lab.settings import NOT_STORED
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and the plots below it."""
+    """A heading with its plots."""
 
     title: str
     plots: tuple[Plot, ...]
@@ -24,7 +24,7 @@ class Section:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """unfinished: how far the runs are that are not done. settings, versions: every value that occurs, by name."""
+    """What a report shows. unfinished: the progress of unfinished runs. settings, versions: all values, by name."""
 
     title: str
     rows: tuple[Row, ...]
@@ -39,12 +39,12 @@ class ReportContent:
 
 
 def compose(runs: Sequence[History]) -> ReportContent:
-    """The content of runs. UserError: none of them has done an epoch."""
+    """Compose a report on these runs. UserError: none of them has finished an epoch."""
     groups = gather(runs)
     runs = [run for group in groups for run in group.runs]
     begun = [group for group in groups if group.counted]
     if not begun:
-        raise UserError("no epoch is done yet in any of these runs: there is nothing to report")
+        raise UserError("there is nothing to report yet: none of these runs has finished an epoch")
     colours = choose_colours(begun)
     subjects = list(dict.fromkeys(group.subject for group in begun))
     return ReportContent(

@@ -36,12 +36,12 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "blocklocal",
 }
 WIDTH, HEIGHT = 4.8, 3.4  # inches
-INSIDE, NAMED = 4, 12  # so many lines at most are named inside the panel; of more, so many are named beside it
+INSIDE, NAMED = 4, 12  # up to 4 lines are named inside the panel; of more, up to 12 are named next to it
 
 
 @dataclass(frozen=True)
 class Line:
-    """A value of every epoch's record, in the mean over a group's runs; nan in a record that has none."""
+    """A value from the record of every epoch, averaged over the runs of a group; nan if a record does not have it."""
 
     group: Group
     value: Callable[[dict[str, Any]], float]
@@ -60,7 +60,7 @@ def over_epochs(
     high: float | None = None,
     mark: float | None = None,
 ) -> Figure:
-    """low, high: values that the axis reaches at least. mark: a value with a line of its own."""
+    """The vertical axis. low, high: values that it must include. mark: a value marked by a line."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot(title=_shown(title), xlabel="epoch", ylabel=y)
     for line in lines:
@@ -76,7 +76,7 @@ def over_epochs(
 
 @matplotlib.rc_context(STYLE)
 def against_time(lines: Sequence[Line], *, title: str, y: str) -> Figure:
-    """Over the seconds of training: a line for each run."""
+    """A panel over the seconds of training, with a line for each run."""
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot(title=_shown(title), xlabel="seconds of training", ylabel=y)
     for line in lines:
@@ -90,7 +90,7 @@ def against_time(lines: Sequence[Line], *, title: str, y: str) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def stacked(lines: Sequence[Line], *, title: str) -> Figure:
-    """A panel for each line, one below the other."""
+    """A panel for each line, one below another."""
     figure = Figure(figsize=(WIDTH, max(HEIGHT, 0.9 + 0.7 * len(lines))), layout="constrained")
     panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
     panels[0].set_title(_shown(title))
@@ -105,7 +105,7 @@ def stacked(lines: Sequence[Line], *, title: str) -> Figure:
 
 
 def _draw(axes: Axes, line: Line) -> None:
-    """Where runs are not equally long, each epoch has those that have come so far."""
+    """The values of each epoch, from the runs that have reached it."""
     runs = [[line.value(record) for record in run.records] for run in line.group.counted]
     columns = [[run[i] for run in runs if i < len(run)] for i in range(max(map(len, runs)))]
     known = [[value for value in column if not math.isnan(value)] or [math.nan] for column in columns]
@@ -118,12 +118,12 @@ def _draw(axes: Axes, line: Line) -> None:
 
 
 def _shown(name: str) -> str:
-    """A legend leaves out what begins with an underscore."""
+    """A label that is safe in a legend, which leaves out those that begin with an underscore."""
     return plain(short(name)).replace("\n", " ").lstrip("_")
 
 
 def _count_epochs(axes: Axes) -> None:
-    """Whole numbers on the horizontal axis, for a single epoch too."""
+    """Show whole numbers on the horizontal axis, even for a single epoch."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     first, last = axes.get_xlim()
     axes.set_xlim(min(first, 0.8), max(last, 1.2))

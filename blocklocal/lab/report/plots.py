@@ -1,4 +1,4 @@
-"""Plots of runs: what is drawn, in which colours, under which names."""
+"""The plots of a report: their content, colours and file names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from blocklocal.lab.names import NAME
 from blocklocal.lab.report.figures import STYLE, Line, against_time, over_epochs, stacked
 from blocklocal.lab.report.seed_groups import Group
 
-# Okabe and Ito's colours, which the colour-blind too can tell apart.
+# Okabe and Ito's palette, which is suitable for colour-blind readers.
 COLOURS = ("#222222", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#8c6d31")
 
 
 @dataclass(frozen=True)
 class Plot:
-    """name: of its files. caption: what it shows, also for those who do not see it."""
+    """A plot. name: of its files. caption: what it shows, also as alternative text."""
 
     name: str
     caption: str
@@ -47,13 +47,13 @@ class Plot:
 
 
 def choose_colours(groups: Sequence[Group]) -> dict[str, str]:
-    """One for each label, so that a rule looks the same in all plots."""
+    """A colour for each label, so that a rule looks the same in all plots."""
     labels = dict.fromkeys(group.label for group in groups)
     return {label: COLOURS[k % len(COLOURS)] for k, label in enumerate(labels)}
 
 
 def compare_groups(groups: Sequence[Group], *, colours: Mapping[str, str]) -> list[Plot]:
-    """The groups of one subject: accuracy over epochs and against time, and the loss of the last block."""
+    """Plots of the groups of one subject: accuracy over epochs and time, and the loss of the last block."""
     subject, exit_ = groups[0].subject, "accuracy of the last exit, %"
 
     def lines(value: Callable[[dict[str, Any]], float]) -> list[Line]:
@@ -81,12 +81,12 @@ def compare_groups(groups: Sequence[Group], *, colours: Mapping[str, str]) -> li
 
 
 def show_group(group: Group) -> list[Plot]:
-    """What happens inside one group: in its blocks, and in its layers where their gradients are not the true ones."""
+    """Plots of the inside of one group: its blocks, and its layers if their gradients are not the true ones."""
     return [*(_show_blocks(group) if group.blocks > 1 else ()), *_show_angles(group)]
 
 
 def _show_blocks(group: Group) -> list[Plot]:
-    """What happens in the blocks and at their borders."""
+    """Plots of the blocks and their borders."""
     name, shades = f"{group.subject}, {group.label}", _shades(group.blocks)
 
     def lines(what: str, value: Callable[[dict[str, Any], int], float], *, count: int) -> list[Line]:
@@ -122,7 +122,7 @@ def _show_blocks(group: Group) -> list[Plot]:
 
 
 def _show_angles(group: Group) -> list[Plot]:
-    """A plot where a record has angles, as those of feedback alignment and its relatives do."""
+    """A plot of the angles in the records, which feedback alignment and its variants have."""
     records = [record for run in group.counted for record in run.records]
     layers = list(dict.fromkeys(layer for record in records for layer in record.get("angles", ())))
     if not layers:
@@ -154,5 +154,5 @@ def _name(what: str, subject: str) -> str:
 
 
 def _shades(count: int) -> list[tuple[float, ...]]:
-    """From the first of so many to the last, dark to light."""
+    """Colours from dark to light, from the first to the last."""
     return [matplotlib.colormaps["viridis"](0.85 * k / max(count - 1, 1)) for k in range(count)]

@@ -1,4 +1,4 @@
-"""A report as Markdown with pictures, and as one HTML file that holds its pictures and fetches nothing."""
+"""Writes a report as Markdown with pictures, and as one HTML file that contains its pictures and loads nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ summary { cursor: pointer; } .names td { overflow-wrap: anywhere; }
 
 
 def markdown(content: ReportContent) -> str:
-    """Its pictures are links into plots/."""
+    """The report as Markdown, with links to the pictures in plots/."""
     parts = [f"# {names.markdown(content.title)}", _markdown_table(content.rows), NOTE]
     if content.unfinished:
         parts.append("Unfinished:\n\n" + "\n".join(f"- {names.markdown(line)}" for line in content.unfinished))
@@ -65,7 +65,7 @@ def html(content: ReportContent) -> str:
 <p class="note">{names.page(NOTE)}</p>
 {"".join(_html_section(section) for section in content.sections)}
 <h2>Settings and versions</h2>
-<p class="note">Several values: those that occur among the runs.</p>
+<p class="note">If there are several values, they are all that occur among the runs.</p>
 <div class="wide names">{_html_names(content.settings | content.versions)}</div>
 </body>
 </html>

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed belong together."""
+"""Groups runs that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.history import History
 from blocklocal.lab.settings import CHANGES, Settings, last_name
 
-# Where a rule may differ from backpropagation at the same recipe.
+# Settings in which a rule may differ from backpropagation with the same recipe.
 RULE = ("rule", "blocks", "at", *CHANGES, "add_beliefs", "seed")
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one row and one curve.
+    """The runs of one table row and one curve.
 
-    variant: the settings in which it differs from other groups of the same data, model and rule, as "blocks 8".
+    variant: the settings that distinguish it from other groups of the same data, model and rule, such as "blocks 8".
     """
 
     runs: tuple[History, ...]
@@ -27,7 +27,7 @@ class Group:
 
     @property
     def settings(self) -> Settings:
-        """Of the first run; the others differ in the seed."""
+        """The settings of the first run; the others differ in the seed."""
         return self.runs[0].settings
 
     @property
@@ -36,7 +36,7 @@ class Group:
 
     @property
     def subject(self) -> str:
-        """What is learned by what: groups of one subject are compared."""
+        """Data set and model: groups with the same subject are compared."""
         return f"{self.dataset}, {last_name(self.settings.model)}"
 
     @property
@@ -45,22 +45,22 @@ class Group:
 
     @property
     def counted(self) -> tuple[History, ...]:
-        """The finished runs, and where none is, those that have begun."""
+        """The finished runs, or if there are none, those with at least one epoch."""
         finished = tuple(run for run in self.runs if run.finished)
         return finished or tuple(run for run in self.runs if run.records)
 
     @property
     def blocks(self) -> int:
-        """Of a group in which an epoch is done."""
+        """The number of blocks, for a group that has finished an epoch."""
         return len(self.counted[0].records[0]["test_accuracy"])
 
     def matches(self, other: Group) -> bool:
-        """Whether only the rule differs, and with it where the model is cut."""
+        """Whether only the rule differs, and where the model is cut."""
         return _without(self.settings, RULE) == _without(other.settings, RULE)
 
 
 def gather(runs: Sequence[History]) -> list[Group]:
-    """The groups, in the order in which their first runs are given. Warns of a run that is left out, see `_one`."""
+    """The groups, in the order of their first runs. Warns of a run that is left out, see `_one`."""
     found: dict[tuple[Any, ...], dict[int, list[History]]] = {}
     for run in runs:
         seeds = found.setdefault(tuple(_without(run.settings, ("seed",)).items()), {})
@@ -72,7 +72,7 @@ def gather(runs: Sequence[History]) -> list[Group]:
 
 
 def _one(runs: Sequence[History]) -> History:
-    """Of runs with one seed, which are one sample: that which has come the furthest, and of such the last."""
+    """Of runs with the same seed, which are one sample, the one that got furthest, or the latest of these."""
     chosen = max(runs, key=lambda run: (run.finished, len(run.records), run.changed))
     for run in runs:
         if run is not chosen:
@@ -82,13 +82,13 @@ def _one(runs: Sequence[History]) -> History:
 
 
 def _refuse_unlike(group: Group) -> None:
-    """UserError: runs with the same settings, but another number of blocks, as from two versions of a model's code."""
+    """Refuse runs with the same settings but different numbers of blocks, as from two versions of a model's code."""
     first, *others = group.runs
     for run in others:
         if run.facts["blocks"] != first.facts["blocks"]:
             raise UserError(
                 f"{str(first.path)!r} and {str(run.path)!r} have the same settings, but {first.facts['blocks']} and "
-                f"{run.facts['blocks']} blocks: report on one of them alone"
+                f"{run.facts['blocks']} blocks: report on only one of them"
             )
 
 

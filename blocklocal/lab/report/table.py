@@ -1,4 +1,4 @@
-"""Mean, standard deviation and difference to backpropagation of groups of runs, as rows of a table."""
+"""The table of a report: mean, standard deviation and difference to backpropagation for groups of runs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from blocklocal.lab.report.seed_groups import Group
 from blocklocal.lab.settings import last_name
 from blocklocal.lab.terminal import Terminal
 
-# Accuracy, mean and standard deviation, of a rule on a data set: by (data set, rule).
+# Mean and standard deviation of accuracy, by (data set, rule).
 Reference = Mapping[tuple[str, str], tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A group in numbers. Accuracies are fractions of the test images; standard deviations (n - 1) need two runs.
+    """The results of a group. Accuracies are fractions of the test images; standard deviations (n - 1) need two runs.
 
-    accuracy_mean, _std: of the last exit. accuracy_all_mean: of all exits combined. seconds: training of one run, in
-    the mean. peak_memory_mib: the largest. difference_to_bp: of the means, to the runs of rule bp whose other settings
-    are the same, with its standard error √(s₁²/n₁ + s₂²/n₂). epochs: trained of `epochs_planned`. paper: the
+    accuracy_mean, _std: of the last exit. accuracy_all_mean: of all exits combined. seconds: mean training time of a
+    run. peak_memory_mib: the largest. difference_to_bp: difference of the means to the runs of rule bp with otherwise
+    equal settings, with its standard error √(s₁²/n₁ + s₂²/n₂). epochs: trained, of `epochs_planned`. paper: the
     reference's mean and standard deviation.
     """
 
@@ -49,12 +49,12 @@ class Row:
 
 
 def summarise(groups: Sequence[Group], *, reference: Reference | None = None) -> list[Row]:
-    """A row for every group of which an epoch is done."""
+    """A row for every group that has finished an epoch."""
     return [_row(group, groups, reference=reference or {}) for group in groups if group.counted]
 
 
 def print_table(rows: Sequence[Row], *, title: str) -> None:
-    """To standard output, wide enough where that is no terminal."""
+    """Print the rows to standard output, with full width if it is not a terminal."""
     console = Terminal()
     if not console.is_terminal:
         console.width = 140
@@ -72,7 +72,7 @@ TEXT = ("data", "model", "rule", "variant")
 
 
 def tabulate(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Heading -> the cells of a column, without columns that say nothing. `TEXT` names those of words."""
+    """The columns by heading, without empty ones. `TEXT` names those that hold text."""
     columns = {
         "data": [short(row.dataset) for row in rows],
         "model": [short(row.model) for row in rows],
@@ -123,7 +123,7 @@ def _row(group: Group, groups: Sequence[Group], *, reference: Reference) -> Row:
 
 
 def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
-    """Of the means, and its standard error for unequal variances (Welch)."""
+    """The difference of the means, and its standard error for unequal variances (Welch)."""
     deviations = _deviation(ours), _deviation(theirs)
     if deviations[0] is None or deviations[1] is None:
         return mean(ours) - mean(theirs), None

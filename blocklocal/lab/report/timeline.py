@@ -1,4 +1,4 @@
-"""A timeline as a table, a picture, and a trace for a viewer."""
+"""Shows a timeline as a table, a picture, and a trace for a viewer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blocklocal.pipeline.trace import Record
 
 
 def table(timeline: Timeline) -> Table:
-    """One row per rank; shares are those from its first forward pass to its last backward pass."""
+    """One row per rank; shares are of the time from its first forward pass to its last backward pass."""
     rows = Table("rank", "blocks")
     for column in ("busy per minibatch", "busy", "waiting"):
         rows.add_column(column, justify="right")
@@ -68,7 +68,7 @@ def draw(timeline: Timeline, *, minibatches: int = 0) -> Figure:
 
 
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
-    """The same for a trace viewer: a process per rank, a row per block, an arrow per message; microseconds."""
+    """The timeline for a trace viewer: a process per rank, a row per block, an arrow per message; microseconds."""
     begin = min(record.start for record in timeline.records)
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}} for rank in timeline.ranks

@@ -1,1 +1,1 @@
-"""The folder of a run, and what is kept there."""
+"""The folder of a run and its files."""

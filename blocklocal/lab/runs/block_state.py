@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a block: its tensors and its optimizer's, by the names that they have in the learner."""
+"""The part of a checkpoint for a block: its tensors and its optimizer's, by their names in the learner."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ CPU, GPU = "random.cpu", "random.cuda."
 def block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None) -> State:
     """Parameters and buffers of block k and its border; of the optimizer `optimizer.KEY.NAME` for each parameter.
 
-    Where replicas hold shares of the block, all of them call it and get the whole. UserError: a module that keeps
-    something else than tensors.
+    If replicas hold shares of the block, all of them call this and get the whole. UserError: the state of a module is
+    not a tensor.
     """
     state = {name: tensor for name, tensor in learner.state_dict().items() if _belongs(name, k)}
     for name, kept in state.items():
         if not isinstance(kept, Tensor):
-            raise UserError(f"{name} of the model is a {type(kept).__name__}: a checkpoint keeps tensors alone")
+            raise UserError(f"{name} of the model is a {type(kept).__name__}: a checkpoint can only hold tensors")
     for name, parameter in learner.named_parameters():
         if optimizer is not None and _belongs(name, k):
             kept = optimizer.state.get(parameter, {})
@@ -37,7 +37,7 @@ def block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None) -> Sta
 
 
 def load_block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None, state: State) -> None:
-    """Give block k what `block_state` took of it. UserError: the state of another model."""
+    """Restore block k from what `block_state` returned. UserError: the state of another model."""
     parameters, tensors = dict(learner.named_parameters()), _tensors(state)
     weights = {name: tensor for name, tensor in tensors.items() if _belongs(name, k)}
     _check_fit(weights, {name: tensor for name, tensor in learner.state_dict().items() if _belongs(name, k)})
@@ -52,14 +52,14 @@ def load_block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None, s
 
 
 def alignment_state(alignment: Alignment) -> State:
-    """What the rule needs to go on: `alignment.KEY`, and `alignment.feedback.LAYER` for each layer."""
+    """What the rule needs to continue: `alignment.KEY`, and `alignment.feedback.LAYER` for each layer."""
     kept = alignment.state_dict()
     feedback = {FEEDBACK + name: tensor for name, tensor in kept.pop("feedback").items()}
     return {ALIGNMENT + name: value for name, value in {**kept, **feedback}.items()}
 
 
 def load_alignment_state(alignment: Alignment, state: State) -> None:
-    """Give the rule what `alignment_state` took of it. UserError: the state of another rule or model, or none."""
+    """Restore the rule from what `alignment_state` returned. UserError: the state of another rule or model, or none."""
     own = {name.removeprefix(ALIGNMENT): value for name, value in state.items() if name.startswith(ALIGNMENT)}
     feedback = {name.removeprefix(FEEDBACK): tensor for name, tensor in _tensors(own).items()}
     others = {name: value for name, value in own.items() if not name.startswith(FEEDBACK)}
@@ -70,13 +70,13 @@ def load_alignment_state(alignment: Alignment, state: State) -> None:
 
 
 def random_state() -> State:
-    """Where the random numbers of this process stand."""
+    """The state of the random number generators of this process."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {CPU: torch.get_rng_state(), **{f"{GPU}{i}": numbers for i, numbers in enumerate(gpus)}}
 
 
 def load_random_state(state: State) -> None:
-    """Go on there. Of a state without, such as a pipeline's, nothing. UserError: no states of random numbers."""
+    """Restore the random number generators, which a pipeline does not save. UserError: their state is invalid."""
     tensors, gpus = _tensors(state), torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
         if CPU in tensors:
@@ -89,20 +89,20 @@ def load_random_state(state: State) -> None:
 
 
 def load_weights(learner: BlockLocal, checkpoints: Checkpoints, *, minibatch: int, blocks: Iterable[int]) -> None:
-    """Give so many blocks what they had after so many minibatches. UserError: see `Checkpoints.load`."""
+    """Give these blocks the weights that they had after `minibatch` minibatches. UserError: see `Checkpoints.load`."""
     for k in blocks:
         load_block_state(learner, k, None, checkpoints.load(minibatch, k))
 
 
 def unshard(learner: BlockLocal) -> None:
-    """Make room for whole parameters in place of this process's shares; what they hold is lost."""
+    """Replace this process's shares by empty tensors for the whole parameters; their values are lost."""
     learner.convert(
         lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype) if isinstance(tensor, DTensor) else tensor
     )
 
 
 def _share(tensor: Tensor, parameter: nn.Parameter | None) -> Tensor:
-    """Of a whole tensor what this process keeps, where it keeps a share of the parameter."""
+    """This process's share of a whole tensor, if it keeps a share of the parameter."""
     if not isinstance(parameter, DTensor):
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -133,8 +133,8 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 
 def misfit(what: str) -> UserError:
-    """A checkpoint that is sound, but of something else."""
+    """The error for a valid checkpoint that belongs to another model or rule."""
     return UserError(
         "the checkpoint does not fit the model as it is built now: "
-        f"give back the code that it was trained with, or train anew ({what})"
+        f"restore the code that it was trained with, or start a new run ({what})"
     )

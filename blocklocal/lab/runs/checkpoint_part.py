@@ -1,7 +1,7 @@
-"""A block's part of a checkpoint: a folder with tensors.safetensors, and index.json, which says what must be there.
+"""A block's part of a checkpoint: a folder with tensors.safetensors, and index.json, which describes it.
 
-Neither runs code when it is read. The index is what `_encode` makes of the tensors that are found, byte by byte, or the
-part is refused: so no change of a single bit passes, in either file.
+Reading them runs no code. The index must equal, byte for byte, what `_encode` makes of the tensors found; otherwise the
+part is refused. So a change of a single bit in either file is detected.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ State = dict[str, Value]
 
 FORMAT = 1
 TENSORS, INDEX = "tensors.safetensors", "index.json"
-PICKLED = ".metadata"  # what older versions had for an index
+PICKLED = ".metadata"  # the index of older versions
 LARGEST = 2**26  # bytes of an index, of half a million tensors
 
 
 @dataclass(frozen=True)
 class Part:
-    """Of block `block` after minibatch `step`. `path` need not exist yet."""
+    """The part for block `block` after minibatch `step`. `path` need not exist yet."""
 
     path: Path
     step: int
@@ -44,11 +44,11 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        """The index is written last and by renaming, so all is there where it is there."""
+        """Whether the part is complete: the index is written last, by renaming."""
         return any(os.path.lexists(self.path / name) for name in (INDEX, PICKLED))
 
     def write(self, state: State) -> None:
-        """Tensors must be contiguous and on the CPU. OSError, SafetensorError: no room, or no right to write."""
+        """Write the state; tensors must be contiguous and on the CPU. OSError, SafetensorError: this failed."""
         values = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         file, index, unnamed = self.path / TENSORS, self.path / INDEX, self.path / f"{INDEX}.part"
@@ -57,7 +57,7 @@ class Part:
         save_file(tensors, file)
         content = self._content(file.stat().st_size, _digest(file), tensors) | {"values": values}
         unnamed.write_bytes(_encode(content))
-        shutil.copymode(unnamed, file)  # safetensors lets nobody else read it
+        shutil.copymode(unnamed, file)  # safetensors makes it readable by the owner only
         for path in (file, unnamed):
             _sync(path)
         unnamed.replace(index)
@@ -65,21 +65,21 @@ class Part:
             _sync(folder)
 
     def read(self) -> State:
-        """UserError: anything but what `write` has left there; it names the file, and the field of the index.
+        """Read the state. UserError: it is not as `write` left it; the message names the file and the field.
 
-        The tensors are mapped from the file: copy what is to stay.
+        The tensors are mapped from the file: copy those to keep.
         """
         if os.path.lexists(self.path / PICKLED):
             raise UserError(
-                f"{str(self.path)!r} is a checkpoint of an older version, which is read no more: "
-                "train anew with another --out, or resume with blocklocal 0.1"
+                f"{str(self.path)!r} is a checkpoint of an older version, which is no longer supported: "
+                "start a new run with another --out, or resume with blocklocal 0.1"
             )
         try:
             return self._read()
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{str(self.path)!r} is not a readable checkpoint ({error}); "
-                "take it from a copy, or train anew with another --out"
+                "restore it from a copy, or start a new run with another --out"
             ) from error
 
     def _read(self) -> State:
@@ -89,7 +89,7 @@ class Part:
         file, index = self.path / TENSORS, self.path / INDEX
         for path in (file, index):
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise ValueError(f"{path.name} is no file of its own")
+                raise ValueError(f"{path.name} is not a regular file")
         if index.stat().st_size > LARGEST:
             raise ValueError(f"{INDEX} has {index.stat().st_size} bytes, {LARGEST} at most")
         written = index.read_bytes()
@@ -107,7 +107,7 @@ class Part:
         return {**tensors, **content["values"]}
 
     def _content(self, size: int, digest: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Of the index, what follows from the place and the tensors."""
+        """The part of the index that follows from place and tensors."""
         return self._place | {"bytes": size, "sha256": digest, "tensors": _outlines(tensors)}
 
     @property
@@ -135,7 +135,7 @@ def _digest(file: Path) -> str:
 
 
 def _encode(content: dict[str, Any]) -> bytes:
-    """The one way to write an index, with its own checksum in it. ValueError: a number that JSON does not have."""
+    """The bytes of an index, including its own checksum. ValueError: a number that JSON cannot express."""
     bare = json.dumps(content, sort_keys=True, allow_nan=False)
     whole = content | {"checksum": hashlib.sha256(bare.encode()).hexdigest()}
     return (json.dumps(whole, sort_keys=True, indent=1) + "\n").encode()
@@ -147,9 +147,9 @@ def _decode(written: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{INDEX}: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{INDEX} is a {type(found).__name__} in place of an object")
+        raise ValueError(f"{INDEX} is a {type(found).__name__} instead of an object")
     if found.get("format") != FORMAT:
-        raise ValueError(f"{INDEX}: format {_short(found.get('format'))}, and this version reads format {FORMAT}")
+        raise ValueError(f"{INDEX}: format {_short(found.get('format'))}, but this version reads format {FORMAT}")
     return found
 
 
@@ -164,16 +164,16 @@ def _values(found: dict[str, Any]) -> dict[str, str | int | float]:
 
 
 def _compare(found: Any, expected: Any, *, at: str = "") -> None:
-    """ValueError: the first place where the index says something else than what is there."""
+    """Compare an index with what it should be. ValueError: names the first difference."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for name in {**expected, **found}:
             _compare(found.get(name), expected.get(name), at=f"{at}/{_short(name)[1:-1]}".lstrip("/"))
     elif found != expected:
-        raise ValueError(f"{INDEX}: {at} is {_short(found)} in place of {_short(expected)}")
+        raise ValueError(f"{INDEX}: {at} is {_short(found)} instead of {_short(expected)}")
 
 
 def _short(value: object) -> str:
-    """As JSON would have it, cut where it is long, and without characters that do something to a terminal."""
+    """The value as text, shortened if long, and without control characters."""
     return "nothing" if value is None else _REPR.repr(value)
 
 
@@ -182,12 +182,12 @@ _REPR.maxstring = _REPR.maxother = 100
 
 
 def _sync(path: Path) -> None:
-    """Until the disk has it, not only the system's memory."""
+    """Flush a file or folder to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no such thing for folders
+        if error.errno != errno.EINVAL:  # a file system that does not support this for folders
             raise
     finally:
         os.close(opened)

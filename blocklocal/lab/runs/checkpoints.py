@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a part per block, written beside the training by whoever trains the block."""
+"""Checkpoints of a run: one part per block, written during training by the process that trains the block."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
 class Checkpoints:
-    """The folders step-N/block-K below `path`, N being the number of minibatches that the block has learnt from.
+    """The folders step-N/block-K below `path`, where N is the number of minibatches that the block has learnt from.
 
-    Step N is a consistent cut once the parts of all blocks are whole: a block needs nothing from another but messages,
-    and these follow from the data. So no process waits for another to save. Of whole cuts the last is kept.
+    Step N is a consistent cut once the parts of all blocks are complete: a block needs only messages from another, and
+    these follow from the data. So no process waits for another to save. The last complete cut is kept.
     """
 
     def __init__(self, path: Path, *, blocks: int) -> None:
@@ -34,33 +34,33 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, states: Mapping[int, State]) -> None:
-        """Copy the states of some blocks and write them while training goes on; first wait for those before.
+        """Copy the states of some blocks and write them while training continues, after waiting for earlier writes.
 
-        What cannot be written is a warning, and leaves nothing behind: the last whole cut stays.
+        If they cannot be written, there is a warning, nothing is left behind, and the last complete cut is kept.
         """
         self.wait()
         copies = {k: {name: _copy(value) for name, value in state.items()} for k, state in states.items()}
         self._pending = self._writer.submit(self._write, step, copies)
 
     def wait(self) -> None:
-        """Until what was to be saved is on disk, or given up. UserError: a tensor of a kind that files do not hold."""
+        """Wait until everything is saved or given up. UserError: a tensor of a kind that cannot be saved."""
         pending, self._pending = self._pending, None
         try:
             if pending is not None:
                 pending.result()
         except OSError as error:
-            warnings.warn(f"a checkpoint was not written ({error}); training goes on", stacklevel=2)
+            warnings.warn(f"a checkpoint was not written ({error}); training continues", stacklevel=2)
 
     def latest(self) -> int | None:
-        """The last whole cut; None where there is none."""
+        """The last complete cut, or None."""
         return max((step for step in self._steps() if self._whole(step)), default=None)
 
     def load(self, step: int, k: int) -> State:
-        """The state of block k. UserError: a part that is damaged, or foreign, or of an older version."""
+        """The state of block k. UserError: the part is damaged, of another block, or of an older version."""
         return self._part(step, k).read()
 
     def discard_others(self, step: int | None) -> None:
-        """Forget all cuts but that one: parts of later ones belong to a course of events that is given up."""
+        """Delete all cuts except this one: parts of later ones belong to training that is repeated."""
         for other in self._steps():
             if other != step:
                 shutil.rmtree(self.path / f"step-{other}")
@@ -82,7 +82,7 @@ class Checkpoints:
                 self._forget(old, states)
 
     def _forget(self, step: int, blocks: Iterable[int]) -> None:
-        """As far as possible; other processes may have parts in the cut, too."""
+        """Remove what can be removed; other processes may have parts in the cut too."""
         for k in blocks:
             shutil.rmtree(self._part(step, k).path, ignore_errors=True)
         with suppress(OSError):
@@ -100,11 +100,11 @@ class Checkpoints:
 
 
 def resume_hint(run: Run) -> str:
-    """What a run that was stopped can be resumed from, in words."""
+    """From where a stopped run can be resumed, in words."""
     facts = run.facts()
     latest, steps = Checkpoints(run.checkpoints, blocks=facts["blocks"]).latest(), facts["steps"]
     if latest is None:
-        return "no checkpoint was written yet"
+        return "no checkpoint has been written yet"
     epoch, rest = divmod(latest, steps)
     place = f"epoch {epoch + 1}, step {rest} of {steps}" if rest else f"epoch {epoch}"
     return f"{str(run.path)!r} keeps the checkpoint of {place}"

@@ -1,6 +1,6 @@
 """The folder of a run: config.json, metrics.jsonl, model.safetensors, checkpoint/.
 
-A file is written under another name and renamed, so that a kill at any moment leaves the last good one.
+A file is written under another name and renamed, so a kill at any moment leaves the last valid one.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ class Run:
         return os.path.exists(self.config)  # where a path cannot be, there is none
 
     def refuse(self) -> None:
-        """UserError: a run is there already, or what is left of one."""
+        """Check that the folder holds no run. UserError: it does, or the remains of one."""
         if self.exists:
             raise UserError(
-                f"{str(self.path)!r} already holds a run: go on with --resume, or choose another folder with --out"
+                f"{str(self.path)!r} already holds a run: continue with --resume, or choose another folder with --out"
             )
         for file in (self.metrics, self.model):
             if os.path.lexists(file):
-                raise UserError(f"{str(file)!r} is of a run that has no config.json: choose another folder with --out")
+                raise UserError(f"{str(file)!r} belongs to a run without config.json: choose another folder with --out")
 
     def alone(self, *, timeout: float = lock.MOMENT) -> AbstractContextManager[None]:
-        """Hold the folder: whoever writes does so from the first file to the last. UserError: see `lock.alone`."""
+        """Hold the lock of the folder, for as long as files are written. UserError: see `lock.alone`."""
         return lock.alone(self.path, timeout=timeout)
 
     def create(self, settings: Settings, *, facts: dict[str, Any]) -> None:
-        """A new run with these settings; `facts` stand beside them in config.json. OSError: nothing is left of it."""
+        """Create a run with these settings and `facts` in config.json. OSError: it failed, and nothing is left."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"settings": encode(settings), **facts}, indent=2)
         try:
@@ -77,24 +77,24 @@ class Run:
             raise
 
     def facts(self) -> dict[str, Any]:
-        """All that config.json says. UserError: no run here, or not one that can be read."""
+        """The content of config.json. UserError: no run here, or one that cannot be read."""
         self._check()
         return schema.read_config(self.config)
 
     def settings(self) -> Settings:
-        """UserError: no run here, or not one of this version."""
+        """The settings of the run. UserError: no run here, or not one of this version."""
         self._check()
         return schema.read_settings(self.config)
 
     def records(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl says of each epoch, from the first on. UserError: it says something else."""
+        """The record of each epoch in metrics.jsonl. UserError: the file is invalid."""
         epochs, blocks = self.settings().epochs, self.facts()["blocks"]
         if os.path.lexists(self.metrics) or self.model.exists():
             return schema.read_epochs(self.metrics, blocks=blocks, epochs=epochs)
         return []
 
     def append(self, record: dict[str, Any]) -> None:
-        """One more line of metrics.jsonl, which is on disk before the checkpoint of that epoch. OSError: it is not."""
+        """Add a line to metrics.jsonl, on disk before the checkpoint of that epoch. OSError: it was not written."""
         try:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -104,15 +104,15 @@ class Run:
             raise OSError(f"{str(self.metrics)!r} was not written ({outputs.reason(error)})") from error
 
     def rewind(self, *, epochs: int) -> list[dict[str, Any]]:
-        """Forget what metrics.jsonl says of later epochs, which the checkpoint does not know; returns the rest.
+        """Remove the records of epochs after the checkpoint from metrics.jsonl; returns the rest.
 
-        UserError: see `records`; an epoch that the checkpoint knows is not there.
+        UserError: see `records`; the record of an epoch in the checkpoint is missing.
         """
         records = self.records()
         if len(records) < epochs:
             raise UserError(
-                f"{str(self.metrics)!r} says nothing of epoch {len(records) + 1}, which the checkpoint has: "
-                "put the file back, or train anew with another --out"
+                f"{str(self.metrics)!r} has no record of epoch {len(records) + 1}, which the checkpoint includes: "
+                "restore the file, or start a new run with another --out"
             )
         content = self.metrics.read_bytes() if self.metrics.exists() else b""
         kept = b"".join(line + b"\n" for line in content.split(b"\n")[:epochs])
@@ -121,12 +121,12 @@ class Run:
         return records[:epochs]
 
     def forget_traces(self) -> None:
-        """Those of processes that the run has had before, which may have been more."""
+        """Remove the logs of earlier processes of the run, of which there may have been more."""
         for file in self.traces.glob("*.jsonl"):
             file.unlink()
 
     def save_model(self, model: nn.Module) -> None:
-        """The weights under the model's own names. OSError: they are not there."""
+        """Save the weights under the model's own names. OSError: they were not written."""
         outputs.write(self.model, lambda path: save_model(model, str(path)))
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""What the folder of a run tells, whether the run is finished, under way or broken off."""
+"""The history of a run from its folder, whether it is finished, in progress or interrupted."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from blocklocal.lab.settings import Settings
 
 @dataclass(frozen=True)
 class History:
-    """A run as far as it has come.
+    """A run up to its last epoch.
 
-    facts: what config.json says beside the settings. records: the lines of metrics.jsonl, one per epoch. finished: the
-    weights are there, after all epochs. changed: when the last epoch ended, in seconds of the system's clock.
+    facts: the rest of config.json. records: the lines of metrics.jsonl, one per epoch. finished: whether the weights
+    after all epochs are there. changed: when the last epoch ended, in seconds of the system clock.
     """
 
     path: Path
@@ -29,22 +29,22 @@ class History:
 
     @property
     def accuracies(self) -> list[float]:
-        """Of the last exit on the test images after each epoch, as fractions."""
+        """Accuracy of the last exit on the test images after each epoch, as fractions."""
         return [record["test_accuracy"][-1] for record in self.records]
 
     @property
     def seconds(self) -> float:
-        """Training alone, without tests."""
+        """Seconds of training, without tests."""
         return sum(record["seconds"] for record in self.records)
 
     @property
     def peak_memory(self) -> float:
-        """MiB: on a GPU of tensors, elsewhere of the whole process."""
+        """Peak memory in MiB: of tensors on a GPU, otherwise of the whole process."""
         return max((record["peak_memory_mib"] for record in self.records), default=0.0)
 
 
 def read(path: Path) -> History:
-    """The run in a folder. UserError: no run there, or files that no run has written."""
+    """Read the run in a folder. UserError: no run there, or invalid files."""
     run = Run(path)
     settings, records = run.settings(), tuple(run.records())
     facts = {name: fact for name, fact in run.facts().items() if name != "settings"}
@@ -54,9 +54,9 @@ def read(path: Path) -> History:
 
 
 def find(path: Path) -> list[Path]:
-    """The folder if it holds a run, else the runs in folders below it, in the order of their names.
+    """The folder itself if it holds a run, else the runs in its subfolders, sorted by name.
 
-    UserError: neither.
+    UserError: there is no run.
     """
     if Run(path).exists:
         return [path]
@@ -65,7 +65,7 @@ def find(path: Path) -> list[Path]:
     found = sorted(config.parent for config in path.rglob("config.json") if Run(config.parent).exists)
     if not found:
         raise UserError(
-            f"{str(path)!r} holds no run: it has no config.json, and no folder in it has; a run is what bll train "
+            f"{str(path)!r} holds no run: neither it nor a subfolder has a config.json; a run is what bll train "
             "writes, in runs/ by default"
         )
     return found

@@ -1,4 +1,4 @@
-"""One process at a time writes in a folder. The system ends the lock with the process, however that ends."""
+"""A lock, so that only one process writes in a folder. The system releases it when the process ends in any way."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MOMENT = 1.0  # seconds that a process may need to end after it was killed
 
 @contextmanager
 def alone(folder: Path, *, flag: str = "--out", timeout: float = MOMENT) -> Iterator[None]:
-    """Hold the folder, for which see `room`. UserError: another process holds it for `timeout` seconds and longer."""
+    """Hold the lock of a folder, see `room`. UserError: another process still holds it after `timeout` seconds."""
     end = time.monotonic() + timeout
     with room(folder, flag=flag):
         while (lock := _acquire(folder, flag=flag)) is None:
             if time.monotonic() > end:
                 raise UserError(
-                    f"{str(folder)!r} is in use by {holder(folder)}: wait for its end, or choose another {flag}"
+                    f"{str(folder)!r} is in use by {holder(folder)}: wait until it ends, or choose another {flag}"
                 )
             time.sleep(POLL)
         try:
@@ -40,7 +40,7 @@ def alone(folder: Path, *, flag: str = "--out", timeout: float = MOMENT) -> Iter
 
 
 def clear(folder: Path) -> None:
-    """Take away the file that a killed process has left."""
+    """Remove the file left by a killed process."""
     with suppress(UserError), alone(folder, timeout=0.0):
         pass
 
@@ -61,7 +61,7 @@ def is_held(folder: Path) -> bool:
 
 
 def holder(folder: Path) -> str:
-    """Who holds the folder, as far as it has said so."""
+    """The process that holds the folder, according to the lock file."""
     try:
         said = (folder / FILE).read_text(errors="replace")
     except OSError:
@@ -70,7 +70,7 @@ def holder(folder: Path) -> str:
 
 
 def _acquire(folder: Path, *, flag: str) -> int | None:
-    """A descriptor that holds the lock; None where another process has it, or has just removed its file."""
+    """A descriptor that holds the lock; None if another process has it, or has just removed its file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,4 +1,4 @@
-"""What the files of a run hold, and what is wrong with one that holds something else."""
+"""The format of the files of a run, and what is wrong with an invalid one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Amount = Annotated[float, Meta(ge=0, le=1e12)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 RENAMED = {"message": "message_dtype"}  # since version 0.1.0
-# Settings that came after version 0.1.0. A run that does not know one was trained as its default says.
+# Settings added after version 0.1.0. A run without one was trained with its default.
 LATER = {"clip", "accumulate", "validation", "add_beliefs", *CHANGES}
 
 
@@ -37,7 +37,7 @@ class Config(TypedDict):
 
 
 class Border(TypedDict):
-    """What was measured at a border; nan where that is no number."""
+    """Measurements at a border; nan where one is not a number."""
 
     agreement: float
     variance_ratio: float
@@ -61,7 +61,7 @@ class Epoch(TypedDict):
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """All that a config.json says. UserError: it is not what a run writes."""
+    """The content of a config.json. UserError: it is not as a run writes it."""
     content = read(file)
     try:
         return _parse(content, Config)
@@ -70,7 +70,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_settings(file: Path) -> Settings:
-    """Those of a config.json. UserError: it is not what a run writes; settings of another version, or out of range."""
+    """The settings in a config.json. UserError: not as a run writes it; settings of another version or out of range."""
     found: dict[str, Any] = read_config(file)["settings"]
     stored = {RENAMED.get(name, name): value for name, value in found.items()}
     known = {field.name for field in fields(Settings)} - set(NOT_STORED)
@@ -87,9 +87,9 @@ def read_settings(file: Path) -> Settings:
 
 
 def read_epochs(file: Path, *, blocks: int, epochs: int) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl: a kill may leave half a line at the end.
+    """The records in a metrics.jsonl, without a partial line at the end, which a kill may leave.
 
-    UserError: a line that is not what a run of so many blocks and epochs writes there.
+    UserError: a line that a run with this number of blocks and epochs would not write.
     """
     found = []
     for number, line in enumerate(read(file).split(b"\n")[:-1], start=1):
@@ -101,15 +101,15 @@ def read_epochs(file: Path, *, blocks: int, epochs: int) -> list[dict[str, Any]]
                 if len(record[name]) != length:
                     raise ValueError(f"{name}: expected {length} for {blocks} blocks, got {len(record[name])}")
         except ValueError as error:
-            raise UserError(f"line {number} of {str(file)!r} is no epoch's record ({error})") from error
+            raise UserError(f"line {number} of {str(file)!r} is not the record of an epoch ({error})") from error
         found.append(record)
     return found
 
 
 def read(file: Path) -> bytes:
-    """UserError: there is no such file, or it cannot be read."""
+    """Read a file. UserError: it does not exist, or cannot be read."""
     try:
-        if file.exists() and not file.is_file():  # a pipe would be waited for
+        if file.exists() and not file.is_file():  # reading a pipe could block
             raise UserError(f"{str(file)!r} is not a regular file")
         return file.read_bytes()
     except OSError as error:
@@ -117,7 +117,7 @@ def read(file: Path) -> bytes:
 
 
 def _parse(line: bytes, kind: type) -> dict[str, Any]:
-    """ValueError: no JSON, no text that can be written again, or not of this kind."""
+    """Parse JSON. ValueError: it is invalid, cannot be written as text again, or is not of this type."""
     try:
         found = json.loads(line.decode())
         json.dumps(found, ensure_ascii=False).encode()
@@ -128,7 +128,7 @@ def _parse(line: bytes, kind: type) -> dict[str, Any]:
 
 
 def convert_to(found: Any, kind: type) -> Any:
-    """Plain values as an object of this kind. ValueError: they do not fit; which, and why."""
+    """Convert plain values to an object of this type. ValueError: which value does not fit, and why."""
     try:
         return convert(found, kind)
     except ValidationError as error:

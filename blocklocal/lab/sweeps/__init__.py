@@ -1,1 +1,1 @@
-"""Several runs: grids, Table 1, and what they say together."""
+"""Several runs: grids, Table 1, and their results."""

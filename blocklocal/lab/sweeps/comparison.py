@@ -1,4 +1,4 @@
-"""Several runs laid side by side: trained where they are missing, then as one table."""
+"""Compares several runs: trains those that are missing, then shows one table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from blocklocal.lab.terminal import Terminal
 def lay_side_by_side(
     sweep: Sequence[Settings], *, folder: Path, title: str, reference: Reference | None = None
 ) -> None:
-    """Complete the sweep, print its table, and as the last line its rows as JSON. UserError: runs that failed."""
+    """Complete the sweep, and print its table and, as the last line, its rows as JSON. UserError: runs failed."""
     finished = complete(sweep, folder=folder, console=Terminal(stderr=True))
     rows = summarise(gather(finished), reference=reference)
     if rows:
@@ -32,8 +32,8 @@ def lay_side_by_side(
 
 
 def listed(names: str, *, flag: str) -> list[str]:
-    """The names between commas. UserError: none, or one twice."""
+    """The names in a comma-separated list. UserError: there is none, or one appears twice."""
     found = [name.strip() for name in names.split(",")]
     if not all(found) or len(set(found)) < len(found):
-        raise UserError(f"{flag} {names!r}: name each once, with one comma between two")
+        raise UserError(f"{flag} {names!r}: name each once, separated by commas")
     return found

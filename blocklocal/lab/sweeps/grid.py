@@ -1,4 +1,4 @@
-"""A grid of settings: a file that holds one plain Python list, each item the settings of a row."""
+"""A grid of settings: a file with one plain Python list, each item the settings of a row."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NAME, SHARED = "name", ("data", "seed", "validation", *NOT_STORED)
 
 @dataclass(frozen=True)
 class Row:
-    """What is trained with every seed. name: in tables, pictures, and of the folders of its runs."""
+    """Settings to train with every seed. name: in tables and pictures, and of the folders of its runs."""
 
     name: str
     settings: Settings
 
 
 def read_grid(file: Path, *, shared: Settings) -> list[Row]:
-    """The rows of a file such as
+    """Read the rows of a file such as
 
         # comments are allowed
         [
@@ -32,13 +32,13 @@ def read_grid(file: Path, *, shared: Settings) -> list[Row]:
             {"name": "pooled, one per unit", "head": "pooled", "at": ["layer1.0", "layer1.1"]},
         ]
 
-    What an item does not say comes from the shared settings. The file is read, not run.
+    Missing settings come from the shared ones. The file is parsed, not run.
     UserError: anything else; an unknown setting, or one that all rows share; a name twice.
     """
     try:
         items = ast.literal_eval(read(file).decode())
         if not isinstance(items, list) or not items:
-            raise ValueError("one list with an item for each row is needed")
+            raise ValueError("it must be one list with an item for each row")
         rows = [_row(item, number, shared=shared) for number, item in enumerate(items, start=1)]
         name, times = Counter(row.name for row in rows).most_common(1)[0]
         if times > 1:
@@ -46,13 +46,15 @@ def read_grid(file: Path, *, shared: Settings) -> list[Row]:
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         if isinstance(error, SyntaxError):
             error = ValueError(f"line {error.lineno}: {error.msg}")
-        raise UserError(f"{str(file)!r} is no grid of settings ({str(error) or 'it is nested too deeply'})") from error
+        raise UserError(
+            f"{str(file)!r} is not a grid of settings ({str(error) or 'it is nested too deeply'})"
+        ) from error
     return rows
 
 
 def _row(item: Any, number: int, *, shared: Settings) -> Row:
     if not isinstance(item, dict):
-        raise ValueError(f"item {number}: a dictionary of settings is needed")
+        raise ValueError(f"item {number} must be a dictionary of settings")
     given = {str(name): value for name, value in item.items()}
     name = given.pop(NAME, None)
     known = {field.name for field in fields(Settings)}
@@ -60,11 +62,11 @@ def _row(item: Any, number: int, *, shared: Settings) -> Row:
         if setting not in known:
             raise ValueError(f"item {number}: unknown setting {setting!r}")
         if setting in SHARED:
-            raise ValueError(f"item {number}: {setting!r} is the same in all rows, and an option of the command")
+            raise ValueError(f"item {number}: {setting!r} is the same in all rows: give it as an option of the command")
     if name is None:
         name = ", ".join(f"{setting} {value}" for setting, value in given.items()) or shared.rule
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f'item {number}: "name" is {name!r}, and should be text')
+        raise ValueError(f'item {number}: "name" is {name!r}, but must be text')
     try:
         return Row(name, convert_to(asdict(shared) | given, Settings))
     except ValueError as error:

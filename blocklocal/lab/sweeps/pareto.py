@@ -1,4 +1,4 @@
-"""The results of a study: error against cost, and which settings nobody beats at their cost."""
+"""The results of a study: error against cost, and the settings that none beats at their cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from blocklocal.lab.terminal import Terminal
 
 @dataclass(frozen=True)
 class Estimate:
-    """The mean over runs, and its standard error s / √n; none of one run."""
+    """The mean over runs with its standard error s / √n, which needs two runs."""
 
     mean: float
     error: float | None
@@ -37,8 +37,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Point:
-    """A row of the grid. Accuracies are fractions of images after the last epoch: of the last exit, and of all exits
-    combined with weights from the validation images. cost: of a step, or where a row trains longer, of the run."""
+    """The result of a row of the grid. Accuracies are fractions of images after the last epoch: of the last exit, and
+    of all exits combined with weights from the validation images. cost: of a step, or of a run that trains longer."""
 
     name: str
     runs: int
@@ -51,12 +51,12 @@ class Point:
 
     @property
     def best(self) -> float:
-        """The validation accuracy by which rows are chosen: that of the better predictor."""
+        """The validation accuracy for choosing rows: that of the better predictor."""
         return max(self.validation.mean, self.validation_all.mean)
 
 
 def point(name: str, runs: Sequence[History], *, cost: Cost) -> Point:
-    """From finished runs, which differ in their seed."""
+    """The result of finished runs, which differ in their seed."""
     last = [run.records[-1] for run in runs]
     return Point(
         name,
@@ -71,7 +71,7 @@ def point(name: str, runs: Sequence[History], *, cost: Cost) -> Point:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The Pareto front: those that no other beats in validation accuracy at the same time or less, cheapest first."""
+    """The Pareto front: results that none beats in validation accuracy at the same or less time, cheapest first."""
     kept: list[Point] = []
     for one in sorted(points, key=lambda one: (one.cost.time, -one.best)):
         if not kept or one.best > kept[-1].best:
@@ -80,7 +80,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def print_table(points: Sequence[Point], *, title: str) -> None:
-    """To standard output; a star marks the front."""
+    """Print the results to standard output; a star marks the front."""
     chosen = front(points)
     table = Table(
         title=sentence(title),
@@ -112,7 +112,7 @@ def print_table(points: Sequence[Point], *, title: str) -> None:
 
 @matplotlib.rc_context(STYLE)
 def draw(points: Sequence[Point], folder: Path, *, title: str) -> None:
-    """`study.svg` and `study.png`: test error of the last exit and of all exits against the time of training."""
+    """Draw `study.svg` and `study.png`: test error of the last exit and of all exits against training time."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot(
         title=plain(short(title)), xlabel="processor time of training, bp = 1", ylabel="test error, %"

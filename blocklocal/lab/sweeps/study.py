@@ -1,4 +1,4 @@
-"""Rows of a grid over several seeds: their costs, their runs, and accuracy against cost."""
+"""A study of the rows of a grid with several seeds: costs, runs, and accuracy against cost."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from blocklocal.lab.terminal import Terminal
 def study(
     rows: list[Row], *, seeds: Sequence[int], folder: Path, title: str, equal_time: bool, train: bool
 ) -> dict[str, Any]:
-    """Measure what a step of each row costs, train what is missing, and draw accuracy against cost.
+    """Measure the cost of a step of each row, train what is missing, and draw accuracy against cost.
 
-    equal_time: add rows of backpropagation, see `with_equal_time`. train: False shows what is there. Returns what
-    `bll study` prints as its last line.
+    equal_time: add rows of backpropagation, see `with_equal_time`. train: if False, only show the results so far.
+    Returns what `bll study` prints as its last line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with Terminal(stderr=True).status("measuring") as status:
@@ -56,7 +56,7 @@ def _run(row: Row, seed: int, *, folder: Path) -> Settings:
 
 
 def with_equal_time(rows: list[Row], found: dict[str, Cost]) -> tuple[list[Row], dict[str, Cost]]:
-    """With backpropagation for as long as the others take: its epochs times their time, in whole epochs."""
+    """Add backpropagation for as long as the other rows take: its epochs times their time, in whole epochs."""
     bp = next(row for row in rows if row.settings.rule == "bp")
     planned = {
         (row.settings.epochs, round(row.settings.epochs * found[row.name].time)) for row in rows if row is not bp

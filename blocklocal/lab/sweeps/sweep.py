@@ -1,4 +1,4 @@
-"""A sweep of runs, one after another, each in a process of its own; what a kill leaves undone, the next call does."""
+"""A sweep of runs, one after another, each in its own process; after a kill, the next call completes it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ WAIT = 0.1  # seconds between two looks
 
 
 def complete(sweep: Sequence[Settings], *, folder: Path, console: Console) -> list[History]:
-    """Train what is not trained yet of a sweep whose runs are kept in `folder`; returns those that are finished.
+    """Train the missing runs of a sweep, which are kept in `folder`; returns the finished ones.
 
-    A run that fails does not stop the others, unless it could not even begin. UserError: settings that cannot be
-    used, or that contradict a run which is there already.
+    A run that fails does not stop the others, unless it could not even begin. UserError: unusable settings, or settings
+    that contradict an existing run.
     """
     for settings in sweep:
         settings.check()
@@ -58,7 +58,7 @@ def arguments(settings: Settings) -> list[str]:
 
 
 def _refuse_one_folder_for_two(sweep: Sequence[Settings]) -> None:
-    """Names that differ elsewhere than at their ends give one folder."""
+    """Refuse several runs for one folder, which happens if their names differ only where folder names are cut."""
     folders = Counter(settings.folder for settings in sweep)
     folder, runs = folders.most_common(1)[0]
     if runs > 1:
@@ -92,7 +92,7 @@ def _train(settings: Settings, *, console: Console, title: str) -> None:
 
 
 def _wait(run: Run, *, console: Console) -> None:
-    """For a process that trains the run already: the sweep that started it may have been killed."""
+    """Wait for a process that already trains the run: the sweep that started it may have been killed."""
     if is_held(run.path):
         console.print(f"waiting for {holder(run.path)}, which trains in {run.path}", soft_wrap=True)
     while is_held(run.path):

@@ -1,6 +1,6 @@
-"""The cells of the paper's Table 1 and smaller stand-ins for them: each the settings of a run.
+"""The cells of the paper's Table 1, and smaller versions of them: each the settings of a run.
 
-One recipe for all rules and data sets: what differs between two cells of a scale is the rule and the data alone.
+All rules and data sets use the same recipe: two cells of a scale differ only in the rule and the data.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from blocklocal.lab.settings import Settings
 DATASETS = ("fashion_mnist", "cifar10", "cifar100")
 RULES = ("bp", "fa", "predsim", "bll-paper", "bll")
 
-# Test accuracy of ResNet-50, mean and standard deviation of three runs (paper, Table 1). The paper's BLL stands beside
-# both of ours: bll-paper is its local loss, bll the one with a deeper head.
+# Test accuracy of ResNet-50, mean and standard deviation of three runs (paper, Table 1). The paper's BLL is listed for
+# both of ours: bll-paper has its local loss, bll a deeper head.
 PAPER = {
     ("fashion_mnist", "bp"): (0.934, 0.0060),
     ("fashion_mnist", "fa"): (0.866, 0.0070),
@@ -33,7 +33,7 @@ PAPER = {
 }
 
 
-# The same at every scale: SGD with Nesterov momentum, mirrored images.
+# Shared by all scales: SGD with Nesterov momentum, mirrored images.
 SHARED = Settings(lr=0.1, momentum=0.9, weight_decay=5e-4, flip=True, channels_last=True, threads=0)
 
 

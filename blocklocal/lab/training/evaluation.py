@@ -19,10 +19,10 @@ SIZE = 500  # images at once
 
 @dataclass(frozen=True)
 class Exits:
-    """What K exits say of N images.
+    """The predictions of K exits for N images.
 
     correct: (K, N), whether the exit's class is the label. confidence: (K, N), its probability. combined: (N,),
-    whether the class of highest probability by all exits, weighed as they are, is the label.
+    whether the most probable class of all exits, with their weights, is the label.
     """
 
     correct: Tensor
@@ -30,15 +30,15 @@ class Exits:
     combined: Tensor
 
     def __post_init__(self) -> None:
-        """UserError: an exit gives nan, which would count as one of the classes."""
+        """Check the scores. UserError: an exit gives nan, which would count as one of the classes."""
         wrong = self.confidence.isnan().nonzero()
         if len(wrong):
             exit, image = wrong[0].tolist()
-            raise UserError(f"exit {exit} gives nan for test image {image}: its weights or statistics have run away")
+            raise UserError(f"exit {exit} gives nan for test image {image}: its weights or statistics have diverged")
 
     @property
     def accuracies(self) -> list[float]:
-        """Of each exit, as a fraction."""
+        """The accuracy of each exit, as a fraction."""
         return self.correct.double().mean(1).tolist()
 
     @property
@@ -46,24 +46,24 @@ class Exits:
         return self.combined.double().mean().item()
 
     def leaving(self, threshold: float) -> Tensor:
-        """(N,): the first exit whose confidence reaches the threshold; the last where none does."""
+        """(N,): the first exit whose confidence reaches the threshold, or the last if none does."""
         sure = self.confidence >= threshold
         sure[-1] = True
         return sure.int().argmax(0)
 
     def early_accuracy(self, threshold: float) -> float:
-        """Of images that leave as in `leaving`."""
+        """The accuracy if images leave as in `leaving`."""
         return self.correct.gather(0, self.leaving(threshold)[None]).double().mean().item()
 
 
 def grade(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """From log-probabilities (K, B, n) of exits: whether the likeliest class is the label, and its probability."""
+    """Whether the most probable class is the label, and its probability, from log-probabilities (K, B, n) of exits."""
     best, classes = scores.max(-1)
     return classes == y, best.exp()
 
 
 def evaluate(learner: BlockLocal, split: Split, *, normalisation: Normalisation, size: int = SIZE) -> Exits:
-    """All exits on a split, in evaluation mode."""
+    """Evaluate all exits on a split, in evaluation mode."""
     correct, confidence, combined = [], [], []
     for scores, y in _scores(learner, split, normalisation=normalisation, size=size):
         for kept, found in zip((correct, confidence), grade(scores, y), strict=True):
@@ -73,13 +73,13 @@ def evaluate(learner: BlockLocal, split: Split, *, normalisation: Normalisation,
 
 
 def validate(learner: BlockLocal, split: Split, *, normalisation: Normalisation) -> Exits:
-    """All exits on a split that was held out, after weighing them there."""
+    """Evaluate all exits on a held-out split, after fitting their weights to it."""
     scores, labels = zip(*_scores(learner, split, normalisation=normalisation, size=SIZE), strict=True)
     return weigh(learner, torch.cat(scores, 1), torch.cat(labels))
 
 
 def weigh(learner: BlockLocal, scores: Tensor, y: Tensor) -> Exits:
-    """Fit the weights of the exits to log-probabilities (K, N, n) of N images that were held out; all exits on these.
+    """Fit the weights of the exits to log-probabilities (K, N, n) of N held-out images, and evaluate the exits on them.
 
     UserError: scores that are not finite.
     """

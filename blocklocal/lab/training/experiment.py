@@ -1,4 +1,4 @@
-"""Data and learner of a run, made from its settings: what training and testing share."""
+"""Data and learner of a run, made from its settings, for training and testing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Experiment:
         return self.learning.learner
 
     def optimizer(self, parameters: list[nn.Parameter]) -> SGD:
-        """Of a block."""
+        """The optimizer of a block."""
         settings = self.settings
         return make_optimizer(
             parameters,
@@ -58,13 +58,13 @@ class Experiment:
         )
 
     def learning_rate(self, minibatch: int) -> float:
-        """For a minibatch, counted from 0 over all epochs."""
+        """The learning rate for a minibatch, counted from 0 over all epochs."""
         settings, steps = self.settings, self.steps
         schedule, warmup = SCHEDULES[settings.schedule], round(settings.warmup * steps)
         return schedule(minibatch, warmup, settings.epochs * steps) * settings.lr
 
     def training_batches(self, epoch: int, *, begin: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of epoch 1, 2, ..., from minibatch `begin` on."""
+        """The batches of epoch 1, 2, ..., from minibatch `begin` on."""
         settings = self.settings
         whole_epoch = batches.training_batches(
             self.dataset.train,
@@ -78,7 +78,7 @@ class Experiment:
         return islice(whole_epoch, self.steps - begin)
 
     def training_labels(self, epoch: int, *, begin: int = 0) -> Iterator[Tensor]:
-        """Those of `training_batches`."""
+        """The labels of `training_batches`."""
         settings = self.settings
         whole_epoch = batches.training_labels(
             self.dataset.train, size=settings.batch_size, seed=settings.seed, epoch=epoch, begin=begin
@@ -87,7 +87,7 @@ class Experiment:
 
     @property
     def sample(self) -> Tensor:
-        """A few images as the model gets them."""
+        """A few images as they enter the model."""
         return self.normalisation(self.dataset.train.images[:EXAMPLE])
 
     @property
@@ -97,24 +97,24 @@ class Experiment:
         return whole * self.settings.accumulate
 
     def autocast(self, device: torch.device | None = None) -> torch.autocast:
-        """The arithmetic that the settings ask for, on the experiment's device or another."""
+        """The precision set in the settings, on the experiment's device or another."""
         return autocast(self.settings, device=device or self.device)
 
     def test(self) -> Exits:
-        """All exits on the test images."""
+        """Evaluate all exits on the test images."""
         with self.autocast():
             return evaluate(self.learner, self.dataset.test, normalisation=self.normalisation)
 
     def validate(self) -> Exits | None:
-        """Weigh the exits by the validation images, and then all exits on these; None where none were held out."""
+        """Fit the weights of the exits to the validation images and evaluate them there; None if none are held out."""
         if self.dataset.validation is None:
             return None
         with self.autocast():
             return validate(self.learner, self.dataset.validation, normalisation=self.normalisation)
 
     def angles(self, epoch: int) -> dict[str, float]:
-        """Degrees between the rule's gradient and the true one, by layer, on the first minibatch of an epoch; none
-        where the rule follows the true one."""
+        """Degrees between the rule's gradient and the true one, by layer, on the first minibatch of an epoch; empty if
+        the rule follows the true one."""
         alignment = self.learning.alignment
         if alignment is None:
             return {}
@@ -122,7 +122,7 @@ class Experiment:
 
 
 def check_data(dataset: Dataset, facts: Mapping[str, Any]) -> None:
-    """UserError: another data set than that of the run whose config.json gives the facts, as far as they tell."""
+    """Check the data against the facts in a run's config.json. UserError: it is another data set."""
     known, found = facts.get("data", {}), dataset.facts
     for name in found:
         if name in known and known[name] != found[name]:
@@ -133,13 +133,13 @@ def check_data(dataset: Dataset, facts: Mapping[str, Any]) -> None:
 
 
 def check_facts(experiment: Experiment, facts: Mapping[str, Any]) -> None:
-    """UserError: the settings of a run do not give what its config.json says of it, so that a file was changed."""
+    """Check what the settings of a run give against its config.json. UserError: they differ; a file was changed."""
     check_data(experiment.dataset, facts)
     for name, found in (("blocks", len(experiment.learner.blocks)), ("steps", experiment.steps)):
         if facts.get(name, found) != found:
             raise UserError(
                 f"the run has {facts[name]} {name} by its config.json, and {found} by the settings there: "
-                "give back the file, or train anew with another --out"
+                "restore the file, or start a new run with another --out"
             )
 
 
@@ -149,10 +149,10 @@ def autocast(settings: Settings, *, device: torch.device) -> torch.autocast:
 
 
 def prepare(settings: Settings, *, device: torch.device | None = None) -> Experiment:
-    """The experiment of these settings, on their device or another.
+    """Prepare the experiment of these settings, on their device or another.
 
-    UserError: an unknown device, data set, model or rule; too few images; a model that cannot be cut as asked, or does
-    not train on a few images.
+    UserError: an unknown device, data set, model or rule; too few images; a model that cannot be cut as requested, or
+    does not train on a few images.
     """
     settings.check()
     rules.find(settings.rule)
@@ -209,5 +209,5 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
 
 
 def _spread(images: int, *, size: int) -> Tensor:
-    """So many rows of a split, evenly apart: of several classes also where the images are sorted by class."""
+    """A number of rows of a split, evenly spaced, so that they have several classes even if images are sorted."""
     return torch.arange(size) * images // size

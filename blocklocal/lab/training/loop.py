@@ -1,4 +1,4 @@
-"""The training loop: minibatch after minibatch, with looks at the losses and checkpoints on the way."""
+"""The training loop: minibatch after minibatch, with checks of the losses and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOSSES, SECONDS = "progress.losses", "progress.seconds"  # of the epoch so far, 
 
 
 class TrainingLoop:
-    """How far a trainer has come, and what it needs to go on from there bit for bit.
+    """The progress of a trainer, and what it needs to continue bit for bit.
 
     checkpoints: written after every `save_every` minibatches of an epoch and at its end.
     """
@@ -33,14 +33,14 @@ class TrainingLoop:
         self.experiment = trainer.experiment
         self.steps = self.experiment.steps
         self.losses: list[Tensor] = []
-        """Of this process's blocks, (minibatches, blocks), in the epoch so far."""
+        """The losses of this process's blocks in the epoch so far, (minibatches, blocks)."""
         self.seconds = 0.0
-        """That the epoch has taken so far."""
+        """Seconds that the epoch has taken so far."""
 
     def begin(self, processes: Processes, *, resume: bool) -> int:
-        """The number of minibatches that are done: those of the last whole checkpoint, or none.
+        """Load the last complete checkpoint, if any; returns the number of minibatches that are done.
 
-        Every other checkpoint is forgotten. UserError: one that cannot be read, or is that of another model.
+        All other checkpoints are deleted. UserError: it cannot be read, or belongs to another model.
         """
         latest = self.checkpoints.latest() if resume else None
         minibatch = processes.broadcast(latest or 0)
@@ -55,10 +55,10 @@ class TrainingLoop:
         return minibatch
 
     def epoch(self, epoch: int, *, watch: Watch) -> Tensor:
-        """Train through epoch 1, 2, ..., or what is left of it; the mean local loss of each block of this process.
+        """Train through the rest of epoch 1, 2, ...; returns the mean local loss of each block of this process.
 
         watch(step, losses) is called now and then and at the end, with each block's mean loss since the last call.
-        UserError: a loss or a weight that is no number.
+        UserError: a loss or a weight is not a number.
         """
         start, looked, unseen = time.perf_counter(), time.monotonic(), []
         step = sum(map(len, self.losses))
@@ -86,12 +86,12 @@ class TrainingLoop:
         self._save(epoch * self.steps)
 
     def _take_progress(self, states: Mapping[int, State], *, steps: int) -> None:
-        """Out of the states what `_save` has put into them. UserError: it is not that of so many steps."""
+        """Take from the states what `_save` has added. UserError: it does not match the number of steps."""
         losses, seconds = ([state.pop(name, None) for state in states.values()] for name in (LOSSES, SECONDS))
         found = [tensor for tensor in losses if isinstance(tensor, Tensor) and tensor.shape == (steps,)]
         times = [value for value in seconds if isinstance(value, float)]
         if not len(found) == len(times) == len(states):
-            raise misfit(f"the losses of {steps} steps of the epoch, or their time, are not there")
+            raise misfit(f"the losses of {steps} steps of the epoch, or their time, are missing")
         self.losses = [torch.stack(found, 1).to(self.experiment.device)] if steps else []
         self.seconds = max(times)
 
@@ -113,7 +113,7 @@ class TrainingLoop:
             )
 
     def _check_weights(self, *, epoch: int) -> None:
-        """The last step of an epoch may spoil weights after the last loss that was seen."""
+        """Check the weights, since the last step of an epoch may spoil them after the last loss."""
         for k in self.trainer.blocks:
             for parameter in self.experiment.learner.block_parameters(k):
                 own = parameter.to_local() if isinstance(parameter, DTensor) else parameter

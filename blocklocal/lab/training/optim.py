@@ -1,4 +1,4 @@
-"""The optimizer of a block, and its learning rate: a function of the number of the minibatch alone."""
+"""The optimizer of a block, and its learning rate, which depends only on the number of the minibatch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 def make_optimizer(
     parameters: list[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, clip: float
 ) -> SGD:
-    """Stochastic gradient descent with Nesterov momentum. clip: largest norm of the gradient, 0 being no limit."""
+    """Stochastic gradient descent with Nesterov momentum. clip: largest norm of the gradient; 0: no limit."""
     optimizer = SGD(
         [{"params": parameters}],  # a group may be empty, a list of parameters may not
         lr=lr,
@@ -34,20 +34,20 @@ Schedule = Callable[[int, int, int], float]
 
 
 def cosine(step: int, warmup: int, total: int) -> float:
-    """Linear rise over `warmup` steps, then half a cosine to zero."""
+    """Linear rise over `warmup` steps, then half a cosine down to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
 def onecycle(step: int, warmup: int, total: int) -> float:
-    """Linear rise over the first 30 % of the steps, linear fall to zero; `warmup` plays no part."""
+    """Linear rise over the first 30 % of the steps, then linear fall to zero; `warmup` is not used."""
     peak = max(round(0.3 * total), 1)
     return (step + 1) / peak if step < peak else (total - step) / max(total - peak, 1)
 
 
 def constant(step: int, warmup: int, total: int) -> float:
-    """Linear rise over `warmup` steps, then one."""
+    """Linear rise over `warmup` steps, then constant at one."""
     return (step + 1) / warmup if step < warmup else 1.0
 
 

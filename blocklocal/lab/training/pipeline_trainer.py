@@ -1,4 +1,4 @@
-"""A training run over processes: this one's blocks in a pipeline, its results beside those of the others."""
+"""A training run over processes: the blocks of this process in a pipeline, its results combined with the others'."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ MEASURED = 32  # images of a minibatch by which processes measure the blocks, at
 class PipelineTrainer:
     """The experiment, which is on the CPU, as a pipeline over processes: the blocks of this one go to its device.
 
-    Blocks are placed such that the times that the processes measure are even; where they stand changes no result. Of
-    replicas of a block, the first keeps its state. trace: folder for a file that tells what this process does when,
-    rewritten after every epoch. UserError: more processes than blocks, or not so many replicas.
+    Blocks are placed to balance the times that the processes measure; the placement does not change results. The first
+    replica of a block keeps its state. trace: folder for a file that records what this process does and when, rewritten
+    after every epoch. UserError: more processes than blocks, or not a multiple of the replicas.
     """
 
     def __init__(self, experiment: Experiment, processes: Processes, *, trace: Path | None = None) -> None:
@@ -128,7 +128,7 @@ class PipelineTrainer:
         return reports
 
     def _share(self, rows: Tensor) -> Tensor:
-        """Of rows, those of this replica."""
+        """The part of the rows that belongs to this replica."""
         return rows.tensor_split(self.replicas)[self.replica]
 
     def _training_batches(self, epoch: int, *, begin: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""How a run shows itself on standard error: a live table on a terminal, one line per epoch elsewhere."""
+"""Shows the progress of a run on standard error: a live table on a terminal, one line per epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a run: `epochs` of `steps` steps, `done` epochs and `rest` steps being behind already."""
+    """The length of a run: `epochs` of `steps` steps, of which `done` epochs and `rest` steps are done."""
 
     epochs: int
     steps: int
@@ -27,28 +27,28 @@ class Plan:
 
 
 class Display(Protocol):
-    """Shows a run. Entered for the time of training."""
+    """Shows a run; a context manager, entered during training."""
 
     def __enter__(self) -> Display: ...
 
     def __exit__(self, *error: object) -> None: ...
 
     def step(self, epoch: int, step: int, losses: Sequence[float | None]) -> None:
-        """`step` steps of epoch 1, 2, ... are done; losses: of each block, lately; None: another process has it."""
+        """`step` steps of epoch 1, 2, ... are done. losses: recent ones of each block; None: in another process."""
         ...
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """An epoch is done and tested; record: its line of metrics.jsonl."""
+        """An epoch is done and tested. record: its line of metrics.jsonl."""
         ...
 
 
 def display(console: Console, plan: Plan) -> Display:
-    """The display that suits the console."""
+    """The display for this console."""
     return LiveDisplay(console, plan) if console.is_terminal else PlainDisplay(console, plan)
 
 
 class PlainDisplay:
-    """A line per epoch, and one per minute within."""
+    """A line per epoch, and one per minute within an epoch."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
         self.console, self.plan = console, plan

@@ -1,4 +1,4 @@
-"""What `bll train DATA` does: as its options say, and where no option says otherwise."""
+"""The settings of `bll train DATA`: the recipe of the data set, changed by the options."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.training import rules
 
-DIGITS = Settings(threads=1)  # on images of 8x8 pixels threads wait for each other more than they compute
+DIGITS = Settings(threads=1)  # for images of 8x8 pixels threads spend more time waiting than computing
 
 IMAGES = Settings(
     model="resnet18",
@@ -28,14 +28,14 @@ IMAGES = Settings(
 
 
 def recipe(data: str) -> Settings:
-    """The recipe for a data set, by its name on the command line."""
+    """The recipe for a data set, given by its name on the command line."""
     return replace(DIGITS if data == "digits" else IMAGES, data=data)
 
 
 def settings_from(args: Sequence[str]) -> Settings:
-    """What is not given comes from the recipe of the data set, or from the run that is resumed.
+    """The settings from the arguments, with the others from the recipe of the data set or from the run to resume.
 
-    UserError: unusable arguments, or such as contradict the run that is resumed.
+    UserError: arguments that are unusable, or contradict the run to resume.
     """
     data = parse(Settings, [arg for arg in args if arg not in ("-h", "--help")], prog="bll train", default=DIGITS).data
     settings = parse(Settings, args, prog="bll train", default=recipe(data))
@@ -49,20 +49,20 @@ def settings_from(args: Sequence[str]) -> Settings:
     if changed:
         raise UserError(
             f"{', '.join(changed)} differs from the run in {str(settings.folder)!r}: "
-            "resume it with its own settings, or begin another run in another --out"
+            "resume it with its own settings, or start another run in another --out"
         )
     return given
 
 
 def refuse_code(stored: Settings, *, run: Path, repeated: Settings | None = None) -> None:
-    """UserError: the model or the rule that a run names is a function, so that any code might be run.
+    """Refuse a run whose model or rule is a function, so that arbitrary code would be run.
 
-    repeated: settings in which the same name shows that whoever calls the command knows it.
+    repeated: settings that give permission by naming the same function.
     """
     for kind, is_own in (("model", models.is_own), ("rule", rules.is_own)):
         name = getattr(stored, kind)
         if is_own(name) and (repeated is None or getattr(repeated, kind) != name):
             remedy = "add --trust" if repeated is None else f"repeat --{kind} {name} or add --trust"
             raise UserError(
-                f"the run in {str(run)!r} has the {kind} {name!r}, whose code would be run: {remedy} if you know it"
+                f"the run in {str(run)!r} has the {kind} {name!r}, whose code would be run: {remedy} if you trust it"
             )

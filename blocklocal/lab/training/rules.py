@@ -1,4 +1,4 @@
-"""Learning rules by name: each makes the learner of a model."""
+"""Learning rules by name: each makes a learner from a model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STATISTICS: dict[str, Statistic] = {"mean": spatial_mean, "moments": SpatialMome
 
 @dataclass(frozen=True)
 class Changes:
-    """What is to be another than in a rule's own local loss.
+    """Changes to a rule's own local loss.
 
     head, budget: of all predictions at borders; lookahead, refresh: behind copies of the next unit, see `Lookahead`.
     statistic: of those in STATISTICS.
@@ -63,7 +63,7 @@ class Changes:
         return self != Changes()
 
     def made(self, loss: LocalLoss) -> LocalLoss:
-        """The loss with these changes. ValueError: it has no such term, or one cannot be so."""
+        """The loss with these changes. ValueError: it has no such term, or the change does not apply to it."""
         variational = any(isinstance(term, Variational) for _, term in loss.terms)
         if not variational and (self.variational is not None or self.estimate_variance):
             raise ValueError("it has no variational term: leave --variational and --estimate-variance out")
@@ -88,11 +88,11 @@ class Changes:
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is to learn, and where it may be cut: at submodules, or else into this number of blocks; a list of
-    modules, with neither, between them.
+    """What a model learns, and where it is cut: at submodules, or else into this number of blocks; a list of modules is
+    cut between them.
 
     example: a batch of images as the model gets them. balance: see `split`; memory, unlike time, is the same at every
-    measurement. seed: of what a rule draws beside the model's weights.
+    measurement. seed: of what a rule draws besides the model's weights.
     add_beliefs: see `BlockLocal`.
     """
 
@@ -109,7 +109,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Learning:
-    """A learner, and what stands in for its true backward pass where the rule has such a thing."""
+    """A learner, with the replacement for its true backward pass if the rule has one."""
 
     learner: BlockLocal
     alignment: Alignment | None = None
@@ -121,8 +121,8 @@ class Learning:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a model learns. build: makes its learner. in_blocks: whether borders cut it. over_processes: whether it may
-    train in a pipeline, which places, saves and moves blocks and borders and nothing else."""
+    """How a model learns. build: makes its learner. in_blocks: whether borders cut it. over_processes: whether it can
+    train in a pipeline, which places, saves and moves only blocks and borders."""
 
     build: Callable[[nn.Module | Sequence[nn.Module], Task], Learning]
     in_blocks: bool = True
@@ -165,7 +165,7 @@ def backpropagation(model: nn.Module | Sequence[nn.Module], task: Task) -> Learn
 
 
 def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
-    """One block, through which other feedback weights take the gradient."""
+    """One block, in which other feedback weights propagate the gradient."""
 
     def build(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
         learner = backpropagation(model, task).learner
@@ -194,12 +194,12 @@ OWN_ARGUMENTS = ("classes", "blocks", "at", "example", "criterion", "seed")
 
 
 def is_own(name: str) -> bool:
-    """Whether the name is that of a function of the user's, package.module:function."""
+    """Whether the name is that of the user's own function, package.module:function."""
     return name not in RULES and ":" in name
 
 
 def own(name: str) -> Rule:
-    """A rule that is a function of the user's: called with the model and `OWN_ARGUMENTS`, it gives a BlockLocal.
+    """A rule from the user's own function, which is called with the model and `OWN_ARGUMENTS` and returns a BlockLocal.
 
     UserError: see `own_function`.
     """
@@ -228,13 +228,13 @@ def find(name: str) -> Rule:
 
 
 def check_over_processes(name: str) -> None:
-    """UserError: no such rule, or one of feedback alignment, whose feedback no pipeline places, saves or moves."""
+    """Check that a rule can train over processes. UserError: no such rule, or one that trains the model as a whole."""
     if not find(name).over_processes:
         raise UserError(f"--rule {name} trains the model whole, in one process: use bll train")
 
 
 def apply(name: str, model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
-    """The model under the rule of that name. UserError: no such rule, or a model that it does not fit."""
+    """Apply the rule of that name to a model. UserError: no such rule, or a model that does not fit it."""
     rule = find(name)
     try:
         return rule.build(model, task)

@@ -1,4 +1,4 @@
-"""A training run in one process: what it does in an epoch, and what is needed to go on after any minibatch."""
+"""Training in one process: what it does in an epoch, and what it needs to continue after any minibatch."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ class Trainer(Protocol):
 
     @property
     def blocks(self) -> Sequence[int]:
-        """Those that this process trains."""
+        """The blocks that this process trains."""
         ...
 
     def train(self, epoch: int, *, begin: int) -> Iterator[Tensor]:
-        """Through epoch 1, 2, ... from minibatch `begin` on: now and then the local losses (minibatches, blocks).
+        """Train epoch 1, 2, ... from minibatch `begin` on; yields local losses (minibatches, blocks) now and then.
 
-        Where it yields, the states of all processes are those after the same minibatch.
+        When it yields, the states of all processes are those after the same minibatch.
         """
         ...
 
     def states(self) -> dict[int, State]:
-        """Of each block that this process keeps for all, what `load` needs to go on."""
+        """What `load` needs to continue, for each block that this process saves."""
         ...
 
     def load(self, states: Mapping[int, State]) -> None:
-        """UserError: states of another model."""
+        """Restore the states. UserError: they are of another model."""
         ...
 
     def validate(self) -> Exits | None:
@@ -52,16 +52,16 @@ class Trainer(Protocol):
         ...
 
     def test(self) -> Exits:
-        """All exits on the test images."""
+        """Evaluate all exits on the test images."""
         ...
 
     def diagnose(self, epoch: int) -> list[dict[str, float]]:
-        """Of each border, see `BlockLocal.diagnose`, on the first minibatch of an epoch."""
+        """Diagnose each border on the first minibatch of an epoch, see `BlockLocal.diagnose`."""
         ...
 
 
 class SingleTrainer:
-    """The learner of an experiment and its optimizers, one per block, block after block in this process."""
+    """Trains the learner of an experiment in this process, block after block, with one optimizer per block."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment, self.settings, self.learner = experiment, experiment.settings, experiment.learner

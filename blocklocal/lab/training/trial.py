@@ -1,7 +1,6 @@
-"""A model and its learner are tried on a few images, before a run leaves anything on the disk.
+"""Tries a model and its learner on a few images, before a run writes anything to disk.
 
-Neither parameters, buffers and gradients nor any random state differ afterwards: a run that is tried has the weights of
-one that is not.
+Parameters, buffers, gradients and random states are unchanged afterwards, so a trial does not affect the run.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from blocklocal.lab.runs.block_state import block_state
 from blocklocal.lab.training.rules import Learning
 
 FEW = 8  # images that a trial takes
-EXTRA = "_extra_state"  # by which torch names what get_extra_state() of a module gives
+EXTRA = "_extra_state"  # torch's name for what get_extra_state() of a module returns
 
 
 def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: AbstractContextManager) -> None:
-    """A pass in training and one in evaluation mode over images x, in `context`.
+    """Run a pass in training mode and one in evaluation mode over images x, in `context`.
 
-    UserError: no parameters to train, or one that shares memory with itself; a pass that fails, or that does not give
+    UserError: no parameters to train, or one that overlaps itself in memory; a pass that fails, or does not give
     `classes` finite logits per image.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
@@ -54,9 +53,9 @@ def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: 
 
 
 def try_learning(learning: Learning, x: Tensor, y: Tensor, *, name: str, context: AbstractContextManager) -> None:
-    """A step without an optimizer on images x with labels y, and a look at all exits.
+    """Run a step without an optimizer on images x with labels y, and all exits.
 
-    UserError: it fails, or a loss or gradient is not finite.
+    UserError: this fails, or a loss or gradient is not finite.
     """
     learner, alignment = learning.learner, learning.alignment
     state = copy.deepcopy(alignment.state_dict()) if alignment else None
@@ -76,9 +75,9 @@ def try_learning(learning: Learning, x: Tensor, y: Tensor, *, name: str, context
 
 
 def try_checkpoint(learner: BlockLocal, *, name: str) -> None:
-    """What modules keep beside parameters and buffers is taken for a checkpoint, and given back to them.
+    """Save and restore the state that modules have in addition to parameters and buffers.
 
-    UserError: it is no tensor, or a module does not give it or take it.
+    UserError: it is not a tensor, or a module cannot save or restore it.
     """
     device = next(learner.parameters()).device
     with _preserved(learner, learner.model, device=device), blame(f"model {name!r} fails with its extra state"):
@@ -93,31 +92,31 @@ def try_checkpoint(learner: BlockLocal, *, name: str) -> None:
 
 
 def _fault(logits: object, *, shape: tuple[int, int], device: torch.device) -> str:
-    """What is wrong with a model's output, if anything."""
+    """What is wrong with the output of a model, if anything."""
     images, classes = shape
     if inspect.iscoroutine(logits):
         logits.close()
-        return "has an async forward(), which gives no tensor: define it by def alone"
+        return "has an async forward(), which returns no tensor: define it with def alone"
     if not isinstance(logits, Tensor):
         return f"gives an object of type {type(logits).__name__}, not a tensor of logits"
     if logits.dim() == 2 and len(logits) == images and logits.shape[1] != classes:
         return f"gives {logits.shape[1]} logits per image for {classes} classes"
     if logits.shape != shape:
         return (
-            f"gives a tensor of shape {(*logits.shape,)} for {images} images and {classes} classes: needed is {shape}"
+            f"gives a tensor of shape {(*logits.shape,)} for {images} images and {classes} classes: it must be {shape}"
         )
     if not logits.is_floating_point():
-        return f"gives a tensor of {logits.dtype}: logits are floating-point numbers"
+        return f"gives a tensor of {logits.dtype}: logits must be floating-point numbers"
     if logits.device != device:
         return f"gives a tensor on {logits.device} from images on {device}: keep it there"
     if not logits.isfinite().all():
-        return "gives logits that are not finite, with the weights that it begins with"
+        return "gives logits that are not finite, with its initial weights"
     return ""
 
 
 @contextmanager
 def _preserved(*modules: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context after which modules, gradients and random states are what they were, to the bit."""
+    """A context that restores modules, gradients and random states, to the bit."""
     own = {part for module in modules for part in module.modules()}
     tables = [table for part in own for table in (vars(part), *vars(part).values()) if isinstance(table, dict)]
     kept = [(table, dict(table)) for table in tables]
