@@ -69,7 +69,8 @@ def case(text: str | Sequence[str], *words: str, code: int = 2, long: bool = Fal
 
 def wrong_numbers() -> Iterator[Case]:
     """Of every number of every command: no number, and one on each side of its range; below it alone where another
-    command takes its settings from `bll train`. Text that is no number is long but for one int and one float of each."""
+    command takes its settings from `bll train`. Text that is no number is long, but for one int and one float of each
+    command."""
     for command, kind in OPTIONS.items():
         seen: set[bool] = set()
         for name, (hint, beside) in ranges.declared(kind).items():
