@@ -19,6 +19,9 @@ from typing import ClassVar
 import torch
 from safetensors.torch import load_file
 
+from blocklocal.lab.training.recipes import settings_from
+from blocklocal.lab.training.run import train
+
 BLL = [sys.executable, "-m", "blocklocal"]
 SETTINGS = ["--model=mlp", "--train-size=1024", "--test-size=100", "--batch-size=16", "--save-every=16", "--threads=1"]
 STEPS = 1024 // 16  # minibatches of an epoch
@@ -51,14 +54,15 @@ class Launched:
         self.until(lambda: self.beginnings() > self.begun)
         self.begun = self.beginnings()
 
-    def until(self, what: Callable[[], object]) -> None:
+    def until(self, what: Callable[[], object], *, every: float = 0.01) -> None:
+        """Asks every so many seconds."""
         end = time.monotonic() + PATIENCE
         while not what():
             if self.launcher.poll() is not None or time.monotonic() > end:
                 raise AssertionError(
                     f"this never came; exit code {self.launcher.poll()}\n{self.launcher.communicate()}"
                 )
-            time.sleep(0.002)
+            time.sleep(every)
 
     def pid(self, rank: int) -> int:
         return int(STARTED.findall((self.out / "logs" / f"rank{rank}.log").read_text())[-1])
@@ -96,8 +100,7 @@ def alive(pid: int) -> bool:
 def reference(folder: Path, *options: str, epochs: int) -> Path:
     """The weights that one process arrives at, undisturbed."""
     out = folder / "reference"
-    command = [*BLL, "train", *with_settings(options), f"--epochs={epochs}", f"--out={out}"]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    train(settings_from([*with_settings(options), f"--epochs={epochs}", f"--out={out}"]))
     return out
 
 
@@ -212,7 +215,7 @@ def kill_during_checkpoint(folder: Path, whole: Path, *, epochs: int, kills: int
     for kill in range(kills):
         run.wait_until_training()
         time.sleep(0.1)
-        run.until(half)
+        run.until(half, every=0.002)
         run.signal(kill % processes, signal.SIGKILL)
     code, said = run.end()
     assert code == 0, said
@@ -327,8 +330,7 @@ def change_processes(folder: Path, whole: Path, *, epochs: int, numbers: tuple[i
         run.until(lambda run=run, before=before: max(run.cuts(), default=0) > before + 16)
         run.launcher.send_signal(signal.SIGINT)
         assert run.end()[0] == 130
-    command = [*BLL, "train", *SETTINGS, f"--epochs={epochs}", f"--out={out}", "--resume"]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    train(settings_from([*SETTINGS, f"--epochs={epochs}", f"--out={out}", "--resume"]))
     assert same(out, whole)
     return f"{' to '.join(map(str, numbers))} processes to `bll train`; weights of the undisturbed run"
 

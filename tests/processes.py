@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 CONTEXT = get_context("forkserver")  # imports torch once, and forks before any thread or group is there
-CONTEXT.set_forkserver_preload(["torch", "blocklocal.pipeline"])
+PRELOAD = [
+    "pytest",
+    "torch",
+    "torch._dynamo",
+    "torch.testing",
+    "blocklocal.pipeline",
+]  # an optimizer imports torch._dynamo
+CONTEXT.set_forkserver_preload(PRELOAD)
 PATIENCE = 100  # seconds
 
 

@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from alignment_cases import RULES, Residual, batch, gradients
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -191,6 +190,8 @@ def test_compiled_equals_eager(rule):
 
 @every_rule
 def test_learns_digits(rule):
+    from sklearn.datasets import load_digits  # which takes a second to import
+
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from rich.console import Console
 from run_folders import write_run
-from scipy.stats import ttest_ind
 
 from blocklocal.lab import cli
 from blocklocal.lab.commands.table1 import Options
@@ -121,6 +120,8 @@ def test_table_begins_with_all_cells_of_the_first_seed():
 
 
 def test_numbers_of_a_row(tmp_path):
+    from scipy.stats import ttest_ind  # which takes a second to import
+
     bp, bll = [0.91, 0.93, 0.925], [0.90, 0.94]
     for seed, accuracy in enumerate(bp):
         write_run(tmp_path / f"bp{seed}", rule="bp", seed=seed, accuracies=[0.5, accuracy], blocks=1)

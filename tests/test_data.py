@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from data_folders import encode, picture, table, write
-from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from blocklocal.lab.data.batches import Augmentation, Normalisation, ordered_batches, training_batches
@@ -14,6 +13,8 @@ from blocklocal.lab.errors import UserError
 
 
 def test_digits_are_split_by_class_and_complete():
+    from sklearn.datasets import load_digits  # which takes a second to import
+
     data = load("digits")
     assert (data.channels, data.size, len(data.classes)) == (1, (8, 8), 10)
     assert len(data.train) + len(data.test) == 1797

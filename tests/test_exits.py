@@ -6,7 +6,6 @@ import io
 import pytest
 import torch
 import zoo
-from scipy.optimize import minimize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -27,6 +26,8 @@ def opinions(samples: int = 200) -> tuple[list[Tensor], Tensor]:
 
 
 def test_weights_are_those_of_another_optimizer() -> None:
+    from scipy.optimize import minimize  # which takes a second to import
+
     exits, y = opinions()
     pool = ExitPool(3, labels=True)
     pool.fit(exits, y, criterion=F.cross_entropy)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return faults.reference(tmp_path_factory.mktemp("whole"), epochs=EPOCHS)
 
 
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """launch(out, *options, processes=n): the launcher is the test's own process, where nothing breaks but the others.
+
+    Gives the exit code, and what was said on standard error.
+    """
+    for name, value in {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+
+    def run(out: Path, *options: str, processes: int) -> tuple[int, str]:
+        capfd.readouterr()
+        code = main(["launch", f"--processes={processes}", *faults.with_settings(options), f"--out={out}"])
+        return code, capfd.readouterr().err
+
+    return run
+
+
 def listening(pids: list[int]) -> set[str]:
     """The local addresses, as /proc writes them, at which these processes wait for connections."""
     sockets = {os.readlink(file) for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()}
@@ -34,11 +53,12 @@ def listening(pids: list[int]) -> set[str]:
     return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
 
 
-def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, whole):
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, whole, processes):
     stale = tmp_path / "run" / "trace" / "rank7.jsonl"
     stale.parent.mkdir(parents=True)
     stale.write_text("of more processes than there are now\n")
-    run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--trace", processes=3)
+    run = faults.Launched(tmp_path / "run", f"--epochs={EPOCHS}", "--trace", processes=processes)
     run.wait_until_training()
     addresses = listening([run.launcher.pid, *run.pids()])
     assert addresses, "the processes do meet"
@@ -46,23 +66,23 @@ def test_three_processes_are_one_run_and_listen_to_this_machine_alone(tmp_path, 
     output, said = run.launcher.communicate(timeout=faults.PATIENCE)
     assert run.launcher.returncode == 0, said
     assert faults.same(run.out, whole)
-    assert "4 blocks over 3 processes" in said
+    assert f"4 blocks over {processes} processes" in said
     summary = json.loads(output.splitlines()[-1])
     assert summary["accuracy"] == faults.course(whole)[-1][2][-1]
     assert {"config.json", "metrics.jsonl", "model.safetensors"} <= {path.name for path in run.out.iterdir()}
-    assert f"epoch {EPOCHS}/{EPOCHS}" in (run.out / "logs" / "rank2.log").read_text()
+    assert f"epoch {EPOCHS}/{EPOCHS}" in (run.out / "logs" / f"rank{processes - 1}.log").read_text()
     assert main(["timeline", str(run.out)]) == 0
     assert (run.out / "timeline.svg").exists()
     assert main(["eval", str(run.out)]) == 0
 
 
-LONG = [pytest.param(*one, marks=pytest.mark.long) for one in (("bf16", 1), ("bf16", 2), ("fp32", 2))]
+LONG = [pytest.param(*one, marks=pytest.mark.long) for one in (("bf16", 1), ("bf16", 3), ("fp32", 2))]
 
 
-@pytest.mark.parametrize(("dtype", "processes"), [*LONG, ("bf16", 3)])
-def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic(tmp_path, dtype, processes):
-    """And validation, and where there are three of them, beliefs that add."""
-    beliefs = processes == 3
+@pytest.mark.parametrize(("dtype", "processes"), [*LONG, ("bf16", 2)])
+def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic(tmp_path, launch, dtype, processes):
+    """And validation, and in bf16 beliefs that add."""
+    beliefs = dtype == "bf16"
     settings = {"model": "mlp", "dtype": dtype, "clip": 0.5, "accumulate": 3, "epochs": 2, "train_size": 512}
     settings |= {
         "test_size": 100,
@@ -77,10 +97,8 @@ def test_clipping_and_accumulation_are_those_of_one_process_in_either_arithmetic
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     options += ["--add-beliefs"] * beliefs
     out = tmp_path / "launched"
-    command = [*faults.BLL, "launch", f"--processes={processes}", "digits", *options, f"--out={out}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=faults.PATIENCE, env=environment)
-    assert done.returncode == 0, done.stderr
+    code, said = launch(out, *options, processes=processes)
+    assert code == 0, said
     assert faults.same(out, tmp_path / "whole")
     names = ("validation_accuracy", "validation_accuracy_all", "exit_weights")
     ours, theirs = (
@@ -143,8 +161,9 @@ def test_replicas_share_a_minibatch(tmp_path, whole, options, capsys):
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == accuracy
 
 
-def test_a_killed_process_changes_nothing(tmp_path, whole):
-    faults.kill_one_after_another(tmp_path, whole, epochs=EPOCHS, kills=2, processes=2)
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_killed_process_changes_nothing(tmp_path, whole, kills):
+    faults.kill_one_after_another(tmp_path, whole, epochs=EPOCHS, kills=kills, processes=2)
 
 
 @pytest.mark.long
@@ -167,8 +186,10 @@ def test_nothing_outlives_the_launcher(tmp_path, whole):
     faults.kill_launcher(tmp_path, whole, epochs=EPOCHS, processes=2)
 
 
-def test_control_c_ends_all_and_another_number_of_processes_goes_on(tmp_path, whole):
-    faults.change_processes(tmp_path, whole, epochs=EPOCHS, numbers=(4, 2))
+@pytest.mark.parametrize("numbers", [(2,), pytest.param((4, 2), marks=pytest.mark.long)])
+def test_control_c_ends_all_and_another_number_of_processes_goes_on(tmp_path, whole, numbers):
+    """At last one process, of `bll train`."""
+    faults.change_processes(tmp_path, whole, epochs=EPOCHS, numbers=numbers)
 
 
 @pytest.mark.long
@@ -197,6 +218,11 @@ def test_an_interruption_at_the_start_is_one_line(tmp_path):
     assert not run.out.exists()
 
 
+def importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the processes that are started."""
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+
+
 FUSE = """
 import torch
 from torch import nn
@@ -217,11 +243,10 @@ def fuse(*, channels, size, classes):
 """
 
 
-def test_what_no_restart_can_mend_ends_the_run(tmp_path, monkeypatch):
+def test_what_no_restart_can_mend_ends_the_run(tmp_path, monkeypatch, launch):
     (tmp_path / "own_fuse.py").write_text(FUSE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run = faults.Launched(tmp_path / "run", "--model=own_fuse:fuse", "--at", "1", "3", "--epochs=3", processes=3)
-    code, said = run.end()
+    importable(tmp_path, monkeypatch)
+    code, said = launch(tmp_path / "run", "--model=own_fuse:fuse", "--at", "1", "3", "--epochs=3", processes=2)
     last = said.strip().splitlines()[-1]
     assert code == 2
     assert "; restart" not in said
@@ -261,11 +286,10 @@ def late(*, channels, size, classes):
         pytest.param("sys.exit()", r"SystemExit \(own_late.py, line ", marks=pytest.mark.long),
     ],
 )
-def test_a_model_that_fails_late_ends_the_run_in_one_line(tmp_path, monkeypatch, fault, words):
+def test_a_model_that_fails_late_ends_the_run_in_one_line(tmp_path, monkeypatch, launch, fault, words):
     (tmp_path / "own_late.py").write_text(LATE.format(calls=70, fault=fault))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run = faults.Launched(tmp_path / "run", "--model=own_late:late", "--at", "3", "--epochs=3", processes=2)
-    code, said = run.end()
+    importable(tmp_path, monkeypatch)
+    code, said = launch(tmp_path / "run", "--model=own_late:late", "--at", "3", "--epochs=3", processes=2)
     lines = [line for line in said.splitlines() if line.startswith("bll: ")]
     assert (code, len(lines)) == (2, 1), said
     assert "Traceback" not in said
@@ -274,14 +298,13 @@ def test_a_model_that_fails_late_ends_the_run_in_one_line(tmp_path, monkeypatch,
     assert "keeps the checkpoint of epoch 1" in lines[0]
 
 
-def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, monkeypatch):
+def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, monkeypatch, launch):
     (tmp_path / "own_late.py").write_text(LATE.format(calls=3, fault="raise RuntimeError('too late')"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run = faults.Launched(tmp_path / "run", "--model=own_late:late", "--at", "1", "3", processes=2)
-    code, said = run.end()
+    importable(tmp_path, monkeypatch)
+    code, said = launch(tmp_path / "run", "--model=own_late:late", "--at", "1", "3", processes=2)
     assert (code, said.count("\n")) == (2, 1), said
     assert "model 'own_late:late' fails in training: RuntimeError: too late (own_late.py, line " in said
-    assert not run.out.exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -308,25 +331,24 @@ def test_unusable_options_start_nothing(tmp_path, capsys, args, words):
     assert not out.exists()
 
 
-def test_more_processes_than_blocks(tmp_path):
-    run = faults.Launched(tmp_path / "run", "--rule=bp", processes=2)
-    code, said = run.end()
+def test_more_processes_than_blocks(tmp_path, launch):
+    code, said = launch(tmp_path / "run", "--rule=bp", processes=2)
     assert code == 2
     assert "2 processes for 1 block" in said
     assert "rule bp trains the model whole" in said
     assert "; restart" not in said
 
 
-def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
+def test_a_folder_that_is_in_use_is_left_alone(tmp_path, launch):
     with alone(tmp_path / "run"):
-        code, said = faults.Launched(tmp_path / "run", processes=2).end()
+        code, said = launch(tmp_path / "run", processes=2)
         assert (code, said.count("\n")) == (2, 1), said
         assert f"is in use by process {os.getpid()} on " in said
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
-def test_unusable_settings_leave_no_folder(tmp_path):
-    code, said = faults.Launched(tmp_path / "new" / "run", "--batch-size=2000", processes=2).end()
+def test_unusable_settings_leave_no_folder(tmp_path, launch):
+    code, said = launch(tmp_path / "new" / "run", "--batch-size=2000", processes=2)
     assert code == 2, said
     assert not list(tmp_path.iterdir())
 

@@ -66,7 +66,7 @@ def test_a_run_with_it_is_opened_with_trust_alone(here, capsys):
 
 
 def test_it_is_compared_with_backpropagation_and_measured(here, capsys):
-    assert main(["compare", *SMALL, "--rules=bp,own_rules:evidence", "--seeds=1", "--head=linear", "--out=c"]) == 2
+    assert main(["compare", *SMALL, "--rules=own_rules:evidence,bp", "--seeds=1", "--head=linear", "--out=c"]) == 2
     assert "leave --head" in capsys.readouterr().err
     args = [
         "bench",

@@ -209,21 +209,22 @@ RANDOM = [
 
 
 @pytest.mark.parametrize("changes", RANDOM)
-@pytest.mark.parametrize(("step", "kept"), [(0, "epoch 1$"), (3, "epoch 2, step 2 of 4")])
-def test_resuming_restores_what_is_random(tmp_path, monkeypatch, own_nets, changes, step, kept):
+def test_resuming_restores_what_is_random(tmp_path, monkeypatch, own_nets, changes):
     settings = replace(TINY, epochs=2, save_every=2, **changes)
     train(replace(settings, out=str(tmp_path / "whole")))
-    with monkeypatch.context() as patch:
-        interrupt(patch, epoch=2, step=step)
-        with pytest.raises(KeyboardInterrupt, match=kept):
-            train(replace(settings, out=str(tmp_path / "stopped")))
-    torch.manual_seed(99)
-    train(replace(settings, out=str(tmp_path / "stopped"), resume=True))
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "stopped"), strict=True):
-        assert one["train_loss"] == other["train_loss"], "the mean over the epoch, before and after the stop"
-        assert one["borders"] == other["borders"]
+    for step, kept in ((0, "epoch 1$"), (3, "epoch 2, step 2 of 4")):
+        stopped = tmp_path / f"stopped{step}"
+        with monkeypatch.context() as patch:
+            interrupt(patch, epoch=2, step=step)
+            with pytest.raises(KeyboardInterrupt, match=kept):
+                train(replace(settings, out=str(stopped)))
+        torch.manual_seed(99)
+        train(replace(settings, out=str(stopped), resume=True))
+        whole, resumed = (load_file(out / "model.safetensors") for out in (tmp_path / "whole", stopped))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        for one, other in zip(lines(tmp_path / "whole"), lines(stopped), strict=True):
+            assert one["train_loss"] == other["train_loss"], "the mean over the epoch, before and after the stop"
+            assert one["borders"] == other["borders"]
 
 
 def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path, monkeypatch):

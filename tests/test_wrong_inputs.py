@@ -1,5 +1,6 @@
 """Wrong inputs to every command: exit code 2, one line that names what is wrong, and nothing is left behind."""
 
+import functools
 import importlib
 import json
 import re
@@ -49,11 +50,12 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Case:
-    """args: of `bll`. words: of the line. code: the exit code."""
+    """args: of `bll`. words: of the line. code: the exit code. long: says again what another case says."""
 
     args: tuple[str, ...]
     words: tuple[str, ...]
     code: int = 2
+    long: bool = False
 
     @property
     def name(self) -> str:
@@ -61,26 +63,31 @@ class Case:
         return text if len(text) < 80 else f"{text[:60]}... of {len(text)}"
 
 
-def case(text: str | Sequence[str], *words: str, code: int = 2) -> Case:
-    return Case(tuple(shlex.split(text) if isinstance(text, str) else text), words, code)
+def case(text: str | Sequence[str], *words: str, code: int = 2, long: bool = False) -> Case:
+    return Case(tuple(shlex.split(text) if isinstance(text, str) else text), words, code, long)
 
 
 def wrong_numbers() -> Iterator[Case]:
     """Of every number of every command: no number, and one on each side of its range; below it alone where another
-    command takes its settings from `bll train`."""
+    command takes its settings from `bll train`. Text that is no number is long, but for one int and one float of each
+    command."""
     for command, kind in OPTIONS.items():
+        seen: set[bool] = set()
         for name, (hint, beside) in ranges.declared(kind).items():
             bounds = next((bound for bound in beside if isinstance(bound, ranges.Range)), None)
             if bounds is None:
                 continue
             option = ranges.called(name, beside)
             below = bounds.least - 1 if bounds.least > float("-inf") else bounds.above
-            values = ["nan", "x", "0x10", "1_0", f"{below:g}"]
+            texts = ["x", "0x10", "1_0"]
+            values = ["nan", *texts, f"{below:g}"]
             above = f"{max(bounds.most, ranges.LARGEST) + 1:.0f}"
             values += ["1.5", above] if "int" in str(hint) else ["1e400", "-inf"]
             inherited = kind is not Settings and name in ranges.declared(Settings) and issubclass(kind, Settings)
             for value in [f"{below:g}"] if inherited else values:
-                yield case(f"{command} {option}={value}", option)
+                yield case(f"{command} {option}={value}", option, long=value in texts and ("int" in str(hint)) in seen)
+            if not inherited:
+                seen.add("int" in str(hint))
 
 
 def no_text() -> Iterator[Case]:
@@ -436,6 +443,12 @@ BY_HAND = [
 CASES = {each.args: each for each in (*wrong_numbers(), *no_text(), *BY_HAND)}
 
 
+@functools.cache
+def facts() -> dict[str, object]:
+    """Of the digits, which are read once."""
+    return load("digits").facts
+
+
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a few things in it, most of them wrong."""
@@ -449,7 +462,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("foreign/config.json").write_text('{"name": "another program"}')
     write_run(Path("run"), accuracies=[], epochs=3, model="mlp", data="digits")
     config = json.loads(Path("run/config.json").read_text())
-    Path("run/config.json").write_text(json.dumps(config | {"data": load("digits").facts, "steps": 22}))
+    Path("run/config.json").write_text(json.dumps(config | {"data": facts(), "steps": 22}))
     Path("broken/train-0.parquet").write_text("no table")
     for part in ("train", "test"):
         Path(f"images/{part}/a/fake.png").write_text("no picture")
@@ -462,7 +475,9 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_size, 0 if path.is_dir() else path.stat().st_mtime_ns) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("wrong", CASES.values(), ids=lambda wrong: wrong.name)
+@pytest.mark.parametrize(
+    "wrong", [pytest.param(each, id=each.name, marks=[pytest.mark.long] * each.long) for each in CASES.values()]
+)
 def test_one_line_says_it_and_nothing_is_left(world: Path, capfd: pytest.CaptureFixture[str], wrong: Case) -> None:
     before = files(world)
     code = main(wrong.args)
