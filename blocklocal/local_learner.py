@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -97,6 +98,8 @@ class LocalLearner(nn.Module):
         if optimizers is not None and self._steppers != (steppers := tuple(map(id, optimizers))):
             check_owners(optimizers, [self.block_parameters(k) for k in range(blocks)])
             self._steppers = steppers
+        if optimizers is None:
+            self._warn_of_heads()
 
         def step(k: int, loss: Tensor) -> None:
             if not loss.requires_grad:
@@ -113,6 +116,18 @@ class LocalLearner(nn.Module):
                 optimizers[k].zero_grad(set_to_none=True)
 
         return step
+
+    def _warn_of_heads(self) -> None:
+        """A UserWarning where an optimizer has stepped the blocks, and their gradients are gone, but not the borders."""
+        kept = any(parameter.grad is not None for parameter in self.borders.parameters())
+        borders = set(self.borders.parameters())
+        blocks = [p for p in self.parameters() if p.requires_grad and p not in borders] if kept else []
+        if blocks and all(parameter.grad is None for parameter in blocks):
+            warnings.warn(
+                "the heads at the borders still have gradients of the step before, but the blocks have none: an optimizer "
+                "of model.parameters() leaves the heads untrained; pass it learner.parameters()",
+                stacklevel=4,
+            )
 
     def _border(self, k: int) -> Border:
         border = self.borders[k]

@@ -340,3 +340,24 @@ def test_padding_that_nobody_has_named() -> None:
         learner.backward(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[1, -100]]))
     with pytest.raises(ValueError, match="ignore_index= is a label"):
         bll.Targets(3, labels=False, ignore_index=0)
+
+
+@pytest.mark.parametrize("learner_of", [bll.BlockLocal, bll.Hooked])
+def test_an_optimizer_of_the_model_alone_is_noticed(learner_of, recwarn: pytest.WarningsRecorder) -> None:
+    """It would leave the heads untrained; the right one, and gradients that add up, say nothing."""
+    x, y = batch()
+    model = network()
+    learner = learner_of(model, at=["1"], classes=CLASSES, example=x)
+    right = torch.optim.SGD(learner.parameters(), lr=0.1)
+    for _ in range(2):
+        learner.backward(x, y, scale=0.5)
+        learner.backward(x, y, scale=0.5)
+        right.step()
+        right.zero_grad()
+    assert not recwarn.list
+    wrong = torch.optim.SGD(model.parameters(), lr=0.1)
+    learner.backward(x, y)
+    wrong.step()
+    wrong.zero_grad()
+    with pytest.warns(UserWarning, match=r"pass it learner.parameters\(\)"):
+        learner.backward(x, y)
