@@ -118,14 +118,14 @@ class LocalLearner(nn.Module):
         return step
 
     def _warn_of_heads(self) -> None:
-        """A UserWarning where an optimizer has stepped the blocks, and their gradients are gone, but not the borders."""
+        """A UserWarning where the blocks were stepped and their gradients are gone, but not those of the borders."""
         kept = any(parameter.grad is not None for parameter in self.borders.parameters())
         borders = set(self.borders.parameters())
         blocks = [p for p in self.parameters() if p.requires_grad and p not in borders] if kept else []
         if blocks and all(parameter.grad is None for parameter in blocks):
             warnings.warn(
-                "the heads at the borders still have gradients of the step before, but the blocks have none: an optimizer "
-                "of model.parameters() leaves the heads untrained; pass it learner.parameters()",
+                "the heads at the borders still have gradients of the step before, but the blocks have none: an "
+                "optimizer of model.parameters() leaves the heads untrained; pass it learner.parameters()",
                 stacklevel=4,
             )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,36 +61,29 @@ def _alone(run: Run, processes: Processes) -> AbstractContextManager[None]:
 
 
 def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]:
+    """Load, build, loop, save."""
     resume = settings.resume or (processes.restarted and run.exists)
-    if processes.rank == 0 and resume:
-        run.records()  # before anything is loaded
-    elif processes.rank == 0:
-        run.refuse()
+    if processes.rank == 0:
+        _open(run, resume=resume)
     experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else processes.device)
     if resume:
         check_facts(experiment, run.facts())
     with _blamed(settings, processes):
         trainer = _trainer(experiment, processes, trace=run.traces)
-    blocks = len(experiment.learner.blocks)
-    checkpoints = Checkpoints(run.checkpoints, blocks=blocks)
-    loop = TrainingLoop(trainer, checkpoints, save_every=settings.save_every)
+    checkpoints = Checkpoints(run.checkpoints, blocks=len(experiment.learner.blocks))
     if processes.rank == 0:
-        if resume:
-            _refuse_anew(run, checkpoints)
-        else:
-            _begin(run, experiment, processes)
-        if settings.trace:
-            run.forget_traces()
+        _prepare_folder(run, experiment, checkpoints, processes, resume=resume)
     processes.barrier()
     processes.log_to(run.path)
+    loop = TrainingLoop(trainer, checkpoints, save_every=settings.save_every)
     done, rest = divmod(loop.begin(processes, resume=resume), experiment.steps)
     records = run.rewind(epochs=done) if processes.rank == 0 else []
     if settings.compile:
         experiment.learner.compile()
-    plan = Plan(settings.epochs, experiment.steps, settings.batch_size, blocks, done=done, rest=rest)
+    plan = Plan(settings.epochs, experiment.steps, settings.batch_size, checkpoints.blocks, done=done, rest=rest)
     console = Terminal(stderr=True)
     console.print(_headline(experiment, plan, trainer, processes), soft_wrap=True)
-    try:
+    with _resumable(run, checkpoints, processes):
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
@@ -103,9 +96,42 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         processes.barrier()
         if processes.rank > 0:
             return {}
-        checkpoints.discard_others(checkpoints.latest())
-        _gather(experiment, checkpoints, own=trainer.blocks)
-        run.save_model(experiment.learner.model)
+        _save(run, experiment, checkpoints, own=trainer.blocks)
+    return {
+        "rule": settings.rule,
+        "blocks": checkpoints.blocks,
+        "accuracy": records[-1]["test_accuracy"][-1],
+        "accuracy_all": records[-1]["test_accuracy_all"],
+        "seconds": round(sum(record["seconds"] for record in records), 3),
+        "epochs": settings.epochs,
+        "out": str(run.path),
+    }
+
+
+def _open(run: Run, *, resume: bool) -> None:
+    """UserError: a folder that does not hold what is to be resumed, or holds what is not to be lost."""
+    if resume:
+        run.records()
+    else:
+        run.refuse()
+
+
+def _prepare_folder(
+    run: Run, experiment: Experiment, checkpoints: Checkpoints, processes: Processes, *, resume: bool
+) -> None:
+    if resume:
+        _refuse_anew(run, checkpoints)
+    else:
+        _begin(run, experiment, processes)
+    if experiment.settings.trace:
+        run.forget_traces()
+
+
+@contextmanager
+def _resumable(run: Run, checkpoints: Checkpoints, processes: Processes) -> Iterator[None]:
+    """What stops a run says how to resume it, once the last checkpoint is written."""
+    try:
+        yield
     except KeyboardInterrupt:
         checkpoints.wait()
         raise KeyboardInterrupt(resume_hint(run)) from None
@@ -114,15 +140,13 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         if processes.distributed and not isinstance(error, UserError):
             raise  # bll launch says the rest
         raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {resume_hint(run)}") from error
-    return {
-        "rule": settings.rule,
-        "blocks": blocks,
-        "accuracy": records[-1]["test_accuracy"][-1],
-        "accuracy_all": records[-1]["test_accuracy_all"],
-        "seconds": round(sum(record["seconds"] for record in records), 3),
-        "epochs": settings.epochs,
-        "out": str(run.path),
-    }
+
+
+def _save(run: Run, experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[int]) -> None:
+    """The trained model, with the blocks of all processes; of the checkpoints the last one stays."""
+    checkpoints.discard_others(checkpoints.latest())
+    _gather(experiment, checkpoints, own=own)
+    run.save_model(experiment.learner.model)
 
 
 def _refuse_anew(run: Run, checkpoints: Checkpoints) -> None:
