@@ -1,4 +1,4 @@
-"""Models of many kinds, trained in blocks inside their own forward pass: ours, hand-written ones, timm, transformers."""
+"""Models of many kinds in blocks inside their own forward pass: ours, hand-written ones, timm, transformers."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import zoo
 from blocklocal import Hooked
 from blocklocal.hooked.values import call, prediction_of
 from blocklocal.lab.models import MODELS, build

@@ -27,18 +27,20 @@ FEW = (*NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
     """The submodules after which a border can stand, in the order of the forward pass of `example`.
 
-    Their outputs are all that what follows computes from, as far as parameters are before them: nothing with a gradient
-    bypasses them. Of places with nothing but normalisation and activation between them the last counts.
+    Their features are all that what follows computes from, as far as parameters are before them: nothing with a
+    gradient bypasses them, not even a value that the submodule returns beside them. Their first dimension is the batch.
+    Of places with nothing but normalisation and activation between them the last counts.
     """
     calls: dict[str, int] = {}
-    seen: dict[Node, list[str]] = {}
+    seen: dict[Node, list[tuple[str, int, set[Node]]]] = {}
     names = [name for name, _ in model.named_modules() if name]
 
     def after(name: str, returned: object) -> object:
         calls[name] = calls.get(name, 0) + 1
         found = features(returned)
-        if found is not None and found[0].grad_fn is not None and found[0].dim() > 1:
-            seen.setdefault(found[0].grad_fn, []).append(name)
+        if found is not None and (h := found[0]).grad_fn is not None and h.dim() > 1:
+            beside = {tensor.grad_fn for tensor in tensors(returned)} - {h.grad_fn, None}
+            seen.setdefault(h.grad_fn, []).append((name, len(h), beside))
         return returned
 
     with one_pass(model, example):
@@ -52,11 +54,14 @@ def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
     }
     found: list[tuple[str, set[str]]] = []
     for node, here in seen.items():
-        once = [name for name in here if calls[name] == 1]
-        before = reachable(node)
-        if not once or not before.isdisjoint(reachable(prediction.grad_fn, but={node})):
-            continue
-        found.append((min(once, key=len), set(parameters(before, names=known))))
+        before, bypass = reachable(node), reachable(prediction.grad_fn, but={node})
+        fit = [
+            name
+            for name, batch, beside in here
+            if calls[name] == 1 and batch == len(prediction) and beside.isdisjoint(bypass)
+        ]
+        if fit and before.isdisjoint(bypass):
+            found.append((min(fit, key=len), set(parameters(before, names=known))))
     everything = set(parameters(reachable(prediction.grad_fn), names=known))
     following = [own for _, own in found[1:]] + [everything]
     return [name for (name, own), then in zip(found, following, strict=True) if own and then - own - norms]
