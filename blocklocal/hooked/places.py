@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from blocklocal.arguments import require_choice, require_whole
 from blocklocal.balance import FREE, BorderLoss, Cost, Profile, border_cost, starts
 from blocklocal.hooked.autograd_graph import Node, parameters, reachable
-from blocklocal.hooked.probe import Output, one_pass, probe, run
+from blocklocal.hooked.probe import Output, one_more, one_pass, probe, run
 from blocklocal.hooked.values import Inputs, features, tensors
 from blocklocal.layout import Layout
 from blocklocal.memory import MemoryTracker
@@ -32,7 +33,7 @@ def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
     Of places with nothing but normalisation and activation between them the last counts.
     """
     calls: dict[str, int] = {}
-    seen: dict[Node, list[tuple[str, int, set[Node]]]] = {}
+    seen: dict[Node, list[tuple[str, set[Node]]]] = {}
     names = [name for name, _ in model.named_modules() if name]
 
     def after(name: str, returned: object) -> object:
@@ -40,11 +41,12 @@ def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
         found = features(returned)
         if found is not None and (h := found[0]).grad_fn is not None and h.dim() > 1:
             beside = {tensor.grad_fn for tensor in tensors(returned)} - {h.grad_fn, None}
-            seen.setdefault(h.grad_fn, []).append((name, len(h), beside))
+            seen.setdefault(h.grad_fn, []).append((name, beside))
         return returned
 
     with one_pass(model, example):
         prediction = run(model, example, names=names, at_border=after, output=output)
+    batched = _batched(model, names, example, output=output)
     known = {parameter: name for name, parameter in model.named_parameters()}
     norms = {
         f"{place}.{name}".removeprefix(".")
@@ -55,16 +57,34 @@ def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
     found: list[tuple[str, set[str]]] = []
     for node, here in seen.items():
         before, bypass = reachable(node), reachable(prediction.grad_fn, but={node})
-        fit = [
-            name
-            for name, batch, beside in here
-            if calls[name] == 1 and batch == len(prediction) and beside.isdisjoint(bypass)
-        ]
+        fit = [name for name, beside in here if calls[name] == 1 and name in batched and beside.isdisjoint(bypass)]
         if fit and before.isdisjoint(bypass):
             found.append((min(fit, key=len), set(parameters(before, names=known))))
     everything = set(parameters(reachable(prediction.grad_fn), names=known))
     following = [own for _, own in found[1:]] + [everything]
     return [name for (name, own), then in zip(found, following, strict=True) if own and then - own - norms]
+
+
+def _batched(model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output) -> set[str]:
+    """Those whose features have the batch first: as many as there are predictions, and as many with one sample more."""
+    sizes: dict[str, int] = {}
+
+    def after(name: str, returned: object) -> object:
+        found = features(returned)
+        if found is not None and found[0].dim() > 1:
+            sizes[name] = len(found[0])
+        return returned
+
+    def of(x: Inputs) -> tuple[set[str], int]:
+        sizes.clear()
+        batch = len(run(model, x, names=names, at_border=after, output=output))
+        return {name for name, size in sizes.items() if size == batch}, batch
+
+    with one_pass(model, example), torch.no_grad():
+        found, batch = of(example)
+        with suppress(ValueError):  # where an input beside the batch happens to be as long
+            found &= of(one_more(example, batch=batch))[0]
+    return found
 
 
 def balanced(

@@ -196,10 +196,15 @@ def _check_batch(
         seen.append(found[0])
         return returned
 
-    longer = map_tensors(lambda t: torch.cat([t, t[:1]]) if t.dim() and len(t) == batch else t, example)
     with one_pass(model, example), torch.no_grad():
+        longer = one_more(example, batch=batch)
         seen.append(run(model, longer, names=names, at_border=at_border, output=output))
     _require_batch_first(names, seen)
+
+
+def one_more(example: Inputs, *, batch: int) -> Inputs:
+    """The example with its first sample at the end once more."""
+    return map_tensors(lambda t: torch.cat([t, t[:1]]) if t.dim() and len(t) == batch else t, example)
 
 
 def _require_batch_first(names: Sequence[str], outputs: Sequence[Tensor]) -> None:
