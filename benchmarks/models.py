@@ -105,8 +105,8 @@ def of_timm() -> list[Case]:
         "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (2, 2, 2, 2)},
         "maxvit_rmlp_pico_rw_256": small,
         "mixer_s32_224": small,
-        "resmlp_12_224": small | {"num_blocks": 6},
-        "gmlp_ti16_224": small | {"num_blocks": 6},
+        "resmlp_12_224": small,
+        "gmlp_ti16_224": small,
         "efficientnet_lite0": {},
         "mobilenetv3_small_050": {},
         "densenet121": {"block_config": (2, 2, 2, 2)},
@@ -171,6 +171,7 @@ def of_transformers() -> list[Case]:
     text = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
     decoder = {**text, **sizes, "use_cache": False, "tie_word_embeddings": False}
+    kv = {**decoder, "num_key_value_heads": 2}
     untied, cache = "tie_word_embeddings=False", "use_cache=False"
 
     def case(name: str, configuration: str, x: Callable[[], Inputs], *, remark: str = "", **settings: object) -> Case:
@@ -217,12 +218,12 @@ def of_transformers() -> list[Case]:
         case("DebertaV2ForSequenceClassification", "DebertaV2Config", masked_tokens, **encoder, **deberta),
         case("GPT2ForSequenceClassification", "GPT2Config", tokens, remark=cache, **gpt2, **labels),
         case("GPT2LMHeadModel", "GPT2Config", tokens, remark=f"{cache}, {untied}", **gpt2, tie_word_embeddings=False),
-        case("LlamaForCausalLM", "LlamaConfig", masked_tokens, remark=cache, **decoder, num_key_value_heads=2),
-        case("MistralForCausalLM", "MistralConfig", tokens, remark=cache, **decoder, num_key_value_heads=2),
-        case("Qwen2ForCausalLM", "Qwen2Config", tokens, remark=cache, **decoder, num_key_value_heads=2),
-        case("Qwen2ForSequenceClassification", "Qwen2Config", tokens, remark=cache, **decoder, **labels),
+        case("LlamaForCausalLM", "LlamaConfig", masked_tokens, remark=cache, **kv),
+        case("MistralForCausalLM", "MistralConfig", tokens, remark=cache, **kv),
+        case("Qwen2ForCausalLM", "Qwen2Config", tokens, remark=cache, **kv),
+        case("Qwen2ForSequenceClassification", "Qwen2Config", tokens, remark=cache, **kv, **labels),
         case("GPTNeoXForCausalLM", "GPTNeoXConfig", tokens, remark=cache, **decoder),
-        case("GemmaForCausalLM", "GemmaConfig", tokens, remark=f"{cache}, {untied}", **decoder, head_dim=8),
+        case("GemmaForCausalLM", "GemmaConfig", tokens, remark=f"{cache}, {untied}", **kv, head_dim=8),
         case(
             "T5ForSequenceClassification",
             "T5Config",

@@ -46,7 +46,7 @@ def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
 
     with one_pass(model, example):
         prediction = run(model, example, names=names, at_border=after, output=output)
-    batched = _batched(model, names, example, output=output)
+    batched = _batched(model, names, example, output=output, batch=len(prediction))
     known = {parameter: name for name, parameter in model.named_parameters()}
     norms = {
         f"{place}.{name}".removeprefix(".")
@@ -65,26 +65,35 @@ def places(model: nn.Module, example: Inputs, *, output: Output) -> list[str]:
     return [name for (name, own), then in zip(found, following, strict=True) if own and then - own - norms]
 
 
-def _batched(model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output) -> set[str]:
-    """Those whose features have the batch first: as many as there are predictions, and as many with one sample more."""
-    sizes: dict[str, int] = {}
+def _batched(model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output, batch: int) -> set[str]:
+    """Those whose features have the batch first: as many as there are predictions, and as many with one sample more.
 
-    def after(name: str, returned: object) -> object:
-        found = features(returned)
-        if found is not None and found[0].dim() > 1:
-            sizes[name] = len(found[0])
-        return returned
+    Where the samples differ in their predictions, they must differ in the features, unlike position embeddings.
+    """
 
-    def of(x: Inputs) -> tuple[set[str], int]:
-        sizes.clear()
-        batch = len(run(model, x, names=names, at_border=after, output=output))
-        return {name for name, size in sizes.items() if size == batch}, batch
+    def of(x: Inputs) -> set[str]:
+        seen: dict[str, tuple[int, bool]] = {}
+
+        def after(name: str, returned: object) -> object:
+            found = features(returned)
+            if found is not None and found[0].dim() > 1:
+                seen[name] = len(found[0]), _same(found[0])
+            return returned
+
+        prediction = run(model, x, names=names, at_border=after, output=output)
+        constant = _same(prediction)
+        return {name for name, (size, same) in seen.items() if size == len(prediction) and (constant or not same)}
 
     with one_pass(model, example), torch.no_grad():
-        found, batch = of(example)
+        found = of(example)
         with suppress(ValueError):  # where an input beside the batch happens to be as long
-            found &= of(one_more(example, batch=batch))[0]
+            found &= of(one_more(example, batch=batch))
     return found
+
+
+def _same(h: Tensor) -> bool:
+    """Whether all samples are the same."""
+    return torch.equal(h, h[:1].expand_as(h))
 
 
 def balanced(
