@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import nn
 
 from blocklocal.hooked.probe import Output, one_pass, run
@@ -23,7 +22,7 @@ def segment_operations(
         return [None] * len(names)
     totals = [0]
 
-    with one_pass(model, example), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with one_pass(model, example), FlopCounterMode(display=False) as counter:
 
         def at_border(name: str, returned: object) -> object:
             totals.append(counter.get_total_flops())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from blocklocal.arguments import require_choice, require_whole
 from blocklocal.balance import FREE, BorderLoss, Cost, Profile, border_cost, starts
 from blocklocal.hooked.autograd_graph import Node, parameters, reachable
-from blocklocal.hooked.probe import Output, one_pass, probe, run
+from blocklocal.hooked.probe import Output, one_more, one_pass, probe, run
 from blocklocal.hooked.values import Inputs, features, tensors
 from blocklocal.layout import Layout
 from blocklocal.memory import MemoryTracker
@@ -27,23 +28,26 @@ FEW = (*NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 def places(model: nn.Module, example: Inputs, *, output: Output, tied: bool = False) -> list[str]:
     """The submodules after which a border can stand, in the order of the forward pass of `example`.
 
-    Their outputs are all that what follows computes from, as far as parameters are before them: nothing with a gradient
-    bypasses them, but for parameters where `tied`. Of places with nothing but normalisation and activation between them
-    the last counts.
+    Their features are all that what follows computes from, as far as parameters are before them: nothing with a
+    gradient bypasses them, not even a value that the submodule returns beside them, but for parameters where `tied`.
+    Their first dimension is the batch. Of places with nothing but normalisation and activation between them the last
+    counts.
     """
     calls: dict[str, int] = {}
-    seen: dict[Node, list[str]] = {}
+    seen: dict[Node, list[tuple[str, set[Node]]]] = {}
     names = [name for name, _ in model.named_modules() if name]
 
     def after(name: str, returned: object) -> object:
         calls[name] = calls.get(name, 0) + 1
         found = features(returned)
-        if found is not None and found[0].grad_fn is not None and found[0].dim() > 1:
-            seen.setdefault(found[0].grad_fn, []).append(name)
+        if found is not None and (h := found[0]).grad_fn is not None and h.dim() > 1:
+            beside = {tensor.grad_fn for tensor in tensors(returned)} - {h.grad_fn, None}
+            seen.setdefault(h.grad_fn, []).append((name, beside))
         return returned
 
     with one_pass(model, example):
         prediction = run(model, example, names=names, at_border=after, output=output)
+    batched = _batched(model, names, example, output=output, batch=len(prediction))
     known = {parameter: name for name, parameter in model.named_parameters()}
     norms = {
         f"{place}.{name}".removeprefix(".")
@@ -53,15 +57,45 @@ def places(model: nn.Module, example: Inputs, *, output: Output, tied: bool = Fa
     }
     found: list[tuple[str, set[str]]] = []
     for node, here in seen.items():
-        once = [name for name in here if calls[name] == 1]
-        before = reachable(node)
-        bypassing = before & reachable(prediction.grad_fn, but={node})
-        if not once or (bypassing and not (tied and all(hasattr(one, "variable") for one in bypassing))):
-            continue
-        found.append((min(once, key=len), set(parameters(before, names=known))))
+        before, bypass = reachable(node), reachable(prediction.grad_fn, but={node})
+        fit = [name for name, beside in here if calls[name] == 1 and name in batched and beside.isdisjoint(bypass)]
+        around = before & bypass
+        if fit and (not around or (tied and all(hasattr(one, "variable") for one in around))):
+            found.append((min(fit, key=len), set(parameters(before, names=known))))
     everything = set(parameters(reachable(prediction.grad_fn), names=known))
     following = [own for _, own in found[1:]] + [everything]
     return [name for (name, own), then in zip(found, following, strict=True) if own and then - own - norms]
+
+
+def _batched(model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output, batch: int) -> set[str]:
+    """Those whose features have the batch first: as many as there are predictions, and as many with one sample more.
+
+    Where the samples differ in their predictions, they must differ in the features, unlike position embeddings.
+    """
+
+    def of(x: Inputs) -> set[str]:
+        seen: dict[str, tuple[int, bool]] = {}
+
+        def after(name: str, returned: object) -> object:
+            found = features(returned)
+            if found is not None and found[0].dim() > 1:
+                seen[name] = len(found[0]), _same(found[0])
+            return returned
+
+        prediction = run(model, x, names=names, at_border=after, output=output)
+        constant = _same(prediction)
+        return {name for name, (size, same) in seen.items() if size == len(prediction) and (constant or not same)}
+
+    with one_pass(model, example), torch.no_grad():
+        found = of(example)
+        with suppress(ValueError):  # where an input beside the batch happens to be as long
+            found &= of(one_more(example, batch=batch))
+    return found
+
+
+def _same(h: Tensor) -> bool:
+    """Whether all samples are the same."""
+    return torch.equal(h, h[:1].expand_as(h))
 
 
 def balanced(

@@ -16,7 +16,7 @@ from blocklocal.hooked.autograd_graph import parameters, reachable, shared
 from blocklocal.hooked.values import Inputs, call, features, map_tensors, tensors
 from blocklocal.internals import version_of
 from blocklocal.layout import Layout, Readings, find_layouts
-from blocklocal.shape_probe import check_prediction, drops_in_place, require_batch_first
+from blocklocal.shape_probe import check_prediction, drops_in_place
 
 Output = Callable[[Any], Tensor]
 
@@ -79,7 +79,7 @@ def probe(
         raise ValueError(f"at={order[-1]!r}: no computation with parameters follows, so no block would stand after it")
     found, several = _owners(model, order, [*outputs, prediction], tied=tied)
     values = [h.detach() for h in (*outputs, prediction)]
-    _check_batch(model, example, values, names=names, output=output)
+    _check_batch(model, example, values, names=order, output=output)
     drops = drops_in_place(model)
     writes = [drops or version_of(h) != version for h, version in zip(handed_on, versions, strict=True)]
     return Probe(order, values, find_layouts(values[:-1], readings.all), found, several, writes)
@@ -184,7 +184,7 @@ def _check_batch(
     model: nn.Module, example: Inputs, outputs: list[Tensor], *, names: Sequence[str], output: Output
 ) -> None:
     """ValueError: features whose first dimension is not the batch. A batch of one more sample tells them apart."""
-    require_batch_first(outputs)
+    _require_batch_first(names, outputs)
     batch = len(outputs[-1])
     if not any(h.dim() > 2 and h.shape[1] == batch for h in outputs[:-1]):
         return
@@ -196,7 +196,22 @@ def _check_batch(
         seen.append(found[0])
         return returned
 
-    longer = map_tensors(lambda t: torch.cat([t, t[:1]]) if t.dim() and len(t) == batch else t, example)
     with one_pass(model, example), torch.no_grad():
+        longer = one_more(example, batch=batch)
         seen.append(run(model, longer, names=names, at_border=at_border, output=output))
-    require_batch_first(seen)
+    _require_batch_first(names, seen)
+
+
+def one_more(example: Inputs, *, batch: int) -> Inputs:
+    """The example with its first sample at the end once more."""
+    return map_tensors(lambda t: torch.cat([t, t[:1]]) if t.dim() and len(t) == batch else t, example)
+
+
+def _require_batch_first(names: Sequence[str], outputs: Sequence[Tensor]) -> None:
+    for name, h in zip(names, outputs, strict=False):
+        if len(h) != len(outputs[-1]):
+            raise ValueError(
+                f"at={name!r}: it returns features of shape {tuple(h.shape)}, and the prediction has shape "
+                f"{tuple(outputs[-1].shape)}: the first dimension of features must be the batch; cut elsewhere, or put "
+                "the batch first"
+            )
