@@ -109,9 +109,16 @@ def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> Non
     require(optimizers, Sequence, name="optimizers", needed="pass a list of optimizers, one per block")
     if len(optimizers) != blocks:
         raise ValueError(f"{len(optimizers)} optimizers for {blocks} blocks: pass one per block")
+    if all(optimizer is None for optimizer in optimizers):
+        raise ValueError("optimizers= holds None alone, and no block would learn: pass one for each that does")
     for k, optimizer in enumerate(optimizers):
-        if not all(callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")):
-            raise TypeError(f"optimizers[{k}] is {describe(optimizer)}: pass a torch.optim.Optimizer")
+        if optimizer is not None and not all(
+            callable(getattr(optimizer, name, None)) for name in ("step", "zero_grad")
+        ):
+            raise TypeError(
+                f"optimizers[{k}] is {describe(optimizer)}: pass a torch.optim.Optimizer, or None if block {k} "
+                "does not learn"
+            )
     if isinstance(scale, Tensor) or scale != 1:
         raise ValueError(
             f"scale={scale} with optimizers= would make steps with scaled gradients: pass scaler= for mixed "
@@ -122,10 +129,13 @@ def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> Non
 def check_owners(optimizers: Sequence[Any], parameters: Sequence[Sequence[nn.Parameter]]) -> None:
     """ValueError: an optimizer that does not step its own block, or steps another, which has no gradient then."""
     for k, optimizer in enumerate(optimizers):
-        check_closure(optimizer, name=f"optimizers[{k}]")
+        if optimizer is not None:
+            check_closure(optimizer, name=f"optimizers[{k}]")
     owners = {id(parameter): k for k, own in enumerate(parameters) for parameter in own}
     remedy = "pass one optimizer per block, in the order of the blocks, made from learner.block_parameters(k)"
     for k, optimizer in enumerate(optimizers):
+        if optimizer is None:
+            continue
         stepped = [owners.get(parameter) for parameter in stepped_by(optimizer)]
         if stepped and k not in stepped:
             raise ValueError(f"optimizers[{k}] has no parameter of block {k}: {remedy}")

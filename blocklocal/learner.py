@@ -200,13 +200,14 @@ class BlockLocal(LocalLearner, Convertible):
         y: Tensor,
         *,
         scale: float | Tensor = 1.0,
-        optimizers: Sequence[Optimizer] | None = None,
+        optimizers: Sequence[Optimizer | None] | None = None,
         scaler: GradScaler | None = None,
     ) -> Tensor:
         """Compute one step's gradients block by block, with the graph of one block alive at a time (Fig. 2).
 
         Gradients of scale * loss are added to existing ones: scale=1/n accumulates n batches. optimizers: one per
-        block; each is stepped and its gradients are freed right after its block's backward pass. scaler: scales every
+        block, or None where it does not learn; each is stepped and its gradients are freed right after its block's
+        backward pass. scaler: scales every
         local loss and steps the optimizers; call its update() after the batch, which this method does not. Returns the
         local losses (K,), detached and unscaled.
         """

@@ -90,7 +90,7 @@ class LocalLearner(nn.Module):
         return self.pool.weights
 
     def _stepper(
-        self, *, scale: float | Tensor, optimizers: Sequence[Optimizer] | None, scaler: GradScaler | None
+        self, *, scale: float | Tensor, optimizers: Sequence[Optimizer | None] | None, scaler: GradScaler | None
     ) -> Callable[[int, Tensor], None]:
         """A function of k and local loss k: its backward pass, and the step of its optimizer where there is one."""
         blocks = len(self.borders) + 1
@@ -102,18 +102,21 @@ class LocalLearner(nn.Module):
             self._warn_of_heads()
 
         def step(k: int, loss: Tensor) -> None:
+            if optimizers is not None and optimizers[k] is None:
+                return
             if not loss.requires_grad:
                 check_frozen(self.block_parameters(k), k=k)
             else:
                 with torch.autocast(loss.device.type, enabled=False):
                     scaled = loss * scale
                     (scaled if scaler is None else scaler.scale(scaled)).backward()
-            if optimizers is not None:
+            optimizer = None if optimizers is None else optimizers[k]
+            if optimizer is not None:
                 if scaler is None:
-                    optimizers[k].step()
+                    optimizer.step()
                 elif loss.requires_grad:
-                    scaler.step(optimizers[k])
-                optimizers[k].zero_grad(set_to_none=True)
+                    scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
 
         return step
 

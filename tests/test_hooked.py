@@ -361,3 +361,19 @@ def test_an_optimizer_of_the_model_alone_is_noticed(learner_of, recwarn: pytest.
     wrong.zero_grad()
     with pytest.warns(UserWarning, match=r"pass it learner.parameters\(\)"):
         learner.backward(x, y)
+
+
+@pytest.mark.parametrize("learner_of", [bll.BlockLocal, bll.Hooked])
+def test_a_block_without_an_optimizer_stands_still(learner_of) -> None:
+    x, y = batch()
+    learner = learner_of(network(), at=["1", "3"], classes=CLASSES, example=x)
+    before = copy.deepcopy([[*learner.block_parameters(k)] for k in range(3)])
+    steps = [torch.optim.SGD(learner.block_parameters(k), lr=0.1) for k in range(3)]
+    losses = learner.backward(x, y, optimizers=[steps[0], None, steps[2]])
+    assert losses.shape == (3,)
+    for k, own in enumerate(before):
+        after = learner.block_parameters(k)
+        assert all(parameter.grad is None for parameter in after)
+        assert all(torch.equal(p, q) for p, q in zip(own, after, strict=True)) == (k == 1)
+    with pytest.raises(ValueError, match=r"optimizers\[1\] has no parameter of block 1"):
+        learner.backward(x, y, optimizers=[None, steps[0], steps[2]])

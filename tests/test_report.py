@@ -236,3 +236,15 @@ def test_page_in_a_browser(report, tmp_path, width):
     found = json.loads(title)
     assert found["content"] <= found["width"] == width, "the page is wider than the screen"
     assert found["pictures"] == [True] * 14
+
+
+def test_a_run_whose_epochs_are_all_recorded_is_finished_without_its_weights(tmp_path, capsys):
+    for name, epochs in (("whole", 2), ("half", 3)):
+        write_run(tmp_path / name, rule=f"bll{'-paper' * (name == 'half')}", accuracies=[0.6, 0.8], epochs=epochs)
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    assert cli.main(["report", str(tmp_path), f"--out={tmp_path / 'report'}"]) == 0
+    output = capsys.readouterr().out
+    assert "half: 2 of 3 epochs" in output
+    assert "whole: " not in output
+    assert json.loads(output.splitlines()[-1])["unfinished"] == 1
+    assert not read(tmp_path / "whole").complete

@@ -157,7 +157,7 @@ class Hooked(LocalLearner):
         y: Tensor,
         *,
         scale: float | Tensor = 1.0,
-        optimizers: Sequence[Optimizer] | None = None,
+        optimizers: Sequence[Optimizer | None] | None = None,
         scaler: GradScaler | None = None,
     ) -> Tensor:
         """One step's gradients, each block's at its border, with the graph of one block alive at a time (Fig. 2).
@@ -338,7 +338,7 @@ class Hooked(LocalLearner):
             )
 
     def _stepper(
-        self, *, scale: float | Tensor, optimizers: Sequence[Optimizer] | None, scaler: GradScaler | None
+        self, *, scale: float | Tensor, optimizers: Sequence[Optimizer | None] | None, scaler: GradScaler | None
     ) -> Callable[[int, Tensor], None]:
         if optimizers is not None and self._tied:
             raise ValueError(

@@ -16,16 +16,26 @@ from blocklocal.lab.settings import Settings
 class History:
     """A run up to its last epoch.
 
-    facts: the rest of config.json. records: the lines of metrics.jsonl, one per epoch. finished: whether the weights
-    after all epochs are there. changed: when the last epoch ended, in seconds of the system clock.
+    facts: the rest of config.json. records: the lines of metrics.jsonl, one per epoch. weights: whether the
+    trained model is there. changed: when the last epoch ended, in seconds of the system clock.
     """
 
     path: Path
     settings: Settings
     facts: dict[str, Any]
     records: tuple[dict[str, Any], ...]
-    finished: bool
+    weights: bool
     changed: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are recorded; the weights may have been left out."""
+        return len(self.records) == self.settings.epochs
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.finished and self.weights
 
     @property
     def accuracies(self) -> list[float]:
@@ -48,9 +58,8 @@ def read(path: Path) -> History:
     run = Run(path)
     settings, records = run.settings(), tuple(run.records())
     facts = {name: fact for name, fact in run.facts().items() if name != "settings"}
-    finished = run.model.exists() and len(records) == settings.epochs
     changed = (run.metrics if records else run.config).stat().st_mtime
-    return History(path, settings, facts, records, finished, changed)
+    return History(path, settings, facts, records, run.model.exists(), changed)
 
 
 def find(path: Path) -> list[Path]:

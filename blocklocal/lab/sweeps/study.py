@@ -42,7 +42,7 @@ def study(
     points = [
         pareto.point(row.name, done, cost=found[row.name])
         for row, runs in zip(rows, by_seed, strict=True)
-        if (done := _finished(runs))
+        if (done := _complete(runs))
     ]
     if points:
         pareto.print_table(points, title=title)
@@ -75,5 +75,5 @@ def with_equal_time(rows: list[Row], found: dict[str, Cost]) -> tuple[list[Row],
     return [*rows, *added], {**found, **scaled}
 
 
-def _finished(runs: Sequence[Settings]) -> list[History]:
-    return [run for settings in runs if Run(settings.folder).exists and (run := read(settings.folder)).finished]
+def _complete(runs: Sequence[Settings]) -> list[History]:
+    return [run for settings in runs if Run(settings.folder).exists and (run := read(settings.folder)).complete]

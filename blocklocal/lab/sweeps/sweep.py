@@ -25,7 +25,7 @@ WAIT = 0.1  # seconds between two looks
 
 
 def complete(sweep: Sequence[Settings], *, folder: Path, console: Console) -> list[History]:
-    """Train the missing runs of a sweep, which are kept in `folder`; returns the finished ones.
+    """Train the missing runs of a sweep, which are kept in `folder`; returns the complete ones.
 
     A run that fails does not stop the others, unless it could not even begin. UserError: unusable settings, or settings
     that contradict an existing run.
@@ -40,7 +40,7 @@ def complete(sweep: Sequence[Settings], *, folder: Path, console: Console) -> li
             _refuse_other(settings)
         for number, settings in enumerate(sweep, start=1):
             _train(settings, console=console, title=f"run {number} of {len(sweep)}")
-        return [run for settings in sweep if (run := read(settings.folder)).finished]
+        return [run for settings in sweep if (run := read(settings.folder)).complete]
 
 
 def arguments(settings: Settings) -> list[str]:
@@ -77,7 +77,7 @@ def _refuse_other(settings: Settings) -> None:
 def _train(settings: Settings, *, console: Console, title: str) -> None:
     run = Run(settings.folder)
     _wait(run, console=console)
-    done = run.exists and read(run.path).finished
+    done = run.exists and read(run.path).complete
     if done:
         console.print(f"{title}: {run.path}, done before", soft_wrap=True)
         return
