@@ -67,7 +67,8 @@ class Border(nn.Module):
     def check(self, h: Tensor) -> None:
         """ValueError: for an example of h, the statistic, the feedback or a head does not return what it should."""
         border_input, n = self.message(h), self.spec.targets.size
-        rows = h.shape[:-1] if self.spec.tokens else h.shape[:1]
+        places = h.movedim(1, -1) if self.spec.channels_first else h
+        rows = places.shape[:-1] if self.spec.tokens else h.shape[:1]
         with passes(h, name="h", through="statistic="):
             _require_reals(border_input.statistics, (*rows, self.spec.statistics), h.device, name="statistic")
         with mode(self, training=False):
