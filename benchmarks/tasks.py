@@ -1,6 +1,6 @@
 """Tasks other than the classification of images, each by backpropagation and in blocks, on data of scikit-learn.
 
-    python examples/tasks.py [--seeds 3] [--epochs 30]
+    python benchmarks/tasks.py [--seeds 3] [--epochs 30]
 
 - regression: a measure of disease progression of 442 diabetes patients from ten numbers; R^2 on a fifth of them.
 - several labels: of 1,797 digits, whether each is even, more than four, a prime; share of right answers.
