@@ -439,8 +439,8 @@ Parameters that begin as zeros were drawn from N(0, 0.02²), so that what is bef
   those in a step of backpropagation with one. In batches of {BATCH} the gradients of parameters are much of it.
 
 Where all layers read one value with a gradient, such as the relative positions of DeBERTa and T5 or the word embeddings
-of BART's encoder and decoder, or are one layer called again, as in ALBERT, borders stand only before and after them, and
-a step takes about the memory of backpropagation.
+of BART's encoder and decoder, or are one layer called again, as in ALBERT, borders stand only before and after them,
+and a step takes about the memory of backpropagation.
 
 | model | library | path | cuts | difference | moved | crosses | memory |
 |---|---|---|---|---:|---:|---|---:|

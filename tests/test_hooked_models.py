@@ -162,6 +162,24 @@ class Turned(nn.Module):
         return self.linear(h.transpose(0, 1)).transpose(0, 1)
 
 
+class Caching(nn.Module):
+    """In evaluation mode it keeps what it has made of its weight until the mode changes, as LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.cache = nn.Parameter(torch.ones(8)), None
+
+    def train(self, mode: bool = True) -> Caching:
+        self.cache = None
+        return super().train(mode)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.training:
+            return h * self.weight.exp()
+        self.cache = self.weight.exp() if self.cache is None else self.cache
+        return h * self.cache
+
+
 def ours(name: str):
     torch.manual_seed(0)
     return build(name, channels=3, size=(16, 16), classes=4), torch.randn(3, 3, 16, 16)
@@ -242,6 +260,14 @@ def test_no_border_stands_where_another_value_goes_on_or_where_samples_do_not_di
     check(Pooled(), x, blocks=4)
     with pytest.raises(ValueError, match=r"at='encoder': a value, .*'encoder.words.weight', passes the border"):
         Hooked(Pooled(), at=["encoder"], classes=4, example=x)
+
+
+def test_what_a_model_caches_in_evaluation_mode_does_not_outlast_the_example():
+    model = nn.Sequential(nn.Linear(6, 8), Caching(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    model[0].eval()
+    Hooked(model, blocks=3, classes=4, example=torch.randn(3, 6))
+    assert model[1].cache is None
+    assert [module.training for module in model] == [False, True, True, True, True]
 
 
 def test_features_without_a_batch_are_refused_by_name():
