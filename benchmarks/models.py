@@ -1,6 +1,6 @@
 """Which models `Hooked` trains in blocks as they are, and what was checked of each: writes docs/models.md.
 
-Run: python benchmarks/models.py  (some 20 minutes on one thread, about 3 GiB; needs timm, torchvision, transformers)
+Run: python benchmarks/models.py  (20 minutes on one thread; needs timm, torchvision and transformers)
      python benchmarks/models.py swin vit  (those whose names contain one of these; prints, and writes nothing)
 
 Nothing is downloaded: the weights are random, and the transformers are made small.
@@ -437,6 +437,10 @@ Parameters that begin as zeros were drawn from N(0, 0.02²), so that what is bef
 - *crosses*: the model's parameters that a local loss other than that of their block reaches.
 - *memory*: the most bytes alive in a step with one SGD optimizer for each block, gradients included, as a share of
   those in a step of backpropagation with one. In batches of {BATCH} the gradients of parameters are much of it.
+
+Where all layers read one value with a gradient, such as the relative positions of DeBERTa and T5 or the word embeddings
+of BART's encoder and decoder, or are one layer called again, as in ALBERT, borders stand only before and after them,
+and a step takes about the memory of backpropagation.
 
 | model | library | path | cuts | difference | moved | crosses | memory |
 |---|---|---|---|---:|---:|---|---:|

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blocklocal import Hooked
+from blocklocal.hooked.places import places
 from blocklocal.hooked.values import call, prediction_of
 from blocklocal.lab.models import MODELS, build
 
@@ -116,6 +117,30 @@ class Language(nn.Module):
         return self.head(h)
 
 
+class Pooled(nn.Module):
+    """An encoder that returns its features with what it has pooled of them, which is what the head reads, as BERT."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.positions = nn.Embedding(11, 8), nn.Embedding(5, 8)
+            self.layers = nn.ModuleList(zoo.Layer(8) for _ in range(2))
+            self.pooler = nn.Linear(8, 8)
+
+        def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.positions(torch.arange(5).expand(len(tokens), -1)) + self.words(tokens)
+            for layer in self.layers:
+                h = layer(h)
+            return h, self.pooler(h[:, 0]).tanh()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = self.Encoder(), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(tokens)[1])
+
+
 class Skipping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -124,6 +149,35 @@ class Skipping(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x)
         return self.head(h + self.inner(h).relu())
+
+
+class Turned(nn.Module):
+    """Time first inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h.transpose(0, 1)).transpose(0, 1)
+
+
+class Caching(nn.Module):
+    """In evaluation mode it keeps what it has made of its weight until the mode changes, as LeViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.cache = nn.Parameter(torch.ones(8)), None
+
+    def train(self, mode: bool = True) -> Caching:
+        self.cache = None
+        return super().train(mode)
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.training:
+            return h * self.weight.exp()
+        self.cache = self.weight.exp() if self.cache is None else self.cache
+        return h * self.cache
 
 
 def ours(name: str):
@@ -195,6 +249,32 @@ def test_models_that_are_written_in_other_ways(make):
     torch.manual_seed(0)
     model, x = make()
     assert len(check(model, x, blocks=3).cuts) == 2
+
+
+def test_no_border_stands_where_another_value_goes_on_or_where_samples_do_not_differ():
+    x = torch.randint(11, (5, 5))
+    found = places(Pooled(), x, output=prediction_of)
+    assert "encoder" not in found
+    assert "encoder.positions" not in found
+    assert {"encoder.words", "encoder.layers.0", "encoder.layers.1"} <= {*found}
+    check(Pooled(), x, blocks=4)
+    with pytest.raises(ValueError, match=r"at='encoder': a value, .*'encoder.words.weight', passes the border"):
+        Hooked(Pooled(), at=["encoder"], classes=4, example=x)
+
+
+def test_what_a_model_caches_in_evaluation_mode_does_not_outlast_the_example():
+    model = nn.Sequential(nn.Linear(6, 8), Caching(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    model[0].eval()
+    Hooked(model, blocks=3, classes=4, example=torch.randn(3, 6))
+    assert model[1].cache is None
+    assert [module.training for module in model] == [False, True, True, True, True]
+
+
+def test_features_without_a_batch_are_refused_by_name():
+    model = zoo.Transformer(pooled=True)
+    model.layers.insert(0, Turned())
+    with pytest.raises(ValueError, match=r"at='layers.0.linear': .*\(5, 3, 8\).*must be the batch"):
+        Hooked(model, at=["layers.0.linear"], classes=4, example=torch.randint(11, (3, 5)))
 
 
 def test_tied_weights_are_refused_by_name():

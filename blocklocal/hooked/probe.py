@@ -100,10 +100,15 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
 
 @contextmanager
 def one_pass(model: nn.Module, example: Inputs) -> Iterator[None]:
-    """Evaluation mode with gradients, random state as before."""
+    """Evaluation mode with gradients; afterwards modes and random state as before."""
     devices = list({t.device for t in tensors(example) if t.is_cuda})
-    with mode(model, training=False), torch.random.fork_rng(devices=devices), torch.enable_grad():
-        yield
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        with mode(model, training=False), torch.random.fork_rng(devices=devices), torch.enable_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.train(training)  # which also clears what some models cache in evaluation mode, as LeViT
 
 
 def run(
