@@ -422,8 +422,8 @@ def page(rows: list[tuple[Case, Row | str]]) -> str:
     return f"""# Models
 
 Each row is a model of a library, many of them made smaller, with random weights, which `bll.Hooked(model, blocks=4,
-classes=..., example=batch)` was asked to train in four blocks, with nothing else said. {works} of these {len(rows)} models
-pass every check below; where one was refused, the row has the message.
+classes=..., example=batch)` was asked to train in four blocks, with nothing else said. {works} of these {len(rows)}
+models pass every check below; where one was refused, the row has the message.
 
 `python benchmarks/models.py`, with {libraries},
 on {datetime.date.today():%d %B %Y}, on a CPU in float32; batches of {BATCH}.

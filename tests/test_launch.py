@@ -312,7 +312,7 @@ def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, mon
     [
         (["--nnodes=2"], "--nnodes 2 needs --rdzv-endpoint"),
         (["--nnodes=0"], "--nnodes 0: write a number of machines"),
-        (["--nnodes=3:2"], "--nnodes 3:2: a number"),
+        (["--nnodes=3:2"], "--nnodes 3:2: write a number of machines"),
         (["--processes=-1"], "--processes -1"),
         (["--restarts=many"], "--restarts"),
         (["--nnodes=2", "--rdzv-endpoint=nowhere", "--interface=lo"], "write HOST:PORT"),
@@ -320,7 +320,7 @@ def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, mon
         (["--lr=-1"], "--lr -1.0 is out of range"),
         (["--timeout=0"], "--timeout 0.0 is out of range"),
         (["--shard"], "--shard has an effect only with --replicas"),
-        (["--replicas=2", "--shard", "--lookahead=both"], "no unit whole that --lookahead both could copy"),
+        (["--replicas=2", "--shard", "--lookahead=both"], "--shard leaves no whole unit for --lookahead both"),
         (["--replicas=3"], "--replicas 3 is not a divisor of --batch-size"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,14 @@ from blocklocal.hooked.values import features
 
 Visit = Callable[[int, Tensor], Tensor]
 """From the index of a border and the features there to what the model goes on with."""
+
+
+def _at(taps: Taps, k: int, output: object) -> object:
+    return taps.at(k, output)
+
+
+_CALL: list[Callable[[Taps, int, object], object]] = [_at]
+"""What a tap calls. Nothing is compiled before torch._dynamo is imported, which takes seconds and is left to others."""
 
 
 class Taps:
@@ -36,6 +45,8 @@ class Taps:
             raise ValueError("a forward pass with borders has begun inside another: let the first one end")
         if not self._handles and self.names:
             raise ValueError("the borders were removed from the model: make a new learner")
+        if "torch._dynamo" in sys.modules:  # a layer may be compiled, and the hook with it
+            _CALL[0] = torch.compiler.disable(_at)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._visit, self._next = visit, 0
         try:
             yield
@@ -77,9 +88,4 @@ class _Tap:
         self.taps, self.k = taps, k
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        return _at(self.taps, self.k, output) if self.taps.active else None  # pyright: ignore[reportCallIssue]
-
-
-@torch.compiler.disable
-def _at(taps: Taps, k: int, output: object) -> object:
-    return taps.at(k, output)
+        return _CALL[0](self.taps, self.k, output) if self.taps.active else None

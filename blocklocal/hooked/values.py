@@ -80,7 +80,7 @@ def _with_item(output: Any, i: int, h: Tensor) -> Any:
     parts = [*output[:i], h, *output[i + 1 :]]
     if isinstance(output, list):
         return parts
-    return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+    return tuple(parts) if type(output) is tuple else type(output)(*parts)  # a named one
 
 
 def prediction_of(output: Any) -> Tensor:
