@@ -1,6 +1,6 @@
 """Which models `Hooked` trains in blocks as they are, and what was checked of each: writes docs/models.md.
 
-Run: python benchmarks/models.py  (20 minutes on one thread; needs timm, torchvision and transformers)
+Run: python benchmarks/models.py  (25 minutes on one thread; needs timm, torchvision and transformers)
      python benchmarks/models.py swin vit  (those whose names contain one of these; prints, and writes nothing)
 
 Nothing is downloaded: the weights are random, and the transformers are made small.
@@ -421,9 +421,9 @@ def page(rows: list[tuple[Case, Row | str]]) -> str:
     table = "\n".join(line(case, found) for case, found in rows)
     return f"""# Models
 
-Each row is a model as its library has it, with random weights, which `bll.Hooked(model, blocks=4, classes=...,
-example=batch)` was asked to train in four blocks, with nothing else said. {works} of these {len(rows)} models pass
-every check below; where one was refused, the row has the message.
+Each row is a model of a library, many of them made smaller, with random weights, which `bll.Hooked(model, blocks=4,
+classes=..., example=batch)` was asked to train in four blocks, with nothing else said. {works} of these {len(rows)}
+models pass every check below; where one was refused, the row has the message.
 
 `python benchmarks/models.py`, with {libraries},
 on {datetime.date.today():%d %B %Y}, on a CPU in float32; batches of {BATCH}.
