@@ -141,6 +141,17 @@ class Pooled(nn.Module):
         return self.head(self.encoder(tokens)[1])
 
 
+class Scaled(nn.Module):
+    """A residual unit whose skip goes through an identity, as in PoolFormer: that returns what the unit reads too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.linear = nn.Identity(), nn.Linear(8, 8)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.scale(h) + self.linear(h).tanh()
+
+
 class Skipping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -260,6 +271,14 @@ def test_no_border_stands_where_another_value_goes_on_or_where_samples_do_not_di
     check(Pooled(), x, blocks=4)
     with pytest.raises(ValueError, match=r"at='encoder': a value, .*'encoder.words.weight', passes the border"):
         Hooked(Pooled(), at=["encoder"], classes=4, example=x)
+
+
+def test_no_border_stands_at_an_identity_beside_which_its_input_goes_on():
+    model, x = nn.Sequential(nn.Linear(6, 8), Scaled(), Scaled(), nn.Linear(8, 4)), torch.randn(3, 6)
+    assert places(model, x, output=prediction_of) == ["0", "1", "2"]
+    check(model, x, blocks=4)
+    chain = nn.Sequential(nn.Linear(6, 8), nn.Identity(), nn.Linear(8, 4))
+    assert places(chain, x, output=prediction_of) == ["0"]
 
 
 def test_what_a_model_caches_in_evaluation_mode_does_not_outlast_the_example():

@@ -34,16 +34,19 @@ def places(model: nn.Module, example: Inputs, *, output: Output, tied: bool = Fa
     counts.
     """
     calls: dict[str, int] = {}
-    seen: dict[Node, list[tuple[str, set[Node]]]] = {}
+    source: dict[Node, Node] = {}
+    seen: dict[Node, list[tuple[str, Node]]] = {}
     names = [name for name, _ in model.named_modules() if name]
 
     def after(name: str, returned: object) -> object:
         calls[name] = calls.get(name, 0) + 1
         found = features(returned)
-        if found is not None and (h := found[0]).grad_fn is not None and h.dim() > 1:
-            beside = {tensor.grad_fn for tensor in tensors(returned)} - {h.grad_fn, None}
-            seen.setdefault(h.grad_fn, []).append((name, beside))
-        return returned
+        if found is None or (h := found[0]).grad_fn is None or h.dim() < 2:
+            return returned
+        marked = h.clone()  # a node for each submodule, also for those that return their input, which others may read
+        source[marked.grad_fn] = source.get(h.grad_fn, h.grad_fn)
+        seen.setdefault(source[marked.grad_fn], []).append((name, marked.grad_fn))
+        return found[1](marked)
 
     with one_pass(model, example):
         prediction = run(model, example, names=names, at_border=after, output=output)
@@ -56,12 +59,14 @@ def places(model: nn.Module, example: Inputs, *, output: Output, tied: bool = Fa
         for name, _ in module.named_parameters(recurse=False)
     }
     found: list[tuple[str, set[str]]] = []
-    for node, here in seen.items():
-        before, bypass = reachable(node), reachable(prediction.grad_fn, but={node})
-        fit = [name for name, beside in here if calls[name] == 1 and name in batched and beside.isdisjoint(bypass)]
-        around = before & bypass
-        if fit and (not around or (tied and all(hasattr(one, "variable") for one in around))):
-            found.append((min(fit, key=len), set(parameters(before, names=known))))
+    for here in seen.values():
+        for name, node in sorted(here, key=lambda one: len(one[0])):
+            before = reachable(node)
+            bypassing = before & reachable(prediction.grad_fn, but={node})
+            free = not bypassing or (tied and all(hasattr(one, "variable") for one in bypassing))
+            if calls[name] == 1 and name in batched and free:
+                found.append((name, set(parameters(before, names=known))))
+                break
     everything = set(parameters(reachable(prediction.grad_fn), names=known))
     following = [own for _, own in found[1:]] + [everything]
     return [name for (name, own), then in zip(found, following, strict=True) if own and then - own - norms]
