@@ -377,3 +377,21 @@ def test_a_block_without_an_optimizer_stands_still(learner_of) -> None:
         assert all(torch.equal(p, q) for p, q in zip(own, after, strict=True)) == (k == 1)
     with pytest.raises(ValueError, match=r"optimizers\[1\] has no parameter of block 1"):
         learner.backward(x, y, optimizers=[None, steps[0], steps[2]])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch warns of itself
+def test_compiled_layers_are_compiled_once() -> None:
+    _, hooked = both()
+    x, y = batch()
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        compiled.append(graph)
+        return graph.forward
+
+    hooked.model.get_submodule("1").compile(backend=backend)
+    hooked.backward(x, y)
+    first = len(compiled)
+    for _ in range(3):
+        hooked.backward(x, y)
+    assert 0 < first == len(compiled)

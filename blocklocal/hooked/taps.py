@@ -45,7 +45,7 @@ class Taps:
             raise ValueError("a forward pass with borders has begun inside another: let the first one end")
         if not self._handles and self.names:
             raise ValueError("the borders were removed from the model: make a new learner")
-        if "torch._dynamo" in sys.modules:  # a layer may be compiled, and the hook with it
+        if "torch._dynamo" in sys.modules and _CALL[0] is _at:  # a layer may be compiled, and the hook with it
             _CALL[0] = torch.compiler.disable(_at)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._visit, self._next = visit, 0
         try:
