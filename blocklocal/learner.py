@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from blocklocal.arguments import (
     require_tensor,
     require_whole,
 )
-from blocklocal.border import Border
+from blocklocal.border_factory import BorderFactory
 from blocklocal.collapse import warn_of_collapse
 from blocklocal.exits import Exit, ExitPool, Predictor
 from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
@@ -39,10 +38,10 @@ from blocklocal.inputs import (
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
-from blocklocal.losses import BLL, LocalLoss, Predictive
+from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import BorderInput, Criterion, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
-from blocklocal.shape_probe import border_spec, check_prediction, probe_shapes
+from blocklocal.shape_probe import check_prediction, probe_shapes
 from blocklocal.split import split
 
 Features = Tensor | tuple[Tensor, Tensor]
@@ -101,25 +100,16 @@ class BlockLocal(LocalLearner, Convertible):
         if blocks is not None and layout is not None and not isinstance(layout, str):
             raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
 
-        def build(h: Tensor, prediction: Tensor, layout: Layout | None, **place: Any) -> Border:
-            spec = border_spec(h, layout=layout, prediction=prediction, targets=self.targets, criterion=self.criterion)
-            spec = replace(spec, per_channel=getattr(statistic, "per_channel", 1), **place)
-            return Border(spec, loss=loss, feedback=feedback, statistic=statistic).to(h)
-
-        def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
-            (chosen,) = given_layouts(layout, borders=1)
-            y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
-            trial = build(h, prediction, chosen or found)
-            return lambda h: trial(trial.message(h), y)
-
-        self.blocks = nn.ModuleList(split(model, at=at, blocks=blocks, example=example, balance=balance, border=border))
+        borders = BorderFactory(self.targets, criterion, loss, feedback, statistic, layout)
+        self.blocks = nn.ModuleList(
+            split(model, at=at, blocks=blocks, example=example, balance=balance, border=borders.trial)
+        )
         self._outline = Outline(model, self.blocks)
-        count = any(isinstance(term, Predictive) and term.budget is not None for _, term in loss.terms)
-        seen = probe_shapes(model, self.blocks, example, size=self.targets.size, count=count)
+        seen = probe_shapes(model, self.blocks, example, size=self.targets.size, count=borders.counts_operations)
         self._writes_input = seen.writes_input
         layouts = given_layouts(layout, borders=len(self.blocks) - 1)
         self.borders = nn.ModuleList(
-            build(
+            borders.build(
                 h,
                 seen.outputs[-1],
                 chosen or found,
@@ -137,8 +127,8 @@ class BlockLocal(LocalLearner, Convertible):
         require(add_beliefs, bool, name="add_beliefs", needed="pass True or False")
         self.adds_beliefs = add_beliefs
         self.pool = ExitPool(len(self.blocks), labels=self.targets.labels)
-        if self.borders and isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
-            raise ValueError("criterion has parameters, which every border would train: pass one without")
+        if self.borders:
+            borders.check_criterion()
         self._regions: list[Region] = []  # once compiled; in a list, since blocks are registered as blocks
         self._examples: list[Example] = []  # of every block, and the prediction; none where there is no border
         if self.borders and example is not None:
@@ -207,9 +197,8 @@ class BlockLocal(LocalLearner, Convertible):
 
         Gradients of scale * loss are added to existing ones: scale=1/n accumulates n batches. optimizers: one per
         block, or None where it does not learn; each is stepped and its gradients are freed right after its block's
-        backward pass. scaler: scales every
-        local loss and steps the optimizers; call its update() after the batch, which this method does not. Returns the
-        local losses (K,), detached and unscaled.
+        backward pass. scaler: scales every local loss and steps the optimizers; call its update() after the batch,
+        which this method does not. Returns the local losses (K,), detached and unscaled.
         """
         require_gradients("backward")
         self._check(x, y)

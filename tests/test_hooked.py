@@ -395,3 +395,17 @@ def test_compiled_layers_are_compiled_once() -> None:
     for _ in range(3):
         hooked.backward(x, y)
     assert 0 < first == len(compiled)
+
+
+@pytest.mark.parametrize("learner_of", [bll.BlockLocal, bll.Hooked])
+def test_a_criterion_with_parameters_is_refused(learner_of) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, prediction: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.scale * prediction, y)
+
+    with pytest.raises(ValueError, match="criterion has parameters"):
+        learner_of(network(), at=["1"], classes=CLASSES, example=batch()[0], criterion=Scaled())

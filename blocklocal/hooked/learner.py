@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from blocklocal.arguments import loss_of, require, require_function, require_gradients, require_number, require_tensor
-from blocklocal.border import Border
+from blocklocal.border_factory import BorderFactory
 from blocklocal.collapse import warn_of_collapse
 from blocklocal.exits import ExitPool
 from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
@@ -28,7 +27,7 @@ from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import Criterion, Statistic, add_belief, dense, spatial_mean
-from blocklocal.shape_probe import border_spec, check_prediction
+from blocklocal.shape_probe import check_prediction
 
 
 class Hooked(LocalLearner):
@@ -95,21 +94,11 @@ class Hooked(LocalLearner):
             raise ValueError("Lookahead() copies a unit of the block that follows, which only BlockLocal has")
         self.model, self.criterion, self.output = model, criterion, output
 
-        def build(h: Tensor, prediction: Tensor, found: Layout | None, **place: Any) -> Border:
-            spec = border_spec(h, layout=found, prediction=prediction, targets=self.targets, criterion=self.criterion)
-            spec = replace(spec, per_channel=getattr(statistic, "per_channel", 1), **place)
-            return Border(spec, loss=loss, feedback=feedback, statistic=statistic).to(h)
-
-        def border(h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
-            (chosen,) = given_layouts(layout, borders=1)
-            y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
-            trial = build(h, prediction, chosen or found)
-            return lambda h: trial(trial.message(h), y)
-
+        borders = BorderFactory(self.targets, criterion, loss, feedback, statistic, layout)
         if at is None:
             if layout is not None and not isinstance(layout, str):
                 raise ValueError("layout= for each border needs at=; with blocks=K pass one for all")
-            at = balanced(model, blocks, example, output=output, balance=balance, border=border, tied=tied)
+            at = balanced(model, blocks, example, output=output, balance=balance, border=borders.trial, tied=tied)
         elif blocks is not None:
             raise ValueError("at= and blocks= both say where to cut: pass one of them")
         require(at, Sequence, name="at", needed="pass a list of names of submodules")
@@ -119,16 +108,19 @@ class Hooked(LocalLearner):
         self.cuts = seen.names
         """The submodules after which a border stands, in the order of the forward pass."""
         layouts = given_layouts(layout, borders=len(self.cuts))
-        count = any(isinstance(term, Predictive) and term.budget is not None for _, term in loss.terms)
-        operations = segment_operations(model, self.cuts, example, output=output) if count else [None] * len(self.cuts)
+        operations: list[float] | list[None] = [None] * len(self.cuts)
+        if borders.counts_operations:
+            operations = segment_operations(model, self.cuts, example, output=output)
         self.borders = nn.ModuleList(
-            build(h, seen.outputs[-1], chosen or found, depth=k / len(layouts), operations=operations[k])
+            borders.build(h, seen.outputs[-1], chosen or found, depth=k / len(layouts), operations=operations[k])
             for k, (h, chosen, found) in enumerate(zip(seen.outputs, layouts, seen.layouts, strict=False))
         )
         for k, h in enumerate(seen.outputs[:-1]):
             self._border(k).check(h[:2])
             if add_beliefs:
                 _ = self._border(k).predictive  # there must be one
+        if self.borders:
+            borders.check_criterion()
         self.adds_beliefs = add_beliefs
         self.pool = ExitPool(len(self.cuts) + 1, labels=self.targets.labels)
         self._owned, self._tied, self._writes_input = seen.parameters, seen.tied, seen.writes_input

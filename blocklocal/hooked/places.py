@@ -179,25 +179,23 @@ def measure(
 def _segments(model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output) -> list[Segment]:
     """Each segment's costs, in one pass that ends and begins at every place. Parameters get gradients, which go."""
     found: list[Segment] = []
-    tracker, given, start = MemoryTracker(), None, 0.0
+    tracker, start = MemoryTracker(), 0.0
 
-    def begin(h: Tensor | None) -> None:
-        nonlocal tracker, given, start
-        given, tracker = h, MemoryTracker()
+    def begin() -> None:
+        nonlocal tracker, start
+        tracker = MemoryTracker()
         _synchronize(example)
         start = time.perf_counter()
         tracker.__enter__()
 
     def end(h: Tensor) -> None:
-        _synchronize(example)
-        seconds, kept = time.perf_counter() - start, tracker.alive
+        kept = tracker.alive
         if h.requires_grad:
             total = (1.0 * h).sum()  # so that the gradient which comes in takes memory, and is let go when read
             total.backward()
         _synchronize(example)
         tracker.__exit__(None, None, None)
-        twice = time.perf_counter() - start
-        found.append(Segment(max(seconds, twice), tracker.timeline.peak, kept, h.nbytes))
+        found.append(Segment(time.perf_counter() - start, tracker.timeline.peak, kept, h.nbytes))
         model.zero_grad(set_to_none=True)
 
     def at_border(name: str, returned: object) -> object:
@@ -205,13 +203,12 @@ def _segments(model: nn.Module, names: Sequence[str], example: Inputs, *, output
         assert taken is not None
         h, rebuild = taken
         end(h)
-        h = h.detach().requires_grad_()
-        handed_on = h.clone()  # a segment may write into its input
-        begin(h)
+        handed_on = h.detach().requires_grad_().clone()  # a segment may write into its input
+        begin()
         return rebuild(handed_on)
 
     try:
-        begin(None)
+        begin()
         end(run(model, example, names=names, at_border=at_border, output=output))
     finally:
         if len(found) <= len(names):  # it failed on the way

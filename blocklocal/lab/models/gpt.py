@@ -4,36 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-
-class CausalAttention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, D), each of which reads itself and those before it."""
-
-    def __init__(self, width: int, *, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, h: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(h).chunk(3, dim=-1))
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class Decoder(nn.Module):
-    """Attention, then a perceptron of four times the width, each added to what it reads."""
-
-    def __init__(self, width: int, *, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = CausalAttention(width, heads=heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, h: Tensor) -> Tensor:
-        h = h + self.attn(self.norm1(h))
-        return h + self.mlp(self.norm2(h))
+from blocklocal.lab.models.vit import Block
 
 
 class GPT(nn.Module):
@@ -47,7 +19,7 @@ class GPT(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(tokens, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Decoder(width, heads=heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads=heads, causal=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, tokens, bias=False)
         for name, parameter in self.named_parameters():

@@ -10,26 +10,26 @@ from blocklocal.lab.errors import UserError
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, D)."""
+    """Multi-head self-attention over tokens (B, T, D); where causal, each reads itself and those before it."""
 
-    def __init__(self, width: int, *, heads: int) -> None:
+    def __init__(self, width: int, *, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(h).chunk(3, dim=-1))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """Attention, then a perceptron of four times the width, each with a residual connection."""
 
-    def __init__(self, width: int, *, heads: int) -> None:
+    def __init__(self, width: int, *, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads=heads)
+        self.attn = Attention(width, heads=heads, causal=causal)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
