@@ -79,10 +79,11 @@ def test_the_help_shows_the_recipe_of_the_data(capsys):
 
 
 GROUPS = {
-    "data": "train_size test_size validation flip crop cutout",
+    "data": "train_size test_size validation flip crop cutout context windows vocabulary target",
     "model and rule": "model blocks at rule head budget lookahead refresh statistic variational estimate_variance "
     "softness power add_beliefs",
-    "optimisation": "epochs batch_size accumulate lr momentum weight_decay clip schedule warmup label_smoothing seed",
+    "optimisation": "epochs batch_size accumulate optimizer lr momentum beta2 weight_decay clip schedule warmup "
+    "label_smoothing seed",
     "execution": "dtype channels_last device threads compile replicas shard message_dtype timeout",
     "output": "out save_every trace resume trust",
 }

@@ -115,7 +115,7 @@ def test_backpropagation_is_plain_pytorch_bit_for_bit(tmp_path):
     model.load_state_dict(trained)
     with torch.no_grad():
         test = experiment.dataset.test
-        predicted = model.eval()(experiment.normalisation(test.images)).argmax(1)
+        predicted = model.eval()(experiment.task.prepared(test.inputs)).argmax(1)
     assert summary["accuracy"] == (predicted == test.labels).double().mean().item()
 
 
@@ -385,7 +385,7 @@ def test_exits_are_the_learners(tmp_path):
     checkpoints = Checkpoints(Run(tmp_path).checkpoints, blocks=4)
     load_weights(experiment.learner, checkpoints, minibatch=3 * experiment.steps, blocks=range(4))
     exits, learner, test = experiment.test(), experiment.learner.eval(), experiment.dataset.test
-    x = experiment.normalisation(test.images)
+    x = experiment.task.prepared(test.inputs)
 
     def accuracy(logits: torch.Tensor) -> float:
         return (logits.argmax(1) == test.labels).double().mean().item()

@@ -80,7 +80,16 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     records = run.rewind(epochs=done) if processes.rank == 0 else []
     if settings.compile:
         experiment.learner.compile()
-    plan = Plan(settings.epochs, experiment.steps, settings.batch_size, checkpoints.blocks, done=done, rest=rest)
+    plan = Plan(
+        settings.epochs,
+        experiment.steps,
+        settings.batch_size,
+        checkpoints.blocks,
+        done=done,
+        rest=rest,
+        unit=experiment.task.unit,
+        judged_by=experiment.task.judged_by,
+    )
     console = Terminal(stderr=True)
     console.print(_headline(experiment, plan, trainer, processes), soft_wrap=True)
     with _resumable(run, checkpoints, processes):
@@ -96,12 +105,16 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         processes.barrier()
         if processes.rank > 0:
             return {}
-        _save(run, experiment, checkpoints, own=trainer.blocks)
+        with trainer.averaged():
+            _save(run, experiment, checkpoints, own=trainer.blocks)
+    last = records[-1]
+    losses = {"loss": last["test_loss"][-1], "loss_all": last["test_loss_all"]} if plan.judged_by == "loss" else {}
     return {
         "rule": settings.rule,
         "blocks": checkpoints.blocks,
-        "accuracy": records[-1]["test_accuracy"][-1],
-        "accuracy_all": records[-1]["test_accuracy_all"],
+        "accuracy": last["test_accuracy"][-1],
+        "accuracy_all": last["test_accuracy_all"],
+        **losses,
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "epochs": settings.epochs,
         "out": str(run.path),
@@ -183,7 +196,7 @@ def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Tr
 
 def _begin(run: Run, experiment: Experiment, processes: Processes) -> None:
     facts = {
-        "data": experiment.dataset.facts,
+        "data": experiment.task.facts,
         "parameters": sum(parameter.numel() for parameter in experiment.learner.model.parameters()),
         "blocks": len(experiment.learner.blocks),
         "steps": experiment.steps,
@@ -203,15 +216,18 @@ def _epoch(epoch: int, loop: TrainingLoop, processes: Processes, *, shown: Displ
 
     losses = torch.zeros(blocks, dtype=torch.float64)
     losses[list(trainer.blocks)] = loop.epoch(epoch, watch=watch).cpu()
-    held_out, exits = trainer.validate(), trainer.test()
+    with trainer.averaged():
+        held_out, exits, borders = trainer.validate(), trainer.test(), trainer.diagnose(epoch)
     record = {
         "epoch": epoch,
         "train_loss": (processes.sum(losses) / experiment.settings.replicas).tolist(),
         "test_accuracy": exits.accuracies,
         "test_accuracy_all": exits.combined_accuracy,
+        "test_loss": exits.losses,
+        "test_loss_all": exits.combined_loss,
         "seconds": round(loop.seconds, 3),
         "peak_memory_mib": round(processes.largest(peak_memory(processes.device)), 1),
-        "borders": trainer.diagnose(epoch),
+        "borders": borders,
     }
     if held_out is not None:
         record |= {
@@ -238,8 +254,7 @@ def _gather(experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[i
 
 
 def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, processes: Processes) -> str:
-    settings, dataset = experiment.settings, experiment.dataset
-    channels, (height, width) = dataset.channels, dataset.size
+    settings, dataset, task = experiment.settings, experiment.dataset, experiment.task
     model = f"{settings.model} in {plan.blocks} blocks" if plan.blocks > 1 else f"{settings.model} whole"
     here = ", ".join(map(str, trainer.blocks))
     part = f" over {processes.size} processes, here {here}" if processes.size > 1 else ""
@@ -249,7 +264,7 @@ def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, processes: P
         rest = "nothing is left to train" if plan.done == plan.epochs else "going on"
         progress = f"; {plan.done} of {plan.epochs} epochs{inside} are done, {rest}"
     return (
-        f"{subcommand.title()}{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
-        f"of {channels}x{height}x{width}, {len(dataset.classes)} classes; "
+        f"{subcommand.title()}{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test "
+        f"{task.unit} of {task.shape}; "
         f"{model}{part}, rule {settings.rule}, on {processes.device}{progress}"
     )
