@@ -200,7 +200,9 @@ class LinearFeedback(Convertible):
     def _sums(self, y: Tensor, alpha: Tensor, *, weights: Tensor) -> tuple[Tensor, Tensor]:
         if not self.targets.labels:
             return y.T @ y, y.T @ alpha
-        return _sums_by_class(y, weights, classes=self.targets.size), _sums_by_class(y, alpha, classes=self.targets.size)
+        return _sums_by_class(y, weights, classes=self.targets.size), _sums_by_class(
+            y, alpha, classes=self.targets.size
+        )
 
     def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
         """Replace each statistic by fn(statistic), but never below single precision."""

@@ -92,7 +92,7 @@ GROUPS = {
 def help_boxes(text: str) -> dict[str, list[str]]:
     """The options under each heading of a help text."""
     boxes = re.findall(r"^ ([a-z ]+?) *\n -+ *\n(.*?)(?=^ [a-z]|\Z)", text, re.DOTALL | re.MULTILINE)
-    return {title: re.findall(r"^  (--[a-z-]+)", content, re.MULTILINE) for title, content in boxes}
+    return {title: re.findall(r"^  (--[a-z0-9-]+)", content, re.MULTILINE) for title, content in boxes}
 
 
 def test_each_setting_stands_in_one_group_of_the_help(capsys):

@@ -68,7 +68,7 @@ def averaged(optimizers: Sequence[Optimizer | None]) -> Iterator[None]:
     parameters = [parameter for one in averaging for group in one.param_groups for parameter in group["params"]]
     kept = [parameter.detach().clone() for parameter in parameters]
     for one in averaging:
-        one.eval()
+        average(one)
     try:
         yield
     finally:
@@ -77,6 +77,12 @@ def averaged(optimizers: Sequence[Optimizer | None]) -> Iterator[None]:
         with torch.no_grad():
             for parameter, before in zip(parameters, kept, strict=True):
                 parameter.copy_(before)
+
+
+def average(optimizer: Any) -> None:
+    """Give the parameters of a schedule-free optimizer their averages; of another optimizer nothing changes."""
+    if hasattr(optimizer, "eval"):
+        optimizer.eval()
 
 
 def _decaying(parameters: list[nn.Parameter], settings: Settings) -> list[dict[str, Any]]:
