@@ -139,9 +139,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, text, monkeypatch, cha
         assert (one["train_loss"], one["test_loss"]) == (other["train_loss"], other["test_loss"])
 
 
-@pytest.mark.slow
-def test_a_pipeline_gives_the_same_weights(tmp_path, text):
+@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree"])
+def test_a_pipeline_gives_the_same_weights(tmp_path, text, optimizer):
     options = ["--model=gpt-tiny", "--context=16", "--windows=48", "--epochs=1", "--test-size=10", "--blocks=2"]
+    options += [f"--optimizer={optimizer}", "--schedule=constant"]
     assert main(["train", f"text:{text}", *options, "--validation=4", f"--out={tmp_path / 'one'}"]) == 0
     launch = ["launch", "--processes=2", f"text:{text}", *options, "--validation=4", f"--out={tmp_path / 'two'}"]
     assert main(launch) == 0
