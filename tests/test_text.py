@@ -177,8 +177,9 @@ def test_samples_are_drawn_from_the_model(tmp_path, text, capsys):
 def test_a_sample_has_the_frequencies_of_its_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
 
-    def drawn(**options: float) -> torch.Tensor:
-        found = tokens(lambda _: logits.clone(), torch.zeros(1, 1, dtype=torch.int64), context=4, seed=0, **options)
+    def drawn(*, temperature: float, top: int) -> torch.Tensor:
+        begin = torch.zeros(1, 1, dtype=torch.int64)
+        found = tokens(lambda _: logits.clone(), begin, context=4, temperature=temperature, top=top, seed=0)
         return torch.tensor([next(found) for _ in range(4000)]).bincount(minlength=4) / 4000
 
     torch.testing.assert_close(drawn(temperature=1.0, top=0), logits.softmax(0), atol=0.03, rtol=0)
