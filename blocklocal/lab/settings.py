@@ -43,7 +43,12 @@ class Settings:
     cutout: Annotated[int, DATA, Range(least=0)] = 0
     """side of a square blanked in every training image, in pixels"""
     model: Annotated[str, MODEL] = "cnn"
-    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME, hf:CONFIG (transformers: a
+    folder, a JSON file or a kind such as vit) or package.module:function"""
+    model_args: Annotated[tuple[str, ...], MODEL] = ()
+    """more arguments of the function that makes the model, or fields of CONFIG: NAME=VALUE, such as img_size=32"""
+    weights: Annotated[str | None, MODEL] = None
+    """initial weights: a file with the model's state dict, .safetensors or of torch.save"""
     blocks: Annotated[int, MODEL, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: Annotated[tuple[str, ...], MODEL] = ()

@@ -51,7 +51,7 @@ def main(args: Sequence[str]) -> None:
     settings = run.settings()
     if not options.trust:
         refuse_code(settings, run=run.path)
-    experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
+    experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data, weights=None))
     check_facts(experiment, run.facts())
     learner = experiment.learner
     find_exit(options.exit, blocks=len(learner.blocks))

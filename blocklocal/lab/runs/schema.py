@@ -19,7 +19,7 @@ Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 RENAMED = {"message": "message_dtype"}  # since version 0.1.0
 # Settings added after version 0.1.0. A run without one was trained with its default.
-LATER = {"clip", "accumulate", "validation", "add_beliefs", *CHANGES}
+LATER = {"clip", "accumulate", "validation", "add_beliefs", "model_args", "weights", *CHANGES}
 
 
 class Config(TypedDict):

@@ -21,6 +21,7 @@ from blocklocal.lab.data.dataset import Dataset
 from blocklocal.lab.data.load import load
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.models.weights import load_weights
 from blocklocal.lab.names import WORD, short
 from blocklocal.lab.settings import CHANGES, Settings
 from blocklocal.lab.training import rules
@@ -176,7 +177,15 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     if settings.cutout > min(dataset.size):
         raise UserError(f"--cutout {settings.cutout} is more than the {min(dataset.size)} pixels of an image's side")
     torch.manual_seed(settings.seed)
-    model = models.build(settings.model, channels=dataset.channels, size=dataset.size, classes=len(dataset.classes))
+    model = models.build(
+        settings.model,
+        channels=dataset.channels,
+        size=dataset.size,
+        classes=len(dataset.classes),
+        arguments=models.read_arguments(settings.model_args),
+    )
+    if settings.weights is not None:
+        load_weights(model, settings.weights)
     with blame(f"model {settings.model!r} cannot be put on {device}"):
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
