@@ -128,6 +128,8 @@ class Settings:
     """over processes: record what each process does and when, for bll timeline"""
     resume: Annotated[bool, OUTPUT] = False
     """continue from the last checkpoint in --out, with the settings kept there"""
+    tensorboard: Annotated[bool, OUTPUT] = False
+    """write metrics.jsonl as event files for TensorBoard too, in the run's folder tensorboard"""
     trust: Annotated[bool, OUTPUT] = False
     """with --resume: run the code of the model package.module:function named there (or repeat --model)"""
 
@@ -186,7 +188,7 @@ CHANGES = (
 OVER_PROCESSES = ("trace", "message_dtype", "replicas", "timeout")  # and shard, which needs replicas
 
 # Where a run is kept and how it is started and watched, not what it computes.
-NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace")
+NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace", "tensorboard")
 
 LONGEST = 60  # characters of one name within a folder name
 
