@@ -3,6 +3,8 @@
 Run: python examples/lightning_manual.py  (needs scikit-learn for the data, and lightning: pip install lightning)
 """
 
+from typing import Any
+
 import lightning  # type: ignore[import-not-found]
 import torch
 from sklearn.datasets import load_digits
@@ -20,7 +22,8 @@ class ManualModule(lightning.LightningModule):
         self.learner = bll.BlockLocal([*layers, nn.Linear(128, 10)], classes=10, example=torch.zeros(2, 64))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        optimizer: Any = self.optimizers()
+        schedule: Any = self.lr_schedulers()
         losses = self.learner.backward(*batch)  # block after block, each with its own graph
         self.clip_gradients(optimizer, gradient_clip_val=10.0)
         optimizer.step()
@@ -28,9 +31,9 @@ class ManualModule(lightning.LightningModule):
         schedule.step()
         self.log_dict({f"loss/block{k}": loss for k, loss in enumerate(losses)})
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> tuple[list, list]:
         optimizer = torch.optim.SGD(self.learner.parameters(), lr=0.05, momentum=0.9)
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)}
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)]
 
 
 def main(*, epochs: int = 8, root: str = "runs/lightning", checkpoint: str | None = None) -> ManualModule:

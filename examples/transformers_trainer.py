@@ -13,9 +13,8 @@ import blocklocal as bll
 
 class BlockLocalTrainer(transformers.Trainer):
     def __init__(self, learner: bll.Hooked, **settings) -> None:
-        optimizer = torch.optim.AdamW(learner.parameters(), lr=settings["args"].learning_rate)  # of the heads too
+        self.learner, optimizer = learner, torch.optim.AdamW(learner.parameters(), lr=settings["args"].learning_rate)
         super().__init__(learner.model, optimizers=(optimizer, None), callbacks=[Borders(learner)], **settings)
-        self.learner = learner
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         inputs, share = self._prepare_inputs(inputs), 1 / self.args.gradient_accumulation_steps
@@ -45,9 +44,8 @@ def main(*, root: str = "runs/trainer", **settings) -> BlockLocalTrainer:
     digits, labels = load_digits(return_X_y=True)
     images = torch.tensor(digits, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
     data = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
-    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic"}
-    config = transformers.ResNetConfig(num_channels=1, num_labels=10, **sizes)
-    model = transformers.ResNetForImageClassification(config)
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic", "num_labels": 10}
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_channels=1, **sizes))
     learner = bll.Hooked(model, blocks=3, classes=10, example=images[:4])
     given = {"num_train_epochs": 4, "learning_rate": 3e-3, "max_grad_norm": 0.0, "report_to": "none", "use_cpu": True}
     args = transformers.TrainingArguments(root, **(given | settings))

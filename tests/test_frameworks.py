@@ -151,8 +151,7 @@ def test_accelerate(tmp_path: Path) -> None:
         schedule.step()
     assert_same(plain, trained)
 
-    import accelerate
-
+    accelerate = pytest.importorskip("accelerate")
     other = copy.deepcopy(record.learner)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -165,9 +164,8 @@ def test_accelerate(tmp_path: Path) -> None:
 
 def test_tensorboard(tmp_path: Path) -> None:
     history = example("tensorboard_log", "tensorboard")["main"](steps=60, root=str(tmp_path))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path), size_guidance={"scalars": 0})
     events.Reload()
     for k in range(3):
         found = [event.value for event in events.Scalars(f"loss/block{k}")]

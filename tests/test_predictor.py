@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,8 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     class Script(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last = nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4))
+            self.first = nn.Linear(4, 4)
+            self.last: Any = torch.jit.trace(nn.Linear(4, 3), torch.randn(2, 4))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.first(x))
