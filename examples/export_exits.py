@@ -35,7 +35,7 @@ def main(*, root: str = "runs/onnx", steps: int = 200, learner_of: type = bll.Bl
         predictor = learner.predictor(exit=exit).eval()  # without the weights of later blocks
         program = torch.export.export(predictor, (x[:8],), dynamic_shapes=inputs)
         file = Path(root, f"exit-{exit}.onnx")
-        torch.onnx.export(program, f=file, dynamo=True)
+        torch.onnx.export(program, f=file, dynamo=True, external_data=False)
         session = onnxruntime.InferenceSession(file)
         (logits,) = session.run(None, {session.get_inputs()[0].name: x[1440:].numpy()})
         with torch.no_grad():

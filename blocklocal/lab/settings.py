@@ -126,10 +126,10 @@ class Settings:
     """minibatches between checkpoints; there is always one at the end of an epoch"""
     trace: Annotated[bool, OUTPUT] = False
     """over processes: record what each process does and when, for bll timeline"""
-    resume: Annotated[bool, OUTPUT] = False
-    """continue from the last checkpoint in --out, with the settings kept there"""
     tensorboard: Annotated[bool, OUTPUT] = False
     """write metrics.jsonl as event files for TensorBoard too, in the run's folder tensorboard"""
+    resume: Annotated[bool, OUTPUT] = False
+    """continue from the last checkpoint in --out, with the settings kept there"""
     trust: Annotated[bool, OUTPUT] = False
     """with --resume: run the code of the model package.module:function named there (or repeat --model)"""
 

@@ -49,7 +49,7 @@ class Run:
 
     @property
     def events(self) -> Path:
-        return self.path / "tensorboard"
+        return self.path / outputs.EVENTS
 
     @property
     def exists(self) -> bool:
