@@ -100,8 +100,10 @@ class Peculiar(nn.Module):
         self.first, self.second, self.late = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
         self.register_buffer("scale", torch.tensor(2.0))
 
-    def forward(self, x: Tensor, *, early: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, early: bool = False, viewed: bool = False) -> Tensor:
         h = self.first(x + self.positions)
+        if viewed:
+            h = h + self.late.weight.flatten()[:8]
         if early:
             h = h + F.linear(h, self.late.weight).sum(1, keepdim=True)
         h = self.norm(h)
@@ -121,10 +123,24 @@ def test_what_no_gradient_reaches_stays_where_it_is_read() -> None:
     assert torch.equal(early(x), learner.predict(x, exit=0))
     with pytest.raises(ValueError, match=r"reads the weight 'late\.weight' of a later block"):
         early(x, early=True)
+    with pytest.raises(AttributeError, match=r"reads the weight 'late\.weight' of a later block"):
+        early(x, viewed=True)
     assert torch.equal(early(x), learner.predict(x, exit=0))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # PyTorch warns of itself
+def test_compiled_and_recomputed_layers() -> None:
+    x, y = batch()
+    _, learner = both()
+    learner.model[1].compile(backend="eager")
+    bll.recompute(learner.model[2])
+    learner.backward(x, y)
+    learner.eval()
+    for exit in EXITS:
+        assert torch.equal(learner.predictor(exit=exit)(x), learner.predict(x, exit=exit))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # which is deprecated
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     class Script(nn.Module):
         def __init__(self) -> None:

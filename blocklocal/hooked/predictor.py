@@ -13,6 +13,7 @@ from blocklocal.exits import Exit, ExitPool
 from blocklocal.hooked.taps import Taps
 from blocklocal.messages import add_belief
 
+READ = "this pass reads the weight {!r} of a later block, as example= did not: use a later exit"
 _CALL = nn.Module.__call__
 
 
@@ -21,6 +22,9 @@ def _calls_unseen() -> Iterator[None]:
     """Modules are called as torch defines it. torch.export replaces the call by one that counts who was entered and
     left, which an exit that ends the pass leaves out of step; weights and operations are recorded all the same."""
     replaced = nn.Module.__call__
+    if replaced is _CALL:
+        yield
+        return
     nn.Module.__call__ = _CALL
     try:
         yield
@@ -39,14 +43,18 @@ class Left(Exception):
 class Absent:
     """In the place of a weight of a later block: its type and shape can be read, and what is computed of it fails."""
 
+    name = ""
+
     def __init__(self, name: str, weight: Tensor) -> None:
         self.name, self.shape, self.dtype, self.device = name, weight.shape, weight.dtype, weight.device
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        absent = [part for part in [*args, *(kwargs or {}).values()] if isinstance(part, cls)]
-        name = f" {absent[0].name!r}" if absent else ""
-        raise ValueError(f"this pass reads the weight{name} of a later block, as example= did not: use a later exit")
+        absent = next((part for part in [*args, *(kwargs or {}).values()] if isinstance(part, cls)), cls)
+        raise ValueError(READ.format(absent.name))
+
+    def __getattr__(self, attribute: str) -> None:
+        raise AttributeError(READ.format(self.name))
 
 
 class HookedPredictor(nn.Module):
