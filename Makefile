@@ -44,6 +44,7 @@ setup: .venv/installed
 # One pip call: with the constraints beside it, pip cannot take another torch first and replace it later.
 .venv/installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11, 3.12 or 3.13 with pip found; name one: make PYTHON=python3.11" >&2; exit 2; }
+	@echo "setting up .venv, which takes some minutes" >&2
 	test -x $(BIN)/python || $(PYTHON) -m venv --without-pip .venv
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --constraint constraints.txt pip --editable '.[lab,dev]'
 	@touch $@

@@ -74,7 +74,9 @@ class Term(LocalLoss):
 
     def build(self, spec: BorderSpec) -> nn.Module:
         """The term's module at one border: forward(border_input, y) -> scalar."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no build(spec): define it, to return the nn.Module of this term at a border"
+        )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ OUTPUT = Group("output")
 @dataclass(frozen=True)
 class Settings:
     """Train a network on images, text or a table, as a whole or in blocks with local losses, and keep everything in one
-    folder."""
+    folder.
+
+    The defaults depend on the data: bll train DATA --help shows those for DATA.
+    """
 
     data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"
     """images: digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images; text:

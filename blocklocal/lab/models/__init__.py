@@ -70,6 +70,8 @@ def build(
     """
     source, colon, function = name.partition(":")
     if name not in MODELS and not colon:
+        if name.startswith("gpt-"):
+            raise UserError(f"model {name!r} is for text, and the data are not: name them text:FILE")
         raise UserError(
             f"unknown model {name!r}: choose {', '.join(MODELS)}, "
             "timm:NAME, torchvision:NAME, hf:CONFIG or package.module:function"
