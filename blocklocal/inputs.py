@@ -17,8 +17,8 @@ from blocklocal.feedback import Targets
 from blocklocal.losses import LocalLoss
 
 LOSS = (
-    "pass weighted terms, such as 0.1 * bll.Variational() + bll.Predictive(), or your own bll.Term; the loss of the last "
-    "block is criterion="
+    "pass weighted terms, such as 0.1 * bll.Variational() + bll.Predictive(), or your own bll.Term; the loss of the "
+    "last block is criterion="
 )
 
 
