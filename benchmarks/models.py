@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torchvision.models import MaxVit, VisionTransformer
 
 import blocklocal as bll
-from blocklocal.hooked.values import Inputs, call, prediction_of, tensors
+from blocklocal.values import Inputs, call, prediction_of, tensors
 from blocklocal.lab.models import build
 from blocklocal.memory import MemoryTracker
 

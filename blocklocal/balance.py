@@ -68,20 +68,21 @@ def measure(
     segments: Sequence[nn.Module],
     example: Tensor,
     *,
+    sides: Sequence[Sequence[Tensor]] | None = None,
     border: BorderLoss | None = None,
     repetitions: int = 3,
 ) -> Profile:
     """Profile copies of a chain's segments on `example`; parameters, statistics and the random state do not change.
 
-    border: makes the local loss at a border; it raises ValueError where no border can be placed. Without it borders
+    sides: what each segment takes after its input. border: makes the local loss at a border; it raises ValueError where no border can be placed. Without it borders
     are free.
     """
-    segments = copy.deepcopy(list(segments))
+    calls = [_on(copy.deepcopy(segment), side) for segment, side in zip(segments, sides or [()] * len(segments), strict=True)]
     devices = [example.device] if example.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         with passes(example, name="example", through="the model"):
-            outputs, layouts = _outputs(segments, example)
-        costs = [_cost(segment, h, repetitions) for segment, h in zip(segments, [example, *outputs], strict=False)]
+            outputs, layouts = _outputs(calls, example)
+        costs = [_cost(call, h, repetitions) for call, h in zip(calls, [example, *outputs], strict=False)]
         kinds: list[tuple[torch.Size, Layout | None]] = [
             (h.shape, layout) for h, layout in zip(outputs, layouts, strict=False)
         ]
@@ -92,13 +93,17 @@ def measure(
     return Profile(tuple(costs), (*(borders[kind] for kind in kinds), FREE))
 
 
+def _on(segment: nn.Module, side: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda h: segment(h, *side)
+
+
 @torch.no_grad()
-def _outputs(segments: Sequence[nn.Module], h: Tensor) -> tuple[list[Tensor], list[Layout | None]]:
+def _outputs(calls: Sequence[Callable[[Tensor], Tensor]], h: Tensor) -> tuple[list[Tensor], list[Layout | None]]:
     outputs, readings = [], []
-    for segment in segments:
+    for call in calls:
         h = h.clone()  # a segment may write into its input
         with Reading(h) as reading:
-            h = segment(h)
+            h = call(h)
         outputs.append(h)
         readings.append(reading)
     return outputs, find_layouts(outputs, readings)

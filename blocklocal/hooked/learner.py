@@ -20,7 +20,7 @@ from blocklocal.hooked.operations import segment_operations
 from blocklocal.hooked.places import balanced
 from blocklocal.hooked.probe import Output, probe
 from blocklocal.hooked.taps import Taps, Visit
-from blocklocal.hooked.values import Inputs, call, check_inputs, prediction_of, tensors
+from blocklocal.values import Inputs, call, check_inputs, prediction_of, tensors
 from blocklocal.inputs import check_parameters, check_settings
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
