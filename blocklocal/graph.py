@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from blocklocal.arguments import first_line
 from blocklocal.effects import Draws, State, ambient
@@ -18,7 +18,7 @@ from blocklocal.internals import has_hooks
 from blocklocal.modes import Trace, both_modes
 from blocklocal.recompute import is_recomputed
 from blocklocal.tracer import ContainerTracer
-from blocklocal.values import Arguments, positional, prediction_of
+from blocklocal.values import Arguments, Inputs, call, map_tensors, positional, prediction_of, tensors
 
 
 def prediction(returned: Any) -> Any:
@@ -150,6 +150,22 @@ def expand(model: nn.Module, *, arguments: Arguments | None = None) -> frozenset
             containers.add(name)
         frontier += [f"{name}.{child}" for child, _ in module.named_children()]
     return frozenset(containers)
+
+
+def few(model: nn.Module, x: Inputs) -> Inputs:
+    """The first two samples of a batch, or all of them where the model does not take fewer."""
+    batch, draws = len(next(tensors(x))), Draws()
+    if batch <= 2:
+        return x
+    fewer = map_tensors(lambda t: t[:2].clone() if t.dim() and len(t) == batch else t, x)
+    try:
+        with mode(model, training=False), torch.no_grad():
+            call(model, map_tensors(Tensor.clone, fewer))
+    except Exception:  # whatever the model raises: something else is as long as the batch
+        return x
+    finally:
+        draws.restore()
+    return fewer
 
 
 def _anything(returned: Any) -> Any:

@@ -7,19 +7,19 @@ from itertools import islice
 
 from torch import nn
 
-from blocklocal.graph import obstacle, trace
+from blocklocal.graph import few, obstacle, trace
 from blocklocal.modes import Training
-from blocklocal.values import Arguments
+from blocklocal.values import Inputs, arguments_of, tensors
 
 
 class Outline:
     """What the containers of `model`, the modules that are in no block themselves, held when it was cut into `blocks`.
 
     `check` is cheap and belongs at the beginning of each pass; `note` records the containers as they are now.
-    arguments: of the call of the model that was traced, None where there was none.
+    example: what the model takes, None if it was traced without.
     """
 
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], *, arguments: Arguments | None = None) -> None:
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], *, example: Inputs | None = None) -> None:
         blocks = list(blocks)
         inside = {module for block in blocks for module in block.modules()}
         self.containers = {
@@ -28,7 +28,9 @@ class Outline:
             if module not in inside and not inside.isdisjoint(module.modules())
         }
         self.traced = bool(self.containers) and not set(blocks) <= set(model.modules())
-        self.arguments = None if arguments is None else arguments.zeros(device="cpu")
+        self.arguments = None
+        if self.traced and example is not None:
+            self.arguments = arguments_of(model, few(model, example)).zeros(device=next(tensors(example)).device)
         self.graph = self._graph()
         self.note()
 
@@ -60,8 +62,8 @@ class Outline:
             return ""
         model, arguments = self.containers[""], self.arguments
         if arguments is not None:
-            tensors = islice((*model.parameters(), *model.buffers()), 1)
-            arguments = arguments.zeros(device=next((tensor.device for tensor in tensors), "cpu"))
+            held = islice((*model.parameters(), *model.buffers()), 1)
+            arguments = arguments.zeros(device=next((tensor.device for tensor in held), "cpu"))
         return str(trace(model, containers=frozenset(self.containers) - {""}, arguments=arguments).graph)
 
     def _difference(self, constants: dict[str, dict[str, object]]) -> str:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from blocklocal.modes import Trace, Training
-from blocklocal.outline import stand_ins
+from blocklocal.block import Block, block_of
+from blocklocal.modes import Trace
 from blocklocal.tracer import decided, describe
 from blocklocal.values import features, is_real
 
@@ -219,34 +219,7 @@ def bypassing(traced: Trace, place: fx.Node) -> list[fx.Node]:
     return Segments(traced, [place]).needs(1).bypassing
 
 
-def cut_at(model: nn.Module, traced: Trace, places: Sequence[fx.Node]) -> list[fx.GraphModule]:
-    """The blocks between the places, which share the model's submodules, parameters and buffers.
-
-    A block takes the features, the first one the model's inputs, and then its side inputs.
-    """
-    return [_block(model, graph, k=k) for k, graph in enumerate(Segments(traced, places).graphs())]
-
-
-def _block(model: nn.Module, graph: fx.Graph, *, k: int) -> fx.GraphModule:
-    parts: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            name = str(node.target)
-            owner, _, last = name.rpartition(".")
-            if last == Training.NAME:
-                parts[name] = Training().train(model.get_submodule(owner).training)
-            else:
-                parts[name] = operator.attrgetter(name)(model)
-    block = fx.GraphModule(parts, graph, class_name=f"Block{k}")
-    block.training = model.training
-    saved = model.state_dict().keys()
-    for path, stand_in in stand_ins(model, block):
-        for name, buffer in list(stand_in.named_buffers(recurse=False)):
-            stand_in.register_buffer(name, buffer, persistent=f"{path}.{name}".removeprefix(".") in saved)
-    return block
-
-
-def inputs_of(block: nn.Module) -> list[str]:
-    """The names of the inputs of a block that was cut from a model: first that of the features, or all of block 0."""
-    assert isinstance(block, fx.GraphModule)
-    return [str(node.target) for node in block.graph.nodes if node.op == "placeholder"]
+def cut_at(model: nn.Module, traced: Trace, places: Sequence[fx.Node]) -> list[Block]:
+    """The blocks between the places."""
+    graphs = Segments(traced, places).graphs()
+    return [block_of(model, graph, name=f"Block{k}") for k, graph in enumerate(graphs)]

@@ -9,10 +9,11 @@ from torch import fx, nn
 
 from blocklocal.arguments import module_of, require, require_choice, require_whole
 from blocklocal.balance import BorderLoss, measure, starts
-from blocklocal.graph import expand, obstacle, trace
+from blocklocal.block import Block
+from blocklocal.graph import expand, few, obstacle, trace
 from blocklocal.modes import Trace
 from blocklocal.recompute import NORMS
-from blocklocal.segments import bypassing, cut_at, follows, has_features, inputs_of, place_of
+from blocklocal.segments import bypassing, cut_at, follows, has_features, place_of
 from blocklocal.values import Inputs, arguments_of, check_inputs, tensors
 
 
@@ -73,11 +74,11 @@ def split(
             f"blocks={blocks}: {type(model).__name__} can be cut at {len(places)} places only, "
             f"so {len(places) + 1} blocks at most"
         )
-    chain = cut(model, at=places, example=example)
+    chain = [block for block in cut(model, at=places, example=example) if isinstance(block, Block)]
     given = arguments_of(model, example).tensors()
-    first, *_ = inputs_of(chain[0])
-    sides = [[given[name] for name in inputs_of(block)[1:]] for block in chain]
-    profile = measure(list(chain), given[first], sides=sides, border=border)
+    first, *_ = chain[0].inputs
+    sides = [[given[name] for name in block.inputs[1:]] for block in chain]
+    profile = measure(chain, given[first], sides=sides, border=border)
     at = [places[start - 1] for start in starts(profile, blocks=blocks, balance=balance)]
     return cut(model, at=at, example=example)
 
@@ -94,7 +95,7 @@ def places(model: nn.Module) -> list[str]:
 
 
 def _places(model: nn.Module, example: Inputs | None = None) -> tuple[Trace, dict[str, fx.Node]]:
-    arguments = None if example is None else arguments_of(model, example)
+    arguments = None if example is None else arguments_of(model, few(model, example))
     traced = trace(model, containers=expand(model, arguments=arguments), arguments=arguments)
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     final = next(iter(reversed(traced.graph.nodes))).args[0]
@@ -114,7 +115,7 @@ def cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None = None) -
         if name not in modules or not name:
             raise ValueError(f"at={name!r}: {type(model).__name__} has no such submodule; it has {_some(modules)}")
     containers = {prefix for name in at for prefix in _prefixes(name)}
-    arguments = None if example is None else arguments_of(model, example)
+    arguments = None if example is None else arguments_of(model, few(model, example))
     traced = trace(model, containers=frozenset(containers), arguments=arguments)
     inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
     if arguments is None and len(inputs) != 1:

@@ -31,6 +31,12 @@ class Arguments:
         self._walk(lambda name, tensor: found.setdefault(name, tensor))
         return found
 
+    def constants(self) -> dict[str, Any]:
+        """All else by name."""
+        found: dict[str, Any] = {}
+        self._walk(lambda name, tensor: None, constant=lambda name, value: found.setdefault(name, value))
+        return found
+
     def map(self, function: Callable[[str], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with function(name) in the place of each tensor."""
         return self._walk(lambda name, tensor: function(name))
@@ -45,26 +51,27 @@ class Arguments:
 
     def one_more(self) -> Arguments:
         """The same with the first sample once more at the end of the batch, which is the first tensor's."""
-        batch = len(next(iter(self.tensors().values())))
+        batch = next((len(t) if t.dim() else 0 for t in self.tensors().values()), 0)
         return self._replaced(lambda t: torch.cat([t, t[:1]]) if t.dim() and len(t) == batch else t.clone())
 
     def _replaced(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         args, kwargs = self._walk(lambda name, tensor: function(tensor))
         return Arguments(args, kwargs, self.names)
 
-    def _walk(self, function: Callable[[str, Tensor], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args = tuple(_walk(name, value, function) for name, value in zip(self.names, self.args, strict=True))
-        return args, {name: _walk(name, value, function) for name, value in self.kwargs.items()}
+    def _walk(
+        self, function: Callable[[str, Tensor], Any], *, constant: Callable[[str, Any], Any] = lambda name, value: value
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def walk(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return function(name, value)
+            if isinstance(value, Mapping):
+                return {key: walk(f"{name}_{key}", part) for key, part in value.items()}
+            if type(value) in (tuple, list):
+                return type(value)(walk(f"{name}_{i}", part) for i, part in enumerate(value))
+            return constant(name, value)
 
-
-def _walk(name: str, value: Any, function: Callable[[str, Tensor], Any]) -> Any:
-    if isinstance(value, Tensor):
-        return function(name, value)
-    if isinstance(value, Mapping):
-        return {key: _walk(f"{name}_{key}", part, function) for key, part in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_walk(f"{name}_{i}", part, function) for i, part in enumerate(value))
-    return value
+        args = tuple(walk(name, value) for name, value in zip(self.names, self.args, strict=True))
+        return args, {name: walk(name, value) for name, value in self.kwargs.items()}
 
 
 def positional(module: nn.Module, count: int) -> tuple[str, ...]:
@@ -127,6 +134,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
 def is_real(value: object) -> bool:
     """Whether a value is a tensor of real numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def one_more(example: Inputs, *, batch: int) -> Inputs:
+    """The example with its first sample at the end once more."""
+    return map_tensors(lambda t: torch.cat([t, t[:1]]) if t.dim() and len(t) == batch else t, example)
 
 
 def features(
