@@ -6,13 +6,13 @@ Any other module is a single call in the graph, whatever it does inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from blocklocal.arguments import first_line
+from blocklocal.arguments import first_line, passes
 from blocklocal.effects import Draws, State, ambient
 from blocklocal.internals import has_hooks
 from blocklocal.modes import Trace, both_modes
@@ -152,20 +152,30 @@ def expand(model: nn.Module, *, arguments: Arguments | None = None) -> frozenset
     return frozenset(containers)
 
 
-def few(model: nn.Module, x: Inputs) -> Inputs:
-    """The first two samples of a batch, or all of them where the model does not take fewer."""
-    batch, draws = len(next(tensors(x))), Draws()
-    if batch <= 2:
-        return x
-    fewer = map_tensors(lambda t: t[:2].clone() if t.dim() and len(t) == batch else t, x)
+def few(model: nn.Module, example: Inputs) -> Inputs:
+    """The first two samples of a batch, or all of them where the model does not take fewer.
+
+    ValueError: the model does not take the batch.
+    """
+    batch = len(next(tensors(example)))
+    if batch > 2:
+        fewer = map_tensors(lambda t: t[:2].clone() if t.dim() and len(t) == batch else t, example)
+        with suppress(ValueError):  # something else may be as long as the batch
+            _try(model, fewer)
+            return fewer
+    _try(model, example)
+    return example
+
+
+def _try(model: nn.Module, x: Inputs) -> None:
+    draws, states = Draws(), [State(module) for module in model.modules()]
     try:
-        with mode(model, training=False), torch.no_grad():
-            call(model, map_tensors(Tensor.clone, fewer))
-    except Exception:  # whatever the model raises: something else is as long as the batch
-        return x
+        with mode(model, training=False), torch.no_grad(), passes(x, name="example", through="the model"):
+            call(model, map_tensors(Tensor.clone, x))
     finally:
         draws.restore()
-    return fewer
+        for state in states:
+            state.restore()
 
 
 def _anything(returned: Any) -> Any:

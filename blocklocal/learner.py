@@ -44,7 +44,7 @@ from blocklocal.outline import Outline, adopt, share
 from blocklocal.shape_probe import check_prediction, probe_shapes
 from blocklocal.side_inputs import SideInputs
 from blocklocal.split import split
-from blocklocal.values import Inputs, check_inputs, tensors
+from blocklocal.values import Inputs, tensors
 
 Features = Tensor | tuple[Tensor, Tensor]
 """What a block hands on: features and, with add_beliefs, the belief of the exits so far."""
@@ -94,6 +94,7 @@ class BlockLocal(LocalLearner, Convertible):
     ) -> None:
         super().__init__()
         model = module_of(model)
+        modes = [(module, module.training) for module in model.modules()]
         self.targets = targets_of(classes, outputs, ignore_index=ignore_index)
         criterion = criterion_of(criterion, targets=self.targets)
         check_settings(loss=loss, feedback=feedback, statistic=statistic, criterion=criterion, example=example)
@@ -147,6 +148,8 @@ class BlockLocal(LocalLearner, Convertible):
         if self.borders and example is not None:
             first = next(tensors(example))
             self._examples = [Example(k, tuple(h.shape), h.dtype) for k, h in enumerate([first, *seen.outputs])]
+        for module, training in modes:
+            module.train(training)  # which also clears what some models cache in evaluation mode, as LeViT
 
     @property
     def model(self) -> nn.Module:
@@ -240,7 +243,7 @@ class BlockLocal(LocalLearner, Convertible):
     @torch.no_grad()
     def exits(self, x: Inputs) -> list[Tensor]:
         """The predictions of all K exits: those at the borders, then the model's."""
-        check_inputs(x, name="x")
+        self.side_inputs.check(x)
         return list(self._exits(x))
 
     @torch.no_grad()
@@ -253,7 +256,7 @@ class BlockLocal(LocalLearner, Convertible):
         log-probabilities for labels, at least in single precision, or with the weights of `fit_exits`. confidence: each
         sample leaves at the first exit whose largest class probability reaches it.
         """
-        check_inputs(x, name="x")
+        self.side_inputs.check(x)
         if confidence is not None:
             if exit is not None or not self.targets.labels:
                 raise ValueError(
@@ -353,7 +356,7 @@ class BlockLocal(LocalLearner, Convertible):
     def _received(self, k: int, h: Any) -> tuple[Any, Tensor | None]:
         """The features that block k receives, the model's inputs for block 0, and the belief if there is one."""
         if k == 0:
-            check_inputs(h, name="h")
+            self.side_inputs.check_kind(h, name="h")
             return h, None
         if not self.adds_beliefs:
             require_tensor(h, name="h")
@@ -379,6 +382,7 @@ class BlockLocal(LocalLearner, Convertible):
         return require_whole(k, name="k", least=0, most=len(self.blocks) - 1)
 
     def _check(self, x: Inputs, y: Tensor) -> None:
+        self.side_inputs.check_kind(x, name="x")
         check_batch(x, y, targets=self.targets, examples=self._examples)
 
     def _learn(self, k: int, h: Tensor, belief: Tensor | None, y: Tensor) -> tuple[Tensor, Any]:

@@ -2,10 +2,10 @@
 
 One tensor crosses a border, the features. Beside it a segment may need
 
-- data: what is computed from the model's inputs and buffers alone, such as masks, positions and sizes. The segment
-  computes it again, from the inputs that it takes for that;
-- what earlier features were like, their sizes and types: a dimension of its own input if that is as long, or else a
-  constant. The segment before checks that this is so.
+- data: what is computed from the model's inputs and buffers alone, such as masks and positions. The segment computes
+  it again, from the inputs that it takes for that;
+- sizes and types of earlier features, and of inputs that it does not take: a dimension of its own features if that is
+  as long, or else a constant. The segment before checks that this is so.
 
 Anything else bypasses the border.
 """
@@ -13,7 +13,7 @@ Anything else bypasses the border.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,8 @@ from blocklocal.values import features, is_real
 
 @dataclass(frozen=True)
 class Needs:
-    """What a segment is made of. nodes: those that it runs. carried: sizes and types of earlier features. bypassing:
-    values that it cannot have."""
+    """What a segment is made of. nodes: those that it runs. carried: sizes and types that it takes from its features.
+    bypassing: values that it cannot have."""
 
     nodes: set[fx.Node]
     carried: list[fx.Node]
@@ -49,9 +49,19 @@ class Segments:
             if self._is_data(node):
                 self.home[node] = max((self.home[one] for one in node.all_input_nodes), default=0)
         self.ends = [*ends, len(self.position) - 1]
+        self.sources: dict[fx.Node, set[fx.Node]] = {}
+        """The inputs and features that each node's value comes from, as far as it is data."""
+        for node in traced.graph.nodes:
+            is_source = node.op == "placeholder" or not self._is_data(node)
+            self.sources[node] = {node} if is_source else set().union(*(self.sources[n] for n in node.all_input_nodes))
 
-    def needs(self, k: int, more: Iterable[fx.Node] = ()) -> Needs:
+    def needs(self, k: int, more: Sequence[fx.Node] = ()) -> Needs:
         """What segment k needs to run its own nodes and `more` of them."""
+        needs = self._needs(k, more, taken=set())
+        taken = {node for node in needs.nodes if node.op == "placeholder"}
+        return self._needs(k, more, taken=taken) if taken else needs
+
+    def _needs(self, k: int, more: Sequence[fx.Node], *, taken: set[fx.Node]) -> Needs:
         own = [
             node
             for node in self.traced.graph.nodes
@@ -64,9 +74,14 @@ class Segments:
             if node in seen or self.arrives(node, k):
                 continue
             seen.add(node)
-            if self._tells(node) and self.home[node] < k and not all(map(self._is_at_hand(k), node.all_input_nodes)):
-                (carried if self._can_replace(node, self.places[k - 1]) else bypassing).append(node)
-                continue
+            if self._is_about(node) and self.home[node] < k:
+                far = {one for one in self.sources[node] - taken if not self.arrives(one, k)}
+                if far and self._is_dimension(node, self.places[k - 1]):
+                    carried.append(node)
+                    continue
+                if far and self._tells(node):
+                    (carried if self._can_replace(node, self.places[k - 1]) else bypassing).append(node)
+                    continue
             if self._is_data(node):
                 writers = self._writers(node, before=self.ends[k])
                 if k > 0 and (self._writes_inputs(node, writers) or not all(map(self._is_data, writers))):
@@ -119,20 +134,16 @@ class Segments:
     def _is_data(self, node: fx.Node) -> bool:
         return self.known is not None and node in self.known.data
 
+    def _is_about(self, node: fx.Node) -> bool:
+        return self.known is not None and node in self.known.about
+
     def _tells(self, node: fx.Node) -> bool:
         """Whether a node tells what features are like: it asks a tensor that is no data."""
-        return (
-            self.known is not None
-            and node in self.known.about
-            and not all(one in self.known.data for one in node.all_input_nodes)
-        )
+        return self._is_about(node) and not all(map(self._is_data, node.all_input_nodes))
 
     def arrives(self, node: fx.Node, k: int) -> bool:
         """Whether it is the features that segment k takes."""
         return k > 0 and self._is_features(node, self.places[k - 1])
-
-    def _is_at_hand(self, k: int) -> Callable[[fx.Node], bool]:
-        return lambda node: self._is_data(node) or self.arrives(node, k)
 
     def _is_features(self, node: fx.Node, place: fx.Node) -> bool:
         """Whether a node's value is that of `place`: the same tensor, under another name."""
@@ -157,6 +168,12 @@ class Segments:
     def _can_replace(self, node: fx.Node, place: fx.Node) -> bool:
         assert self.known is not None
         return _can_replace(self.known.values[node], self.traced.again[node], self._sizes(place))
+
+    def _is_dimension(self, node: fx.Node, place: fx.Node) -> bool:
+        """Whether a node's value is the length of one dimension of the features there, and of no other."""
+        assert self.known is not None
+        value = self.known.values[node]
+        return _is_size(value) and self._sizes(place).count((value, self.traced.again[node])) == 1
 
     def _sizes(self, place: fx.Node) -> list[tuple[int, int]]:
         """Each dimension of the features there, with that for a batch of one sample more."""

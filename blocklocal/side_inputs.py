@@ -39,10 +39,9 @@ class SideInputs:
 
     def check(self, x: Inputs) -> None:
         """TypeError, ValueError: x is not like the example: other inputs, or one with other dimensions."""
+        self.check_kind(x, name="x")
         if self._shapes is None:
             return
-        if not isinstance(x, self._kind):
-            raise TypeError(f"x is {describe(x)}, but example= was {self._kind.__name__.lower()}: pass x like it")
         given = self._arguments(x)
         tensors, constants = given.tensors(), given.constants()
         for name in {**self._shapes, **self._constants, **tensors, **constants}:
@@ -59,6 +58,13 @@ class SideInputs:
                     f"{'x' if self._kind is Tensor else f'input {name!r} of x'} has shape {tuple(tensor.shape)}, but "
                     f"example= had {self._shapes[name]}: a batch of {len(self._shapes[name])} dimensions is needed"
                 )
+
+    def check_kind(self, x: object, *, name: str) -> None:
+        """TypeError: neither a tensor, nor a tuple, nor a dict, or another of them than the example."""
+        kind = Tensor | tuple | Mapping if self._shapes is None else self._kind
+        if not isinstance(x, kind):
+            needed = {Tensor: "a torch.Tensor", tuple: "a tuple", Mapping: "a dict"}.get(self._kind, "a torch.Tensor")
+            raise TypeError(f"{name} is {describe(x)}: pass {needed} of inputs, as example= was")
 
     def call(self, k: int, h: Any, x: Inputs | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of block k: for block 0 those made of x, for a later one the features h and its side inputs."""

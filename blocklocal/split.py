@@ -14,6 +14,7 @@ from blocklocal.graph import expand, few, obstacle, trace
 from blocklocal.modes import Trace
 from blocklocal.recompute import NORMS
 from blocklocal.segments import bypassing, cut_at, follows, has_features, place_of
+from blocklocal.shape_probe import check_example
 from blocklocal.values import Inputs, arguments_of, check_inputs, tensors
 
 
@@ -110,6 +111,8 @@ def _places(model: nn.Module, example: Inputs | None = None) -> tuple[Trace, dic
 
 def cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None = None) -> nn.Sequential:
     """Cut `model` after each of the submodules `at`."""
+    if example is not None:
+        check_example(model, example)
     modules = dict(model.named_modules())
     for name in at:
         if name not in modules or not name:

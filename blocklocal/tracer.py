@@ -204,9 +204,7 @@ class Value(fx.Proxy):
 
 def decided(value: Any, answer: Any, asked: str) -> None:
     """Check that a block is used as it was traced. ValueError: the example gave another answer than this batch."""
-    if isinstance(value, fx.Proxy):  # a block is traced again when it is unpickled
-        value.tracer.create_proxy("call_function", decided, (value, answer, asked), {})
-    elif type(answer)(value) != answer:
+    if (type(answer)(value) if isinstance(answer, bool | int | float) else value) != answer:
         raise ValueError(
             f"the forward pass was traced with {asked} = {answer}, as for example=, and a block cannot follow another "
             f"course, but this batch has {value}: build the learner with such a batch, or use bll.Hooked"

@@ -119,7 +119,8 @@ def check_inputs(x: object, *, name: str) -> None:
         if tensor.is_nested:
             raise ValueError(f"{name} holds {describe(tensor)}, but a tensor of a single shape is needed: pad it")
         if not tensor.numel():
-            raise ValueError(f"{name} holds a tensor of shape {tuple(tensor.shape)}: an empty batch has no loss")
+            holds = "has" if isinstance(x, Tensor) else "holds a tensor of"
+            raise ValueError(f"{name} {holds} shape {tuple(tensor.shape)}: an empty batch has no loss, leave it out")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
