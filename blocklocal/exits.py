@@ -19,7 +19,7 @@ from blocklocal.border import Border
 from blocklocal.feedback import at_least_single
 from blocklocal.messages import BorderInput, Criterion, add_belief
 from blocklocal.side_inputs import SideInputs
-from blocklocal.values import Inputs
+from blocklocal.values import Inputs, prediction_of
 
 RIDGE = 1e-3
 """Pull of the weights towards 1/K; it decides if all exits are right about all samples."""
@@ -139,6 +139,7 @@ class Predictor(nn.Module):
         for k, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
             args, kwargs = self.inputs.call(k, h, x)
             h = block(*args, **kwargs)
+            h = h if isinstance(h, Tensor) else prediction_of(h)  # of a model that is one block
             predictions.append(add_belief(belief, exit(h)))
             belief = predictions[-1] if self.adds_beliefs else None
         return predictions[-1] if self.pool is None else self.pool(predictions)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from blocklocal.arguments import first_line, passes
 from blocklocal.effects import Draws, State, ambient
 from blocklocal.internals import has_hooks
-from blocklocal.modes import Trace, both_modes
+from blocklocal.modes import Obstacle, Trace, both_modes
 from blocklocal.recompute import is_recomputed
 from blocklocal.tracer import ContainerTracer
 from blocklocal.values import Arguments, Inputs, call, map_tensors, positional, prediction_of, tensors
@@ -45,7 +45,8 @@ def trace(
     """
     if found := obstacle(model):
         raise ValueError(f"{type(model).__name__} {found}: cut outside it")
-    where = " or ".join([type(model).__name__, *map(repr, sorted(containers))])
+    outermost = sorted(name for name in containers if name.rpartition(".")[0] not in containers)
+    where = " or ".join([type(model).__name__, *map(repr, outermost[:3])]) + " or others" * (len(outermost) > 3)
     modules = {name: model.get_submodule(name) for name in ("", *sorted(containers))}
     for name, module in modules.items():
         if found := obstacle(module):
@@ -58,7 +59,7 @@ def trace(
     longer = None if arguments is None else arguments.one_more()
     try:
         trained = record(longer, training=True)
-    except _Untraceable:
+    except Obstacle:
         if longer is None:
             raise
         assert arguments is not None
@@ -86,33 +87,34 @@ def _record(
         except Exception as error:
             failure = error
         finally:
-            changed = [name for state in states for name in state.restore()]
+            changed = [(path, name) for path, state in zip(modules, states, strict=True) for name in state.restore()]
             drawn = draws.restore()
-    if any(name.startswith("_tensor_constant") for name in changed):
-        raise ValueError(
+    if any(name.startswith("_tensor_constant") for _, name in changed):
+        raise Obstacle(
             f"the forward pass of {where} makes a tensor that does not depend on its input: "
-            "register it as a buffer, move it into a submodule, or cut outside"
+            "register it as a buffer, move it into a submodule, or cut outside",
+            container=tracer.inside,
         )
     if changed:
-        raise ValueError(
-            f"the forward pass of {where} changes its attribute {changed[0]!r}, which a traced block would "
-            "not: move this into a submodule, or cut outside"
+        path, name = changed[0]
+        raise Obstacle(
+            f"the forward pass of {where} changes its attribute {name!r}, which a traced block would "
+            "not: move this into a submodule, or cut outside",
+            container=path,
         )
     if failure is not None:
-        raise _Untraceable(
+        raise Obstacle(
             f"the forward pass of {where} cannot be traced ({first_line(failure)}): "
-            "cut outside it, or pass the blocks as a list of modules"
+            "cut outside it, or pass the blocks as a list of modules",
+            container=tracer.inside,
         ) from failure
     if drawn:
-        raise ValueError(
+        raise Obstacle(
             f"the forward pass of {where} draws random numbers that a trace would freeze, such as which layers to "
-            "skip: move the draw into a submodule, or cut outside"
+            "skip: move the draw into a submodule, or cut outside",
+            container="",
         )
     return tracer
-
-
-class _Untraceable(ValueError):
-    """A forward pass that cannot be traced."""
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -126,6 +128,19 @@ def obstacle(module: nn.Module) -> str | None:
     if has_hooks(module):
         return "has hooks, and a module that is cut is never called"
     return None
+
+
+def deepest(model: nn.Module, *, arguments: Arguments | None = None) -> Trace:
+    """The trace through all containers that can be traced through."""
+    containers = expand(model, arguments=arguments)
+    while True:
+        try:
+            return trace(model, containers=containers, arguments=arguments)
+        except Obstacle as error:
+            found = error.container
+            if not found:
+                raise
+            containers = frozenset(n for n in containers if n != found and not n.startswith(f"{found}."))
 
 
 def expand(model: nn.Module, *, arguments: Arguments | None = None) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from blocklocal.effects import Draws, devices
-from blocklocal.internals import version_of
+from blocklocal.internals import OperationMode, version_of
 from blocklocal.values import tensors
 
 ABOUT = {"dim", "size", "numel", "nelement", "ndimension", "stride", "is_floating_point", "is_complex", "is_contiguous"}
@@ -57,6 +57,14 @@ class Interpreter:
         elif changed:  # what was data now holds something else
             self.data -= {other for other in self.data if self.storages(other) & self.writes[node]}
 
+    def read_by(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:
+        """The storages whose values the operations of a module without parameters are given."""
+        draws, reads = Draws(), Reads()
+        with self._alone(), reads:
+            copy.deepcopy(module)(*args, **kwargs)
+        draws.restore()
+        return reads.storages
+
     def storages(self, node: fx.Node) -> set[int]:
         return {storage_of(tensor) for tensor in tensors(self.values[node])}
 
@@ -86,6 +94,8 @@ class Interpreter:
 
     def _is_about(self, node: fx.Node) -> bool:
         value = self.values[node]
+        if node.target is outline_of:
+            return True
         if value is None or any(True for _ in tensors(value)):
             return value is None
         if any(True for one in node.all_input_nodes for _ in tensors(self.values[one])):
@@ -104,6 +114,28 @@ class Interpreter:
                 yield
         finally:
             self.running = False
+
+
+class Reads(OperationMode):
+    """Sees which storages operations are given, while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.storages |= {storage_of(tensor) for tensor in tensors([args, kwargs or {}])}
+        return func(*args, **(kwargs or {}))
+
+
+def outline(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one element's memory, whatever its shape, whose values nobody reads."""
+    return torch.empty((), dtype=dtype, device=device).expand(tuple(shape))
+
+
+def outline_of(tensor: Tensor) -> Tensor:
+    """The outline of a tensor."""
+    return outline(tensor.shape, tensor.dtype, tensor.device)
 
 
 def storage_of(tensor: Tensor) -> int:

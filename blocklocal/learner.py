@@ -44,7 +44,7 @@ from blocklocal.outline import Outline, adopt, share
 from blocklocal.shape_probe import check_prediction, probe_shapes
 from blocklocal.side_inputs import SideInputs
 from blocklocal.split import split
-from blocklocal.values import Inputs, tensors
+from blocklocal.values import Inputs, prediction_of, tensors
 
 Features = Tensor | tuple[Tensor, Tensor]
 """What a block hands on: features and, with add_beliefs, the belief of the exits so far."""
@@ -183,6 +183,7 @@ class BlockLocal(LocalLearner, Convertible):
         if k < len(self.borders):
             border_input = self._border(k).message(h, belief)
             return self._border(k).predict(border_input), self._handed_on(k, border_input)
+        h = prediction_of(h)
         check_prediction(h, size=self.targets.size)
         prediction = add_belief(belief, h)
         return prediction, prediction
@@ -390,6 +391,7 @@ class BlockLocal(LocalLearner, Convertible):
         if k < len(self.borders):
             border_input = self._border(k).message(h, belief)
             return self.borders[k](border_input, y), self._handed_on(k, border_input, detached=True)
+        h = prediction_of(h)
         check_prediction(h, size=self.targets.size)
         if self.borders:
             self.targets.match(y, h, what="the prediction")

@@ -28,6 +28,14 @@ class Trace:
     again: dict[fx.Node, Any]
 
 
+class Obstacle(ValueError):
+    """A forward pass that cannot be traced, and the container that is in the way."""
+
+    def __init__(self, message: str, *, container: str) -> None:
+        super().__init__(message)
+        self.container = container
+
+
 class Training(nn.Module):
     """Whether the container whose part it is in a block is in training mode. A graph records calls of modules."""
 
@@ -50,25 +58,26 @@ def both_modes(evaluated: ContainerTracer, trained: ContainerTracer, *, where: s
     """
     pairs = list(zip(evaluated.graph.nodes, trained.graph.nodes, strict=False))
     partner: dict[fx.Node, fx.Node] = dict(pairs)
+    node = pairs[0][0]
     try:
-        if len(evaluated.graph.nodes) != len(trained.graph.nodes):
-            raise _Different
         for node, other in pairs:
             if (node.op, str(node.target)) != (other.op, str(other.target)):
                 raise _Different
             if node.target is decided and node.args[1] != other.args[1]:
-                raise ValueError(
+                raise Obstacle(
                     f"the forward pass of {where} decides on {node.args[2]}, which differs with the size of the batch, "
                     f"{node.args[1]} for example= and {other.args[1]} with one sample more: move this into a "
-                    "submodule, or cut outside it"
+                    "submodule, or cut outside it",
+                    container=evaluated.owners[node],
                 )
             args = _chosen(evaluated, node, node.args, other.args, partner=partner)
             kwargs = _chosen(evaluated, node, dict(node.kwargs), dict(other.kwargs), partner=partner)
             node.args, node.kwargs = args, kwargs
     except _Different:
-        raise ValueError(
+        raise Obstacle(
             f"the forward pass of {where} differs between training and evaluation mode: "
-            "move what depends on self.training into a submodule of its own, such as nn.Dropout, or cut outside it"
+            "move what depends on self.training into a submodule of its own, such as nn.Dropout, or cut outside it",
+            container=evaluated.owners[node],
         ) from None
     known, again = evaluated.known, {}
     if known is not None and trained.known is not None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from blocklocal.block import Block, block_of
+from blocklocal.interpreter import outline
 from blocklocal.modes import Trace
 from blocklocal.tracer import decided, describe
 from blocklocal.values import features, is_real
@@ -186,6 +187,9 @@ class Segments:
         sizes = self._sizes(place)
 
         def of(value: Any, again: Any) -> Any:
+            if isinstance(value, Tensor):
+                shape = tuple(map(of, value.shape, again.shape))
+                return graph.call_function(outline, (shape, value.dtype, of(value.device, again.device)))
             if isinstance(value, tuple):
                 parts = tuple(map(of, value, again))
                 return graph.call_function(torch.Size, (parts,)) if isinstance(value, torch.Size) else parts
@@ -198,6 +202,8 @@ class Segments:
 
 def _can_replace(value: Any, again: Any, sizes: list[tuple[int, int]]) -> bool:
     """Whether constants and these sizes are enough to give a value for the example, and again for another batch."""
+    if isinstance(value, Tensor):
+        return value.dtype == again.dtype and _can_replace(value.shape, again.shape, sizes)
     if isinstance(value, tuple):
         parts = zip(value, again, strict=False)
         return len(value) == len(again) and all(_can_replace(a, b, sizes) for a, b in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
 from torch import fx, nn
@@ -10,12 +11,12 @@ from torch import fx, nn
 from blocklocal.arguments import module_of, require, require_choice, require_whole
 from blocklocal.balance import BorderLoss, measure, starts
 from blocklocal.block import Block
-from blocklocal.graph import expand, few, obstacle, trace
-from blocklocal.modes import Trace
+from blocklocal.graph import deepest, few, obstacle, trace
+from blocklocal.modes import Obstacle, Trace
 from blocklocal.recompute import NORMS
 from blocklocal.segments import bypassing, cut_at, follows, has_features, place_of
 from blocklocal.shape_probe import check_example
-from blocklocal.values import Inputs, arguments_of, check_inputs, tensors
+from blocklocal.values import Arguments, Inputs, arguments_of, check_inputs, tensors
 
 
 def split(
@@ -97,7 +98,7 @@ def places(model: nn.Module) -> list[str]:
 
 def _places(model: nn.Module, example: Inputs | None = None) -> tuple[Trace, dict[str, fx.Node]]:
     arguments = None if example is None else arguments_of(model, few(model, example))
-    traced = trace(model, containers=expand(model, arguments=arguments), arguments=arguments)
+    traced = deepest(model, arguments=arguments)
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     final = next(iter(reversed(traced.graph.nodes))).args[0]
     names: dict[fx.Node, str] = {}
@@ -119,13 +120,26 @@ def cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None = None) -
             raise ValueError(f"at={name!r}: {type(model).__name__} has no such submodule; it has {_some(modules)}")
     containers = {prefix for name in at for prefix in _prefixes(name)}
     arguments = None if example is None else arguments_of(model, few(model, example))
-    traced = trace(model, containers=frozenset(containers), arguments=arguments)
+    traced = _traced(model, frozenset(containers), arguments)
     inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
     if arguments is None and len(inputs) != 1:
         raise ValueError(
             f"{type(model).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}): pass example=, a batch of them"
         )
     return _checked(nn.Sequential(*cut_at(model, traced, _borders(traced, at=at))))
+
+
+def _traced(model: nn.Module, containers: frozenset[str], arguments: Arguments | None) -> Trace:
+    """The trace through these containers, or through all where they are not enough: a module that is not traced may
+    return numbers of which nothing is known."""
+    try:
+        return trace(model, containers=containers, arguments=arguments)
+    except Obstacle as error:
+        if arguments is None:
+            raise
+        with suppress(Obstacle):
+            return deepest(model, arguments=arguments)
+        raise error
 
 
 def _borders(traced: Trace, *, at: Sequence[str]) -> list[fx.Node]:

@@ -16,10 +16,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from blocklocal.effects import context
-from blocklocal.interpreter import Interpreter
+from blocklocal.interpreter import Interpreter, outline_of
 from blocklocal.values import Arguments, features, is_real
 
 FACTORIES = (
@@ -97,13 +97,13 @@ class ContainerTracer(fx.Tracer):
             name = self.path_of_module(m)
         except NameError:  # a module made on the fly
             return forward(*args, **kwargs)
-        if name in self.containers:
-            self._inside.append(name)
-        try:
+        if name not in self.containers:
+            args, kwargs = self._outlined(m, args, kwargs)
             output = super().call_module(m, forward, args, kwargs)
-        finally:
-            if name in self.containers:
-                self._inside.pop()
+        else:
+            self._inside.append(name)
+            output = super().call_module(m, forward, args, kwargs)
+            self._inside.pop()  # an exception leaves it where it was raised
         if (node := self._features(output)) is not None:
             self.outputs.setdefault(name, []).append(node)
         return output
@@ -125,6 +125,31 @@ class ContainerTracer(fx.Tracer):
             self._decided.add((node, kind))
             self.create_node("call_function", decided, (node, answer, describe(node)), {})
         return answer
+
+    @property
+    def inside(self) -> str:
+        """The container whose forward pass is being recorded."""
+        return self._inside[-1]
+
+    def _outlined(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The arguments of a leaf with outlines in the place of features of which it reads no value, as in a module
+        that makes rotary embeddings for the type and the device of the features: its result is data."""
+        if self.known is None or any(True for _ in module.parameters()):
+            return args, kwargs
+        proxies = [one for one in (*args, *kwargs.values()) if isinstance(one, Value) and one.is_tensor]
+        features = {one for one in proxies if one.node not in self.known.data}
+        if not features or len(features) == len(proxies):
+            return args, kwargs
+        values = fx.node.map_arg(self.create_arg((args, dict(kwargs))), self.known.values.__getitem__)
+        read = self.known.read_by(module, *values)
+        unread = {one.node for one in features if not self.known.storages(one.node) & read}
+
+        def outlined(one: Any) -> Any:
+            if isinstance(one, Value) and one.node in unread:
+                return self.create_proxy("call_function", outline_of, (one,), {})
+            return one
+
+        return tuple(map(outlined, args)), {name: outlined(one) for name, one in kwargs.items()}
 
     @property
     def _runs(self) -> bool:
@@ -182,6 +207,14 @@ class Value(fx.Proxy):
             return super().__getattr__(name)  # a method, recorded when it is called
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
+    @property
+    def is_tensor(self) -> bool:
+        known = self.tracer.known
+        return known is not None and isinstance(known.values[self.node], Tensor)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(f"it asks for the value of {describe(self.node)}, which differs from batch to batch")
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -204,6 +237,8 @@ class Value(fx.Proxy):
 
 def decided(value: Any, answer: Any, asked: str) -> None:
     """Check that a block is used as it was traced. ValueError: the example gave another answer than this batch."""
+    if isinstance(value, Tensor):
+        value, answer = (value.shape, value.dtype), (answer.shape, answer.dtype)
     if (type(answer)(value) if isinstance(answer, bool | int | float) else value) != answer:
         raise ValueError(
             f"the forward pass was traced with {asked} = {answer}, as for example=, and a block cannot follow another "
