@@ -24,15 +24,17 @@ and the layout found at h."""
 class Cost:
     """Cost of the forward and backward pass of one segment, or of the local loss at a border after it.
 
-    seconds: the shortest repetition. peak: the most bytes alive during the two passes, including the gradient of the
-    input but not those of parameters. kept: bytes that the forward pass keeps for the backward pass, including its
-    output. output: bytes of the output. A border that cannot be placed costs infinitely much.
+    seconds: the shortest repetition. peak: the most bytes alive during the two passes, including the gradients of the
+    input and of parameters. kept: bytes that the forward pass keeps for the backward pass, including its output.
+    output: bytes of the output. gradients: bytes of the gradients of parameters, which stay until the optimizer's step.
+    A border that cannot be placed costs infinitely much.
     """
 
     seconds: float
     peak: float
     kept: int = 0
     output: int = 0
+    gradients: int = 0
 
 
 FREE = Cost(seconds=0.0, peak=0)
@@ -53,15 +55,16 @@ class Profile:
     def memory(self, first: int, last: int) -> float:
         """Most bytes alive in the two passes of the block of segments first..last (inclusive), with its border.
 
-        When a segment is at its own peak, the block's input, what the segments before it keep, and the block's
-        output are alive too.
+        When a segment is at its own peak, the block's input, what the segments before it keep, the block's output, and
+        the gradients of the parameters after it are alive too.
         """
         alive, peaks = self.segments[first - 1].output if first else 0, []
-        for cost in self.segments[first : last + 1]:
-            peaks.append(alive + cost.peak)
+        gradients = self.borders[last].gradients + sum(cost.gradients for cost in self.segments[first : last + 1])
+        for k, cost in enumerate(self.segments[first : last + 1], start=first):
+            gradients -= cost.gradients
+            peaks.append(alive + cost.peak + gradients + (self.segments[last].output if k < last else 0))
             alive += cost.kept
-        handed_on = self.segments[last].output
-        return max(alive + self.borders[last].peak, peaks[-1], *(peak + handed_on for peak in peaks[:-1]))
+        return max(alive + self.borders[last].peak, *peaks)
 
 
 def measure(
@@ -123,15 +126,17 @@ def border_cost(
 
 
 def _cost(function: Callable[[Tensor], Tensor], h: Tensor, repetitions: int) -> Cost:
-    seconds = min(_seconds(function, h) for _ in range(repetitions))
-    h = _input(h)
+    given = _input(h)
     with MemoryTracker() as tracker:
-        output = function(h)
-        kept = tracker.alive
-        if output.requires_grad and h.requires_grad:
+        output = function(given)
+        kept, size = tracker.alive, output.nbytes
+        if output.requires_grad:
             total = (1.0 * output).sum()  # so that the incoming gradient takes memory, and is freed once read
-            torch.autograd.grad(total, h)
-    return Cost(seconds, peak=tracker.timeline.peak, kept=kept, output=output.nbytes)
+            total.backward()  # for the first time, so that the gradients of parameters take memory
+            del total
+        del output, given
+    seconds = min(_seconds(function, h) for _ in range(repetitions))
+    return Cost(seconds, peak=tracker.timeline.peak, kept=kept, output=size, gradients=tracker.alive)
 
 
 def _seconds(function: Callable[[Tensor], Tensor], h: Tensor) -> float:
