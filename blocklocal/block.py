@@ -52,9 +52,7 @@ def block_of(model: nn.Module, graph: fx.Graph, *, name: str) -> Block:
     return _built(graph, parts, saved=model.state_dict().keys(), training=model.training, name=name)
 
 
-def _built(
-    graph: fx.Graph, parts: Mapping[str, Any], *, saved: Collection[str], training: bool, name: str
-) -> Block:
+def _built(graph: fx.Graph, parts: Mapping[str, Any], *, saved: Collection[str], training: bool, name: str) -> Block:
     block = Block(dict(parts), graph, class_name=name)
     block.training = training
     for path, part in parts.items():

@@ -284,9 +284,7 @@ class BlockLocal(LocalLearner, Convertible):
         counts = [j == k or pool is not None or self.adds_beliefs for j in range(k + 1)]
         borders = [self._border(j) if j < len(self.borders) else None for j in range(k + 1)]
         exits = [Exit(border) if border and counts else None for border, counts in zip(borders, counts, strict=True)]
-        return Predictor(
-            self.blocks[: k + 1], exits, inputs=self.side_inputs, pool=pool, add_beliefs=self.adds_beliefs
-        )
+        return Predictor(self.blocks[: k + 1], exits, inputs=self.side_inputs, pool=pool, add_beliefs=self.adds_beliefs)
 
     @torch.no_grad()
     def diagnose(self, x: Inputs, y: Tensor) -> list[dict[str, float]]:

@@ -98,9 +98,7 @@ def probe_shapes(
     return ShapeProbe(outputs, find_layouts(outputs, readings), writes_input, counts)
 
 
-def _run(
-    blocks: nn.ModuleList, x: Inputs, *, inputs: SideInputs, devices: list[torch.device]
-) -> list[Tensor]:
+def _run(blocks: nn.ModuleList, x: Inputs, *, inputs: SideInputs, devices: list[torch.device]) -> list[Tensor]:
     """What the blocks return for x, one after the other."""
     given, h, outputs = map_tensors(Tensor.clone, x), None, []
     with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
@@ -142,12 +140,13 @@ def check_example(model: nn.Module, example: Inputs) -> None:
 
 def check_prediction(prediction: object, *, size: int) -> None:
     """ValueError: a prediction with the wrong number of classes or outputs, or without a batch."""
-    if isinstance(prediction, Tensor) and prediction.shape == (size,):
+    if isinstance(prediction, Tensor) and prediction.shape == (size,) and size > 1:
         raise ValueError(f"the model returns {_describe(prediction)} for x: a batch is needed, such as x.unsqueeze(0)")
     if not isinstance(prediction, Tensor) or prediction.dim() < 2 or prediction.shape[-1] != size:
+        one = isinstance(prediction, Tensor) and prediction.dim() == 1 and size == 1
         raise ValueError(
             f"the model returns {_describe(prediction)}: its last dimension must be {size}, the number of classes or "
-            "outputs"
+            f"outputs{'; let it return one column, as prediction.unsqueeze(-1)' * one}"
         )
 
 

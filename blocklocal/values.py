@@ -142,9 +142,7 @@ def one_more(example: Inputs, *, batch: int) -> Inputs:
     return map_tensors(lambda t: torch.cat([t, t[:1]]) if t.dim() and len(t) == batch else t, example)
 
 
-def features(
-    output: Any, *, accept: Callable[[Any], bool] = is_real
-) -> tuple[Any, Callable[[Tensor], Any]] | None:
+def features(output: Any, *, accept: Callable[[Any], bool] = is_real) -> tuple[Any, Callable[[Tensor], Any]] | None:
     """The first tensor of real numbers in what a submodule returns, and a function that puts another in its place.
 
     None where there is none. accept: what counts as such a tensor.

@@ -150,9 +150,7 @@ def measure(
     devices = list({tensor.device for tensor in tensors(example) if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices):
         passes = [_segments(model, names, example, output=output) for _ in range(repetitions)]
-        costs = [
-            replace(same[0], seconds=min(one.seconds for one in same)) for same in zip(*passes, strict=True)
-        ]
+        costs = [replace(same[0], seconds=min(one.seconds for one in same)) for same in zip(*passes, strict=True)]
         kinds: list[tuple[torch.Size, Layout | None]] = [
             (h.shape, layout) for h, layout in zip(seen.outputs, seen.layouts, strict=False)
         ]
