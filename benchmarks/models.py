@@ -33,9 +33,9 @@ from torch.nn import functional as F
 from torchvision.models import MaxVit, VisionTransformer
 
 import blocklocal as bll
-from blocklocal.values import Inputs, call, prediction_of, tensors
 from blocklocal.lab.models import build
 from blocklocal.memory import MemoryTracker
+from blocklocal.values import Inputs, call, one_more, prediction_of, tensors
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"
 BATCH, CLASSES, TOKENS, VOCABULARY = 4, 10, 24, 80
@@ -396,12 +396,15 @@ def examine(case: Case) -> Row:
 
 
 def _traced(case: Case, x: Inputs) -> bool:
-    """Whether the chain of traced blocks takes the model too; it takes one tensor, here the first."""
+    """Whether the chain of traced blocks takes the model too, and predicts the same, also with one sample more."""
+    model = case.make()
     try:
-        bll.BlockLocal(case.make(), blocks=4, classes=case.classes, example=next(tensors(x)))
+        learner = bll.BlockLocal(model, blocks=4, classes=case.classes, example=x).eval()
     except Exception:  # whatever the model raises while it is traced: it cannot be
         return False
-    return True
+    batches = x, one_more(x, batch=len(next(tensors(x))))
+    with torch.no_grad():
+        return all(torch.equal(learner.predict(one), prediction_of(call(model, one))) for one in batches)
 
 
 def line(case: Case, found: Row | str) -> str:

@@ -77,12 +77,11 @@ def measure(
 ) -> Profile:
     """Profile copies of a chain's segments on `example`; parameters, statistics and the random state do not change.
 
-    sides: what each segment takes after its input. border: makes the local loss at a border; it raises ValueError where no border can be placed. Without it borders
-    are free.
+    sides: what each segment takes after its input. border: makes the local loss at a border; it raises ValueError where
+    no border can be placed. Without it borders are free.
     """
-    calls = [
-        _on(copy.deepcopy(segment), side) for segment, side in zip(segments, sides or [()] * len(segments), strict=True)
-    ]
+    sides = [()] * len(segments) if sides is None else sides
+    calls = [_on(copy.deepcopy(segment), side) for segment, side in zip(segments, sides, strict=True)]
     devices = [example.device] if example.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         with passes(example, name="example", through="the model"):

@@ -115,8 +115,9 @@ class Exit(nn.Module):
 class Predictor(nn.Module):
     """A trained chain as one module, x -> prediction: the blocks in order, and the exits that are used.
 
-    x is what the model takes: a tensor, or a tuple or dict of its inputs. inputs: what each block takes of it. exits: one per block, None where a block's output is not read. pool: combines the predictions of all exits; without
-    it the last block, or its exit, predicts. add_beliefs: see `BlockLocal`; every exit is then used.
+    x is what the model takes: a tensor, or a tuple or dict of its inputs. inputs: what each block takes of it. exits:
+    one per block, None where a block's output is not read. pool: combines the predictions of all exits; without it the
+    last block, or its exit, predicts. add_beliefs: see `BlockLocal`; every exit is then used.
     """
 
     def __init__(

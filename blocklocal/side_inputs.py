@@ -49,8 +49,8 @@ class SideInputs:
             now = name in tensors, constants.get(name)
             if then != now:
                 raise ValueError(
-                    f"input {name!r} of x is {_said(now)}, but that of example= was {_said(then)}: the blocks were made "
-                    "for the example's inputs; pass the same ones, or make another learner"
+                    f"input {name!r} of x is {_said(now)}, but that of example= was {_said(then)}: the blocks were "
+                    "made for the example's inputs; pass the same ones, or make another learner"
                 )
         for name, tensor in tensors.items():
             if tensor.dim() != len(self._shapes[name]):

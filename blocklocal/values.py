@@ -132,7 +132,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     return type(x)(map_tensors(function, part) for part in x) if type(x) in (tuple, list) else x
 
 
-def is_real(value: object) -> bool:
+def is_real(value: Any) -> bool:
     """Whether a value is a tensor of real numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -182,7 +182,7 @@ def prediction_of(output: Any, *, kind: type = Tensor) -> Any:
         found = output[0]
     if not isinstance(found, kind):
         raise TypeError(
-            f"the model returns {describe(output)}, and which of it is the prediction? Pass output=, a function from "
-            "what the model returns to a tensor"
+            f"the model returns {describe(output)}, and which of it is the prediction? Let it return a tensor, or an "
+            "object with logits, or pass bll.Hooked output=, a function from what the model returns to a tensor"
         )
     return found

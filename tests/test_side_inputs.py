@@ -1,4 +1,4 @@
-"""Side inputs of blocks: masks, positions and sizes beside the features. As in the model's own forward pass, to the bit."""
+"""Side inputs of blocks, such as masks: the blocks learn as in the model's own forward pass, to the bit."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def misused(rank: int) -> Tensor:
     assert pipeline.reads_inputs
     before = state(mine, pipeline.blocks)
     x, y = batch()
-    with pytest.raises(ValueError, match="a minibatch without x: (the rank of block 0|rank 1, for its side inputs,)"):
+    with pytest.raises(ValueError, match=r"a minibatch without x: (the rank of block 0|rank 1, for its side inputs,)"):
         list(pipeline.train([(None, y)]))
     with pytest.raises(ValueError, match="input 'mask' of x is None, but"):
         list(pipeline.train([({"ids": x["ids"]}, y)]))

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import require_choice, require_whole
-from blocklocal.balance import FREE, BorderLoss, Cost, Profile, border_cost, starts
 from blocklocal.autograd_graph import Node, parameters, reachable
+from blocklocal.balance import FREE, BorderLoss, Cost, Profile, border_cost, starts
 from blocklocal.hooked.probe import Output, one_pass, probe, run
-from blocklocal.values import Inputs, features, one_more, tensors
 from blocklocal.layout import Layout
 from blocklocal.memory import MemoryTracker
 from blocklocal.recompute import NORMS
+from blocklocal.values import Inputs, features, one_more, tensors
 
 FEW = (*NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """The layers after which a border would rather stand than before them."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import describe, first_line
-from blocklocal.graph import mode
 from blocklocal.autograd_graph import parameters, reachable, shared
-from blocklocal.values import Inputs, call, features, map_tensors, one_more, tensors
+from blocklocal.graph import mode
 from blocklocal.internals import version_of
 from blocklocal.layout import Layout, Readings, find_layouts
 from blocklocal.shape_probe import check_prediction, drops_in_place
+from blocklocal.values import Inputs, call, features, map_tensors, one_more, tensors
 
 Output = Callable[[Any], Tensor]
 

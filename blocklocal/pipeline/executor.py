@@ -3,9 +3,9 @@
 A receive is posted `prefetch` minibatches early, into the slot of the ring that an earlier minibatch has left: the
 schedule posts it after the last action that reads the slot, and no stage hands on anything that shares storage with its
 input. A window begins with a description of what the rank before reads in it: the number of rows and digests of the
-targets and of the side inputs of each minibatch, so that ranks that read different data get an error, and the step counts of its heads that
-look through copies, see `copies`. Its first message is preceded by the forms of its tensors, so that a block gets
-exactly the tensors that the block before it returned.
+targets and of the side inputs of each minibatch, so that ranks that read different data get an error, and the step
+counts of its heads that look through copies, see `copies`. Its first message is preceded by the forms of its tensors,
+so that a block gets exactly the tensors that the block before it returned.
 """
 
 from __future__ import annotations
@@ -157,8 +157,10 @@ class Executor:
             self.copies[k].deliver(action.minibatch, message)
         if k in self.receives:
             message = self._arrived(action, minibatches)
+        elif k > 0:
+            message = self.handed.pop(k - 1)
         else:
-            message = self.handed.pop(k - 1) if k > 0 else ()
+            message = ()
         self.handed[k] = self.stages[k](message, x=minibatch.x, y=minibatch.y, minibatch=minibatch.number)
 
     def _arrived(self, action: Action, minibatches: Sequence[Minibatch]) -> Message:
