@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
 
 from blocklocal.modes import Training
 
@@ -26,7 +27,7 @@ class Block(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         place = {node: Place(i) for i, node in enumerate(self.graph.nodes)}
         steps = [
-            (node.op, node.target, *fx.node.map_arg((node.args, dict(node.kwargs)), place.__getitem__))
+            (node.op, node.target, *map_arg((node.args, dict(node.kwargs)), place.__getitem__))
             for node in self.graph.nodes
         ]
         parts = {name: operator.attrgetter(name)(self) for name in _names(self.graph)}
@@ -69,7 +70,7 @@ def _restored(steps: list[tuple[Any, ...]], parts: dict[str, Any], saved: set[st
         return nodes[value.index] if isinstance(value, Place) else value
 
     for op, target, args, kwargs in steps:
-        args, kwargs = fx.node.map_aggregate((args, kwargs), of)
+        args, kwargs = map_aggregate((args, kwargs), of)
         nodes.append(graph.create_node(op, target, args, kwargs))
     return _built(graph, parts, saved=saved, training=training, name=name)
 

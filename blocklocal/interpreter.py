@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from blocklocal.effects import Draws, devices
 from blocklocal.internals import OperationMode, version_of
@@ -39,7 +40,7 @@ class Interpreter:
         self.running = False
 
     def run(self, node: fx.Node) -> None:
-        args, kwargs = (fx.node.map_arg(part, lambda one: self.values[one]) for part in (node.args, node.kwargs))
+        args, kwargs = (map_arg(part, lambda one: self.values[one]) for part in (node.args, node.kwargs))
         given = list(tensors([args, kwargs]))
         versions = [version_of(tensor) for tensor in given]
         draws = Draws()

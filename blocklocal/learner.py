@@ -112,6 +112,8 @@ class BlockLocal(LocalLearner, Convertible):
         self._outline = Outline(model, self.blocks, example=example)
         self.side_inputs = SideInputs(model, self.blocks, example=example)
         """What the blocks read of x beside the features."""
+        if names := self.side_inputs.all():
+            borders.check_side_inputs(names)
         seen = probe_shapes(
             model,
             self.blocks,

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from blocklocal.decisions import decided
 from blocklocal.interpreter import Interpreter
-from blocklocal.tracer import ContainerTracer, decided
+from blocklocal.tracer import ContainerTracer
 
 Number = bool | int | float
 
@@ -45,8 +46,10 @@ class Training(nn.Module):
         return self.training
 
 
-def choose(training: bool, in_training: Any, in_evaluation: Any) -> Any:
+def choose(training: Any, in_training: Any, in_evaluation: Any) -> Any:
     """What a container passes on in training mode, and in evaluation mode."""
+    if isinstance(training, fx.Proxy):  # in a block that is cut again
+        return training.tracer.create_proxy("call_function", choose, (training, in_training, in_evaluation), {})
     return in_training if training else in_evaluation
 
 
@@ -107,23 +110,17 @@ def _chosen(
         if partner.get(ours) is not theirs:
             raise _Different
         return ours
-    if type(ours) is not type(theirs) and not (isinstance(ours, Number) and isinstance(theirs, Number)):
-        raise _Different
-    if isinstance(ours, tuple | list):
-        if len(ours) != len(theirs):
-            raise _Different
+    if isinstance(ours, tuple | list) and isinstance(theirs, tuple | list) and len(ours) == len(theirs):
         parts = [_chosen(tracer, node, a, b, partner=partner) for a, b in zip(ours, theirs, strict=True)]
-        return parts if isinstance(ours, list) else type(ours)(*parts) if hasattr(ours, "_fields") else tuple(parts)
-    if isinstance(ours, Mapping):
-        if [*ours] != [*theirs]:
-            raise _Different
+        return parts if isinstance(ours, list) else tuple(parts)
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping) and [*ours] == [*theirs]:
         return {name: _chosen(tracer, node, ours[name], theirs[name], partner=partner) for name in ours}
-    if isinstance(ours, slice):
+    if isinstance(ours, slice) and isinstance(theirs, slice):
         ends = [(getattr(ours, end), getattr(theirs, end)) for end in ("start", "stop", "step")]
         return slice(*(_chosen(tracer, node, a, b, partner=partner) for a, b in ends))
-    if ours is theirs or ours == theirs:
+    if ours is theirs or (type(ours) is type(theirs) and ours == theirs):
         return ours
-    if not isinstance(ours, Number):
+    if not (isinstance(ours, Number) and isinstance(theirs, Number)):
         raise _Different
     owner = tracer.owners[node]
     with tracer.graph.inserting_before(node):

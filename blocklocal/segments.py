@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
 from blocklocal.block import Block, block_of
+from blocklocal.decisions import decided, describe
 from blocklocal.interpreter import outline
 from blocklocal.modes import Trace
-from blocklocal.tracer import decided, describe
 from blocklocal.values import features, is_real
 
 
@@ -129,7 +130,7 @@ class Segments:
             graph.output(values[place])
         else:
             (returned,) = next(iter(reversed(self.traced.graph.nodes))).args
-            graph.output(fx.node.map_arg(returned, values.__getitem__))
+            graph.output(map_arg(returned, values.__getitem__))
         return graph
 
     def _is_data(self, node: fx.Node) -> bool:

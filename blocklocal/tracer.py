@@ -17,7 +17,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
+from blocklocal.decisions import decided, describe
 from blocklocal.effects import context
 from blocklocal.interpreter import Interpreter, outline_of
 from blocklocal.values import Arguments, features, is_real
@@ -140,7 +142,7 @@ class ContainerTracer(fx.Tracer):
         features = {one for one in proxies if one.node not in self.known.data}
         if not features or len(features) == len(proxies):
             return args, kwargs
-        values = fx.node.map_arg(self.create_arg((args, dict(kwargs))), self.known.values.__getitem__)
+        values = map_arg(self.create_arg((args, dict(kwargs))), self.known.values.__getitem__)
         read = self.known.read_by(module, *values)
         unread = {one.node for one in features if not self.known.storages(one.node) & read}
 
@@ -223,7 +225,7 @@ class Value(fx.Proxy):
         value = self.tracer.known.values[self.node]
         if isinstance(value, Mapping):
             return iter(value)
-        return iter([self[i] for i in range(len(self))])
+        return iter([operator.getitem(self, i) for i in range(len(self))])  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     def __len__(self) -> int:
         return self.tracer.decide(self.tracer.create_proxy("call_function", len, (self,), {}), int)
@@ -233,38 +235,6 @@ class Value(fx.Proxy):
 
     def __float__(self) -> float:
         return self.tracer.decide(self, float)
-
-
-def decided(value: Any, answer: Any, asked: str) -> None:
-    """Check that a block is used as it was traced. ValueError: the example gave another answer than this batch."""
-    if isinstance(value, Tensor):
-        value, answer = (value.shape, value.dtype), (answer.shape, answer.dtype)
-    if (type(answer)(value) if isinstance(answer, bool | int | float) else value) != answer:
-        raise ValueError(
-            f"the forward pass was traced with {asked} = {answer}, as for example=, and a block cannot follow another "
-            f"course, but this batch has {value}: build the learner with such a batch, or use bll.Hooked"
-        )
-
-
-def describe(node: fx.Node, *, depth: int = 3) -> str:
-    """The expression of a node, as in the code that it was recorded from; of deeper ones the name in the graph."""
-
-    def of(value: Any) -> str:
-        return describe(value, depth=depth - 1) if isinstance(value, fx.Node) else repr(value)
-
-    if node.op in ("placeholder", "get_attr"):
-        return str(node.target)
-    if node.op == "call_module":
-        return f"{node.target}(...)"
-    if not depth:
-        return node.name
-    if node.op == "call_method":
-        return f"{of(node.args[0])}.{node.target}({', '.join(map(of, node.args[1:]))})"
-    if node.target is getattr:
-        return f"{of(node.args[0])}.{node.args[1]}"
-    if node.target is operator.getitem:
-        return f"{of(node.args[0])}[{of(node.args[1])}]"
-    return f"{getattr(node.target, '__name__', node.target)}({', '.join(map(of, node.args))})"
 
 
 def _scopes(modules: list[nn.Module]) -> Iterator[dict[str, Any]]:

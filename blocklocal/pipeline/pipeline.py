@@ -116,6 +116,8 @@ class Pipeline:
                 "to send copies in the opposite direction, or a learner without bll.Lookahead()"
             )
         self.learner, self.device, self.window = learner, require_device(device, name="device"), window
+        if isinstance(learner.criterion, nn.Module):  # of the last block; those at borders move with them
+            learner.criterion.to(self.device)
         self._replicas = replicas
         self.rank = dist.get_rank(group)
         self.placement = _place(placement, blocks=len(learner.blocks), ranks=dist.get_world_size(group))
