@@ -142,8 +142,8 @@ class ContainerTracer(fx.Tracer):
         features = {one for one in proxies if one.node not in self.known.data}
         if not features or len(features) == len(proxies):
             return args, kwargs
-        values = map_arg(self.create_arg((args, dict(kwargs))), self.known.values.__getitem__)
-        read = self.known.read_by(module, *values)
+        given: Any = map_arg(self.create_arg((args, dict(kwargs))), self.known.values.__getitem__)
+        read = self.known.read_by(module, given[0], given[1])
         unread = {one.node for one in features if not self.known.storages(one.node) & read}
 
         def outlined(one: Any) -> Any:

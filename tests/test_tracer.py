@@ -16,7 +16,7 @@ from blocklocal.balance import measure
 from blocklocal.block import Block
 from blocklocal.graph import deepest
 from blocklocal.split import candidates, cut
-from blocklocal.values import arguments_of, one_more
+from blocklocal.values import arguments_of
 
 Run = Callable[["Net", Tensor], Tensor]
 
@@ -301,12 +301,13 @@ class Wrapped(nn.Module):
 
 def test_containers_are_traced_with_the_arguments_that_they_get() -> None:
     model, x = Wrapped(), {"x": torch.randn(3, 4), "mask": torch.ones(3, 4)}
+    longer = {name: torch.cat([tensor, tensor[:1]]) for name, tensor in x.items()}
     assert deepest(model, arguments=arguments_of(model, x)).outputs.keys() >= {"inner.0", "inner.0.linear"}
     found = candidates(model, example=x)
     assert len(found) == 3
     for at in (found, ["inner.0", "inner.2"], ["inner.1.linear"]):
         blocks = cut(model, at=at, example=x)
-        for given in (x, one_more(x, batch=3)):
+        for given in (x, longer):
             assert torch.equal(composed(blocks, given), model(**given))
 
 
