@@ -66,8 +66,9 @@ def main(args: Sequence[str]) -> None:
     size = (options.size, options.size)
     model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
     x = torch.randn(options.batch_size, options.channels, *size)
-    try_model(model, x[:FEW], name=options.model, classes=options.classes, context=nullcontext())
-    task = rules.Task(
+    shape = (len(x[:FEW]), options.classes)
+    try_model(model, x[:FEW], name=options.model, shape=shape, context=nullcontext())
+    problem = rules.Problem(
         classes=options.classes,
         example=x,
         blocks=options.blocks,
@@ -76,7 +77,7 @@ def main(args: Sequence[str]) -> None:
     )
     y = torch.randint(options.classes, (len(x),))
     with blame(f"model {options.model!r} does not fit rule {options.rule!r}"):
-        learning = rules.apply(options.rule, model, task)
+        learning = rules.apply(options.rule, model, problem)
     try_learning(learning, x[:FEW], y[:FEW], name=options.model, context=nullcontext())
     with learning.with_targets(y):
         _show(learning.learner, x, y, options)
