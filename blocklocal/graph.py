@@ -148,7 +148,8 @@ def expand(model: nn.Module, *, arguments: Arguments | None = None) -> frozenset
 
     arguments: of a call of the model, from which those of its containers follow.
     """
-    trace(model, containers=frozenset(), arguments=arguments)
+    if arguments is None:
+        trace(model, containers=frozenset())
     calls = {} if arguments is None else _calls(model, arguments)
     containers: set[str] = set()
     frontier = [name for name, _ in model.named_children()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
 from blocklocal.effects import Draws, devices
@@ -40,7 +41,7 @@ class Interpreter:
         self.running = False
 
     def run(self, node: fx.Node) -> None:
-        args, kwargs = (map_arg(part, lambda one: self.values[one]) for part in (node.args, node.kwargs))
+        args, kwargs = (_plain(map_arg(part, self.values.__getitem__)) for part in (node.args, dict(node.kwargs)))
         given = list(tensors([args, kwargs]))
         versions = [version_of(tensor) for tensor in given]
         draws = Draws()
@@ -141,6 +142,15 @@ def outline_of(tensor: Tensor) -> Tensor:
 
 def storage_of(tensor: Tensor) -> int:
     return id(tensor.untyped_storage())
+
+
+def _plain(value: Any) -> Any:
+    """A value with lists and dicts that can be changed, which those of a graph cannot."""
+    if type(value) in (immutable_list, list, tuple):
+        return (tuple if type(value) is tuple else list)(map(_plain, value))
+    if type(value) in (immutable_dict, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return value
 
 
 def _has_parameters(module: nn.Module) -> bool:
