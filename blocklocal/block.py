@@ -25,7 +25,7 @@ class Block(fx.GraphModule):
         return [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        place = {node: Place(i) for i, node in enumerate(self.graph.nodes)}
+        place: Any = {node: Place(i) for i, node in enumerate(self.graph.nodes)}
         steps = [
             (node.op, node.target, *map_arg((node.args, dict(node.kwargs)), place.__getitem__))
             for node in self.graph.nodes
