@@ -432,7 +432,8 @@ models pass every check below; where one was refused, the row has the message.
 on {datetime.date.today():%d %B %Y}, on a CPU in float32; batches of {BATCH}.
 Parameters that begin as zeros were drawn from N(0, 0.02²), so that what is before them has a gradient.
 
-- *path*: "traced" where `bll.BlockLocal(model, blocks=4)` takes the model too.
+- *path*: "traced" where `bll.BlockLocal(model, blocks=4)` takes the model too, with the same inputs, and its blocks
+  predict the same to the bit, also with one sample more.
 - *cuts*: the submodules after which the borders stand, as found.
 - *difference*: the largest difference of the model's output in the learner's forward pass, with borders, from that
   before there was a learner; in training and in evaluation mode.
