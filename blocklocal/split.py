@@ -43,6 +43,19 @@ def split(
     >>> [name for name, _ in chain[1].named_parameters()]
     ['2.weight', '2.bias']
     """
+    return divide(model, at=at, blocks=blocks, example=example, balance=balance, border=border)[0]
+
+
+def divide(
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    at: Sequence[str] | None,
+    blocks: int | None,
+    example: Inputs | None,
+    balance: Literal["time", "memory"],
+    border: BorderLoss | None,
+) -> tuple[nn.Sequential, list[str]]:
+    """What `split` returns, and the submodules after which its borders stand, in the order of the forward pass."""
     model = module_of(model)
     if at is not None and blocks is not None:
         raise ValueError("at= and blocks= both say where to cut: pass one of them")
@@ -56,16 +69,16 @@ def split(
     if example is not None:
         check_inputs(example, name="example")
     if at is not None:
-        return cut(model, at=at, example=example)
+        return _cut(model, at=at, example=example)
     if blocks is None:
         if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
             if found := obstacle(model):
                 raise ValueError(f"{type(model).__name__} {found}: pass a list of modules")
-            return _checked(model)
+            return _checked(model), [name for name, _ in model.named_children()][:-1]
         raise ValueError(f"where to cut {type(model).__name__}? Pass at=[submodules] or blocks=K")
     blocks = require_whole(blocks, name="blocks", least=1)
     if blocks == 1:
-        return nn.Sequential(model)
+        return nn.Sequential(model), []
     if example is None:
         raise ValueError("blocks=K measures the model: pass example=, a batch of its input")
     if any(tensor.is_meta for tensor in (*tensors(example), *model.parameters(), *model.buffers())):
@@ -82,7 +95,7 @@ def split(
     sides = [[given[name] for name in block.inputs[1:]] for block in chain]
     profile = measure(chain, given[first], sides=sides, border=border)
     at = [places[start - 1] for start in starts(profile, blocks=blocks, balance=balance)]
-    return cut(model, at=at, example=example)
+    return _cut(model, at=at, example=example)
 
 
 def candidates(model: nn.Module, *, example: Inputs | None = None) -> list[str]:
@@ -112,6 +125,11 @@ def _places(model: nn.Module, example: Inputs | None = None) -> tuple[Trace, dic
 
 def cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None = None) -> nn.Sequential:
     """Cut `model` after each of the submodules `at`."""
+    return _cut(model, at=at, example=example)[0]
+
+
+def _cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None) -> tuple[nn.Sequential, list[str]]:
+    """The chain, and the submodules in the order of the forward pass."""
     if example is not None:
         check_example(model, example)
     modules = dict(model.named_modules())
@@ -126,7 +144,8 @@ def cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None = None) -
         raise ValueError(
             f"{type(model).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}): pass example=, a batch of them"
         )
-    return _checked(nn.Sequential(*cut_at(model, traced, _borders(traced, at=at))))
+    borders = _borders(traced, at=at)
+    return _checked(nn.Sequential(*cut_at(model, traced, list(borders)))), list(borders.values())
 
 
 def _traced(model: nn.Module, containers: frozenset[str], arguments: Arguments | None) -> Trace:
@@ -142,8 +161,8 @@ def _traced(model: nn.Module, containers: frozenset[str], arguments: Arguments |
         raise error
 
 
-def _borders(traced: Trace, *, at: Sequence[str]) -> list[fx.Node]:
-    """The nodes whose values cross the borders, in the order of the forward pass."""
+def _borders(traced: Trace, *, at: Sequence[str]) -> dict[fx.Node, str]:
+    """The nodes whose values cross the borders, with their submodules, in the order of the forward pass."""
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     nodes: dict[fx.Node, str] = {}
     for name in at:
@@ -165,7 +184,7 @@ def _borders(traced: Trace, *, at: Sequence[str]) -> list[fx.Node]:
         if not follows(traced, node):
             raise ValueError(f"at={name!r}: no computation follows this submodule, so there would be no block after it")
         nodes[node] = name
-    return sorted(nodes, key=order.__getitem__)
+    return {node: nodes[node] for node in sorted(nodes, key=order.__getitem__)}
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:

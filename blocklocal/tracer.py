@@ -50,6 +50,8 @@ class ContainerTracer(fx.Tracer):
         self.context = context()
         self.proxy_buffer_attributes = arguments is not None
         self._inside = [""]
+        self._recording = False
+        self._patches: list[Any] = []
         self._decided: set[tuple[fx.Node, Any]] = set()
 
     def record(self, root: nn.Module) -> fx.Graph:
@@ -80,7 +82,8 @@ class ContainerTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         self.owners[node] = self._inside[-1]
         if self.known is not None and kind != "output":
-            self.known.run(node)
+            with self._unpatched():
+                self.known.run(node)
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -180,22 +183,38 @@ class ContainerTracer(fx.Tracer):
         def recorded(function: Callable[..., Any], *, always: bool) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
                 asked = always or any(isinstance(one, fx.Proxy) for one in args)
-                if self._runs or threading.get_ident() != thread or not asked:
+                if not self._recording or self._runs or threading.get_ident() != thread or not asked:
                     return function(*args, **kwargs)
                 return self.create_proxy("call_function", function, args, kwargs)
 
             return record
 
         with ExitStack() as patches:
-            for name in FACTORIES:
-                patches.enter_context(patch.object(torch, name, recorded(getattr(torch, name), always=True)))
-            for name in TYPES:
-                patches.enter_context(patch.object(torch, name, recorded(getattr(torch, name), always=False)))
+            self._patches = [
+                patch.object(torch, name, recorded(getattr(torch, name), always=name in FACTORIES))
+                for name in (*FACTORIES, *TYPES)
+            ]
+            for one in self._patches:
+                one.start()
+                patches.callback(one.stop)
+            patches.callback(setattr, self, "_recording", False)  # what has kept such a function calls torch's again
+            self._recording = True
             if self.known is not None:
                 count = recorded(len, always=False)
                 for scope in _scopes([root, *map(root.get_submodule, sorted(self.containers))]):
                     patches.enter_context(patch.dict(scope, {"len": scope.get("len", count)}))
             yield
+
+    @contextmanager
+    def _unpatched(self) -> Iterator[None]:
+        """With torch's own functions, as for operations that compile or import what reads them."""
+        for one in self._patches:
+            one.stop()
+        try:
+            yield
+        finally:
+            for one in self._patches:
+                one.start()
 
 
 class Value(fx.Proxy):
