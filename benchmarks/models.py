@@ -33,9 +33,9 @@ from torch.nn import functional as F
 from torchvision.models import MaxVit, VisionTransformer
 
 import blocklocal as bll
-from blocklocal.hooked.values import Inputs, call, prediction_of, tensors
 from blocklocal.lab.models import build
 from blocklocal.memory import MemoryTracker
+from blocklocal.values import Inputs, call, one_more, prediction_of, tensors
 
 PAGE = Path(__file__).parents[1] / "docs/models.md"
 BATCH, CLASSES, TOKENS, VOCABULARY = 4, 10, 24, 80
@@ -396,12 +396,15 @@ def examine(case: Case) -> Row:
 
 
 def _traced(case: Case, x: Inputs) -> bool:
-    """Whether the chain of traced blocks takes the model too; it takes one tensor, here the first."""
+    """Whether the chain of traced blocks takes the model too, and predicts the same, also with one sample more."""
+    model = case.make()
     try:
-        bll.BlockLocal(case.make(), blocks=4, classes=case.classes, example=next(tensors(x)))
+        learner = bll.BlockLocal(model, blocks=4, classes=case.classes, example=x).eval()
     except Exception:  # whatever the model raises while it is traced: it cannot be
         return False
-    return True
+    batches = x, one_more(x, batch=len(next(tensors(x))))
+    with torch.no_grad():
+        return all(torch.equal(learner.predict(one), prediction_of(call(model, one))) for one in batches)
 
 
 def line(case: Case, found: Row | str) -> str:
@@ -429,7 +432,8 @@ models pass every check below; where one was refused, the row has the message.
 on {datetime.date.today():%d %B %Y}, on a CPU in float32; batches of {BATCH}.
 Parameters that begin as zeros were drawn from N(0, 0.02²), so that what is before them has a gradient.
 
-- *path*: "traced" where `bll.BlockLocal(model, blocks=4)` takes the model too.
+- *path*: "traced" where `bll.BlockLocal(model, blocks=4)` takes the model too, with the same inputs, and its blocks
+  predict the same to the bit, also with one sample more.
 - *cuts*: the submodules after which the borders stand, as found.
 - *difference*: the largest difference of the model's output in the learner's forward pass, with borders, from that
   before there was a learner; in training and in evaluation mode.

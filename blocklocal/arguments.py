@@ -199,7 +199,7 @@ def module_of(model: Any, *, name: str = "model") -> nn.Module:
 
 
 @contextmanager
-def passes(value: Tensor, *, name: str, through: str) -> Iterator[None]:
+def passes(value: object, *, name: str, through: str) -> Iterator[None]:
     """Context for a forward pass of `value`: a failure becomes a ValueError that names it."""
     try:
         yield

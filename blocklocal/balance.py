@@ -24,15 +24,17 @@ and the layout found at h."""
 class Cost:
     """Cost of the forward and backward pass of one segment, or of the local loss at a border after it.
 
-    seconds: the shortest repetition. peak: the most bytes alive during the two passes, including the gradient of the
-    input but not those of parameters. kept: bytes that the forward pass keeps for the backward pass, including its
-    output. output: bytes of the output. A border that cannot be placed costs infinitely much.
+    seconds: the shortest repetition. peak: the most bytes alive during the two passes, including the gradients of the
+    input and of parameters. kept: bytes that the forward pass keeps for the backward pass, including its output.
+    output: bytes of the output. gradients: bytes of the gradients of parameters, which stay until the optimizer's step.
+    A border that cannot be placed costs infinitely much.
     """
 
     seconds: float
     peak: float
     kept: int = 0
     output: int = 0
+    gradients: int = 0
 
 
 FREE = Cost(seconds=0.0, peak=0)
@@ -53,35 +55,38 @@ class Profile:
     def memory(self, first: int, last: int) -> float:
         """Most bytes alive in the two passes of the block of segments first..last (inclusive), with its border.
 
-        When a segment is at its own peak, the block's input, what the segments before it keep, and the block's
-        output are alive too.
+        When a segment is at its own peak, the block's input, what the segments before it keep, the block's output, and
+        the gradients of the parameters after it are alive too.
         """
         alive, peaks = self.segments[first - 1].output if first else 0, []
-        for cost in self.segments[first : last + 1]:
-            peaks.append(alive + cost.peak)
+        gradients = self.borders[last].gradients + sum(cost.gradients for cost in self.segments[first : last + 1])
+        for k, cost in enumerate(self.segments[first : last + 1], start=first):
+            gradients -= cost.gradients
+            peaks.append(alive + cost.peak + gradients + (self.segments[last].output if k < last else 0))
             alive += cost.kept
-        handed_on = self.segments[last].output
-        return max(alive + self.borders[last].peak, peaks[-1], *(peak + handed_on for peak in peaks[:-1]))
+        return max(alive + self.borders[last].peak, *peaks)
 
 
 def measure(
     segments: Sequence[nn.Module],
     example: Tensor,
     *,
+    sides: Sequence[Sequence[Tensor]] | None = None,
     border: BorderLoss | None = None,
     repetitions: int = 3,
 ) -> Profile:
     """Profile copies of a chain's segments on `example`; parameters, statistics and the random state do not change.
 
-    border: makes the local loss at a border; it raises ValueError where no border can be placed. Without it borders
-    are free.
+    sides: what each segment takes after its input. border: makes the local loss at a border; it raises ValueError where
+    no border can be placed. Without it borders are free.
     """
-    segments = copy.deepcopy(list(segments))
+    sides = [()] * len(segments) if sides is None else sides
+    calls = [_on(copy.deepcopy(segment), side) for segment, side in zip(segments, sides, strict=True)]
     devices = [example.device] if example.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         with passes(example, name="example", through="the model"):
-            outputs, layouts = _outputs(segments, example)
-        costs = [_cost(segment, h, repetitions) for segment, h in zip(segments, [example, *outputs], strict=False)]
+            outputs, layouts = _outputs(calls, example)
+        costs = [_cost(call, h, repetitions) for call, h in zip(calls, [example, *outputs], strict=False)]
         kinds: list[tuple[torch.Size, Layout | None]] = [
             (h.shape, layout) for h, layout in zip(outputs, layouts, strict=False)
         ]
@@ -92,13 +97,17 @@ def measure(
     return Profile(tuple(costs), (*(borders[kind] for kind in kinds), FREE))
 
 
+def _on(segment: nn.Module, side: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda h: segment(h, *side)
+
+
 @torch.no_grad()
-def _outputs(segments: Sequence[nn.Module], h: Tensor) -> tuple[list[Tensor], list[Layout | None]]:
+def _outputs(calls: Sequence[Callable[[Tensor], Tensor]], h: Tensor) -> tuple[list[Tensor], list[Layout | None]]:
     outputs, readings = [], []
-    for segment in segments:
+    for call in calls:
         h = h.clone()  # a segment may write into its input
         with Reading(h) as reading:
-            h = segment(h)
+            h = call(h)
         outputs.append(h)
         readings.append(reading)
     return outputs, find_layouts(outputs, readings)
@@ -118,15 +127,17 @@ def border_cost(
 
 
 def _cost(function: Callable[[Tensor], Tensor], h: Tensor, repetitions: int) -> Cost:
-    seconds = min(_seconds(function, h) for _ in range(repetitions))
-    h = _input(h)
+    given = _input(h)
     with MemoryTracker() as tracker:
-        output = function(h)
-        kept = tracker.alive
-        if output.requires_grad and h.requires_grad:
+        output = function(given)
+        kept, size = tracker.alive, output.nbytes
+        if output.requires_grad:
             total = (1.0 * output).sum()  # so that the incoming gradient takes memory, and is freed once read
-            torch.autograd.grad(total, h)
-    return Cost(seconds, peak=tracker.timeline.peak, kept=kept, output=output.nbytes)
+            total.backward()  # for the first time, so that the gradients of parameters take memory
+            del total
+        del output, given
+    seconds = min(_seconds(function, h) for _ in range(repetitions))
+    return Cost(seconds, peak=tracker.timeline.peak, kept=kept, output=size, gradients=tracker.alive)
 
 
 def _seconds(function: Callable[[Tensor], Tensor], h: Tensor) -> float:

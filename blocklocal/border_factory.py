@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from blocklocal.border import Border
 from blocklocal.feedback import Feedback, Targets
 from blocklocal.layout import Layout, given_layouts
+from blocklocal.lookahead import Lookahead
 from blocklocal.losses import LocalLoss, Predictive
 from blocklocal.messages import Criterion, Statistic
 from blocklocal.shape_probe import border_spec
@@ -44,6 +45,14 @@ class BorderFactory:
         y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
         border = self.build(h, prediction, chosen or found)
         return lambda h: border(border.message(h), y)
+
+    def check_side_inputs(self, names: Sequence[str]) -> None:
+        """ValueError: heads that copy a unit of the next block, which reads inputs that a head does not get."""
+        if any(isinstance(term, Predictive) and isinstance(term.head, Lookahead) for _, term in self.loss.terms):
+            raise ValueError(
+                f"Lookahead() copies a unit of the next block, but the blocks read {', '.join(map(repr, names))} of "
+                "the model's inputs beside the features, which a head does not get: pass another head="
+            )
 
     def check_criterion(self) -> None:
         """ValueError: a criterion with parameters, which every border would train."""

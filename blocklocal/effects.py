@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blocklocal.internals import version_of
 
@@ -41,19 +41,22 @@ class Draws:
     """The states of the random number generators, to be restored after a trace."""
 
     def __init__(self) -> None:
-        self.python, self.torch = random.getstate(), torch.get_rng_state()
+        self.python, self.torch, self.cuda = random.getstate(), torch.get_rng_state(), _cuda()
 
     def restore(self) -> bool:
         """Restore them, and return whether anything had been drawn."""
         drawn = random.getstate() != self.python or not torch.equal(torch.get_rng_state(), self.torch)
+        drawn |= not all(map(torch.equal, _cuda(), self.cuda))
         random.setstate(self.python)
         torch.set_rng_state(self.torch)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
         return drawn
 
 
 def context() -> tuple[object, ...]:
     """What decides how an operation runs, apart from its arguments."""
-    casts = [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in _devices()]
+    casts = [torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in devices()]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *casts
 
 
@@ -62,12 +65,16 @@ def ambient(*, enabled: bool) -> Iterator[None]:
     """Turn gradients and autocast both on or both off: a context entered inside shows in one of the two settings."""
     with ExitStack() as contexts:
         contexts.enter_context(torch.set_grad_enabled(enabled))
-        for device in _devices():
+        for device in devices():
             contexts.enter_context(torch.autocast(device, torch.float16, enabled=enabled))
         yield
 
 
+def _cuda() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+
+
 @cache
-def _devices() -> list[str]:
+def devices() -> list[str]:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]

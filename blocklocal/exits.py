@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from blocklocal.border import Border
 from blocklocal.feedback import at_least_single
 from blocklocal.messages import BorderInput, Criterion, add_belief
+from blocklocal.side_inputs import SideInputs
+from blocklocal.values import Inputs, prediction_of
 
 RIDGE = 1e-3
 """Pull of the weights towards 1/K; it decides if all exits are right about all samples."""
@@ -78,6 +80,24 @@ class ExitPool(nn.Module):
         return prediction.log_softmax(-1) if self.labels else prediction
 
 
+def most_confident(exits: Iterable[Tensor], *, confidence: float) -> Tensor:
+    """Each sample's logits from the first exit whose largest class probability reaches `confidence`, of its least sure
+    token; later exits are not asked for once every sample has left."""
+    decided: Tensor | None = None
+    waiting = torch.ones(0, dtype=torch.bool)
+    for logits in exits:
+        if decided is None:
+            decided, waiting = logits.clone(), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        else:
+            decided[waiting] = logits[waiting].to(decided.dtype)
+        surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
+        waiting = waiting & (surest.flatten(1).amin(1) < confidence)
+        if not waiting.any():
+            break
+    assert decided is not None
+    return decided
+
+
 class Exit(nn.Module):
     """The prediction at a border, h -> (B, n): the part of a border that is still needed after training."""
 
@@ -95,23 +115,32 @@ class Exit(nn.Module):
 class Predictor(nn.Module):
     """A trained chain as one module, x -> prediction: the blocks in order, and the exits that are used.
 
-    exits: one per block, None where a block's output is not read. pool: combines the predictions of all exits; without
-    it the last block, or its exit, predicts. add_beliefs: see `BlockLocal`; every exit is then used.
+    x is what the model takes: a tensor, or a tuple or dict of its inputs. inputs: what each block takes of it. exits:
+    one per block, None where a block's output is not read. pool: combines the predictions of all exits; without it the
+    last block, or its exit, predicts. add_beliefs: see `BlockLocal`; every exit is then used.
     """
 
     def __init__(
-        self, blocks: Iterable[nn.Module], exits: Iterable[Exit | None], *, pool: ExitPool | None, add_beliefs: bool
+        self,
+        blocks: Iterable[nn.Module],
+        exits: Iterable[Exit | None],
+        *,
+        inputs: SideInputs,
+        pool: ExitPool | None,
+        add_beliefs: bool,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.exits = nn.ModuleList(nn.Identity() if exit is None else exit for exit in exits)
-        self.pool, self.adds_beliefs = pool, add_beliefs
+        self.inputs, self.pool, self.adds_beliefs = inputs, pool, add_beliefs
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         predictions: list[Tensor] = []
-        h, belief = x, None
-        for block, exit in zip(self.blocks, self.exits, strict=True):
-            h = block(h)
+        h, belief = None, None
+        for k, (block, exit) in enumerate(zip(self.blocks, self.exits, strict=True)):
+            args, kwargs = self.inputs.call(k, h, x)
+            h = block(*args, **kwargs)
+            h = h if isinstance(h, Tensor) else prediction_of(h)  # of a model that is one block
             predictions.append(add_belief(belief, exit(h)))
             belief = predictions[-1] if self.adds_beliefs else None
         return predictions[-1] if self.pool is None else self.pool(predictions)

@@ -84,12 +84,20 @@ class Targets:
 
     def check_kind(self, y: Tensor) -> None:
         """ValueError: y cannot be such targets, whatever its values."""
+        if isinstance(y, tuple | list | dict):
+            raise TypeError(
+                f"y is a {type(y).__name__}: pass a torch.Tensor of targets, since every border makes its feedback of "
+                "them; mixed labels (mixup) go as probabilities with outputs=, and sample weights into criterion="
+            )
         require_dense(y, name="y")
         if not y.numel():
             raise ValueError(f"y has shape {tuple(y.shape)}: an empty batch has no loss, leave it out")
         if not self.labels:
             if y.shape[-1:] != (self.size,):
-                raise ValueError(f"y has shape {tuple(y.shape)}: dense targets need {self.size} in the last dimension")
+                column = "; pass y.unsqueeze(-1) for one number per sample" if self.size == 1 and y.dim() == 1 else ""
+                raise ValueError(
+                    f"y has shape {tuple(y.shape)}: dense targets need {self.size} in the last dimension{column}"
+                )
             if not y.is_floating_point():
                 raise ValueError(f"y has dtype {y.dtype}: dense targets are real numbers, pass y.float()")
             return

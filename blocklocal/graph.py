@@ -5,114 +5,116 @@ Any other module is a single call in the graph, whatever it does inside.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from blocklocal.arguments import first_line
-from blocklocal.effects import Draws, State, ambient, context
+from blocklocal.arguments import first_line, passes
+from blocklocal.effects import Draws, State, ambient
 from blocklocal.internals import has_hooks
+from blocklocal.modes import Obstacle, Trace, both_modes
 from blocklocal.recompute import is_recomputed
+from blocklocal.tracer import ContainerTracer
+from blocklocal.values import Arguments, Inputs, call, map_tensors, positional, prediction_of, tensors
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A graph and, for each submodule that it calls, the nodes that hold the submodule's output, one per call."""
-
-    graph: fx.Graph
-    outputs: dict[str, list[fx.Node]]
+def prediction(returned: Any) -> Any:
+    """The prediction in what a model returns."""
+    return returned if isinstance(returned, fx.Proxy) else prediction_of(returned, kind=fx.Proxy)
 
 
-class ContainerTracer(fx.Tracer):
-    """Traces through the root and the named containers; every other module is a leaf."""
-
-    def __init__(self, containers: frozenset[str]) -> None:
-        super().__init__()
-        self.containers = containers
-        self.outputs: dict[str, list[fx.Node]] = {}
-        self.context = context()
-
-    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
-        """The inputs of the graph: arguments of the forward pass without a default. The others keep their default."""
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        _, *parameters = inspect.signature(root_fn).parameters.values()
-        names = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
-        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
-
-    def create_node(self, *args, **kwargs):
-        """Create a node. It will run in its caller's context: a context that the forward pass enters is lost."""
-        if context() != self.context:
-            raise ValueError(
-                "it enters a context, such as torch.no_grad() or torch.autocast(), which a trace would lose"
-            )
-        return super().create_node(*args, **kwargs)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.containers
-
-    def call_module(self, m, forward, args, kwargs):
-        output = super().call_module(m, forward, args, kwargs)
-        if isinstance(output, fx.Proxy):
-            self.outputs.setdefault(self.path_of_module(m), []).append(output.node)
-        return output
-
-
-def trace(model: nn.Module, *, containers: frozenset[str]) -> Trace:
+def trace(
+    model: nn.Module,
+    *,
+    containers: frozenset[str],
+    arguments: Arguments | None = None,
+    returned: Callable[[Any], Any] = prediction,
+) -> Trace:
     """Trace `model` through `containers` (qualified names), in training and in evaluation mode.
 
+    arguments: of a call of the model, which every operation is run on, in evaluation mode as they are, in training mode
+    with one sample more. returned: takes the value of the graph from what the model returns.
+
     ValueError: the forward pass cannot be traced, or the trace would do something else. This is so if a container does
-    more than its class's forward pass, if it creates tensors or draws random numbers, which tracing would freeze, if it
-    enters a context or sets attributes, which tracing would lose, or if the two modes call different functions, since a
-    traced block could follow only one of them.
+    more than its class's forward pass, if it draws random numbers in Python, which tracing would freeze, if it enters a
+    context or sets attributes, which tracing would lose, if the two modes call different functions, since a traced
+    block could follow only one of them, or if it decides on what is in a tensor or on the size of the batch.
     """
     if found := obstacle(model):
         raise ValueError(f"{type(model).__name__} {found}: cut outside it")
-    where = " or ".join([type(model).__name__, *map(repr, sorted(containers))])
+    outermost = sorted(name for name in containers if name.rpartition(".")[0] not in containers)
+    where = " or ".join([type(model).__name__, *map(repr, outermost[:3])]) + " or others" * (len(outermost) > 3)
     modules = {name: model.get_submodule(name) for name in ("", *sorted(containers))}
     for name, module in modules.items():
         if found := obstacle(module):
             raise ValueError(f"{name!r} {found}: cut outside it")
-    traces = {}
-    for training in (False, True):
-        with mode(model, training=training), ambient(enabled=training):
-            tracer = ContainerTracer(containers)
-            states, draws = [State(module) for module in modules.values()], Draws()
-            try:
-                graph = tracer.trace(model)
-            except Exception as error:
-                raise ValueError(
-                    f"the forward pass of {where} cannot be traced ({first_line(error)}): "
-                    "cut outside it, or pass the blocks as a list of modules"
-                ) from error
-            finally:
-                changed = [name for state in states for name in state.restore()]
-                drawn = draws.restore()
-        if any(name.startswith("_tensor_constant") for name in changed):
-            raise ValueError(
-                f"the forward pass of {where} makes a tensor that does not depend on its input: "
-                "register it as a buffer, move it into a submodule, or cut outside"
-            )
-        if changed:
-            raise ValueError(
-                f"the forward pass of {where} changes its attribute {changed[0]!r}, which a traced block would "
-                "not: move this into a submodule, or cut outside"
-            )
-        if drawn:
-            raise ValueError(
-                f"the forward pass of {where} draws random numbers that a trace would freeze, such as which layers to "
-                "skip: move the draw into a submodule, or cut outside"
-            )
-        traces[training] = Trace(graph, tracer.outputs)
-    if str(traces[True].graph) != str(traces[False].graph):
-        raise ValueError(
-            f"the forward pass of {where} differs between training and evaluation mode: "
-            "move what depends on self.training into a submodule of its own, such as nn.Dropout, or cut outside it"
+
+    def record(given: Arguments | None, *, training: bool) -> ContainerTracer:
+        return _record(model, modules, given, training=training, returned=returned, where=where)
+
+    evaluated = record(None if arguments is None else arguments.copy(), training=False)
+    longer = None if arguments is None else arguments.one_more()
+    try:
+        trained = record(longer, training=True)
+    except Obstacle:
+        if longer is None:
+            raise
+        assert arguments is not None
+        trained = record(arguments.copy(), training=True)  # what is one longer beside the batch may not fit
+    return both_modes(evaluated, trained, where=where)
+
+
+def _record(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    arguments: Arguments | None,
+    *,
+    training: bool,
+    returned: Callable[[Any], Any],
+    where: str,
+) -> ContainerTracer:
+    """One forward pass, recorded. ValueError: it cannot be, or it does what a graph cannot."""
+    with mode(model, training=False), ambient(enabled=training):
+        for module in modules.values():
+            module.training = training
+        tracer = ContainerTracer(frozenset(modules) - {""}, arguments=arguments, returned=returned)
+        states, draws, failure = [State(module) for module in modules.values()], Draws(), None
+        try:
+            tracer.record(model)
+        except Exception as error:
+            failure = error
+        finally:
+            changed = [(path, name) for path, state in zip(modules, states, strict=True) for name in state.restore()]
+            drawn = draws.restore()
+    if any(name.startswith("_tensor_constant") for _, name in changed):
+        raise Obstacle(
+            f"the forward pass of {where} makes a tensor that does not depend on its input: "
+            "register it as a buffer, move it into a submodule, or cut outside",
+            container=tracer.inside,
         )
-    return traces[True]
+    if changed:
+        path, name = changed[0]
+        raise Obstacle(
+            f"the forward pass of {where} changes its attribute {name!r}, which a traced block would "
+            "not: move this into a submodule, or cut outside",
+            container=path,
+        )
+    if failure is not None:
+        raise Obstacle(
+            f"the forward pass of {where} cannot be traced ({first_line(failure)}): "
+            "cut outside it, or pass the blocks as a list of modules",
+            container=tracer.inside,
+        ) from failure
+    if drawn:
+        raise Obstacle(
+            f"the forward pass of {where} draws random numbers that a trace would freeze, such as which layers to "
+            "skip: move the draw into a submodule, or cut outside",
+            container="",
+        )
+    return tracer
 
 
 def obstacle(module: nn.Module) -> str | None:
@@ -128,24 +130,103 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
-def expand(model: nn.Module) -> frozenset[str]:
-    """All containers of `model` that can be traced through; any other container stays whole."""
-    trace(model, containers=frozenset())
+def deepest(model: nn.Module, *, arguments: Arguments | None = None) -> Trace:
+    """The trace through all containers that can be traced through."""
+    containers = expand(model, arguments=arguments)
+    while True:
+        try:
+            return trace(model, containers=containers, arguments=arguments)
+        except Obstacle as error:
+            found = error.container
+            if not found:
+                raise
+            containers = frozenset(n for n in containers if n != found and not n.startswith(f"{found}."))
+
+
+def expand(model: nn.Module, *, arguments: Arguments | None = None) -> frozenset[str]:
+    """All containers of `model` that can be traced through; any other container stays whole.
+
+    arguments: of a call of the model, from which those of its containers follow.
+    """
+    if arguments is None:
+        trace(model, containers=frozenset())
+    calls = {} if arguments is None else _calls(model, arguments)
     containers: set[str] = set()
     frontier = [name for name, _ in model.named_children()]
     while frontier:
         name = frontier.pop()
         module = model.get_submodule(name)
         if not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            if not _is_container(module):
+            if not _is_container(module) or (arguments is not None and name not in calls):
                 continue
             try:
-                trace(module, containers=frozenset())
+                trace(module, containers=frozenset(), arguments=calls.get(name), returned=_anything)
             except ValueError:
                 continue
             containers.add(name)
         frontier += [f"{name}.{child}" for child, _ in module.named_children()]
     return frozenset(containers)
+
+
+def few(model: nn.Module, example: Inputs) -> Inputs:
+    """The first two samples of a batch, or all of them where the model does not take fewer.
+
+    ValueError: the model does not take the batch.
+    """
+    batch = len(next(tensors(example)))
+    if batch > 2:
+        fewer = map_tensors(lambda t: t[:2].clone() if t.dim() and len(t) == batch else t, example)
+        with suppress(ValueError):  # something else may be as long as the batch
+            _try(model, fewer)
+            return fewer
+    _try(model, example)
+    return example
+
+
+def _try(model: nn.Module, x: Inputs) -> None:
+    draws, states = Draws(), [State(module) for module in model.modules()]
+    try:
+        with mode(model, training=False), torch.no_grad(), passes(x, name="example", through="the model"):
+            call(model, map_tensors(Tensor.clone, x))
+    finally:
+        draws.restore()
+        for state in states:
+            state.restore()
+
+
+def _anything(returned: Any) -> Any:
+    """What a graph can return, of all that a container may."""
+    if isinstance(returned, fx.Proxy) or not isinstance(returned, Iterable):
+        return returned
+    parts = returned.values() if isinstance(returned, Mapping) else returned
+    return [part for part in parts if isinstance(part, fx.Proxy)]
+
+
+def _calls(model: nn.Module, arguments: Arguments) -> dict[str, Arguments]:
+    """The arguments of each container that a pass of the model calls once."""
+    found: dict[str, list[Arguments]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.setdefault(name, []).append(Arguments(args, kwargs, positional(module, len(args))))
+
+        return call
+
+    handles = [
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name and _is_container(module) and not isinstance(module, torch.jit.ScriptModule)
+    ]
+    draws = Draws()
+    try:
+        with mode(model, training=False), torch.no_grad():
+            given = arguments.copy()
+            model(*given.args, **given.kwargs)
+    finally:
+        draws.restore()
+        for handle in handles:
+            handle.remove()
+    return {name: calls[0] for name, calls in found.items() if len(calls) == 1}
 
 
 def crossing(graph: fx.Graph, node: fx.Node) -> list[fx.Node]:

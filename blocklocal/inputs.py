@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parameter import is_lazy
 
-from blocklocal.arguments import describe, passes, require, require_factor, require_function, require_tensor
+from blocklocal.arguments import describe, passes, require, require_factor, require_function
 from blocklocal.feedback import Targets
 from blocklocal.losses import LocalLoss
+from blocklocal.values import Inputs, check_inputs, tensors
 
 LOSS = (
     "pass weighted terms, such as 0.1 * bll.Variational() + bll.Predictive(), or your own bll.Term; the loss of the "
@@ -65,9 +66,7 @@ def check_settings(*, loss: Any, feedback: Any, statistic: Any, criterion: Any, 
     require_function(statistic, name="statistic", needed="pass a function (B, C, P) -> (B, C), such as spatial_mean")
     require_function(criterion, name="criterion", needed="pass a function (prediction, y) -> scalar, such as mse_loss")
     if example is not None:
-        require_tensor(example, name="example")
-        if not example.numel():
-            raise ValueError(f"example has shape {tuple(example.shape)}: pass a batch with samples in it")
+        check_inputs(example, name="example")
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -77,15 +76,12 @@ def check_parameters(model: nn.Module) -> None:
             raise ValueError(f"parameter {name!r} shares memory with itself, as after expand(): clone() it first")
 
 
-def check_batch(x: Tensor, y: Tensor, *, targets: Targets, examples: Sequence[Example]) -> None:
+def check_batch(x: Inputs, y: Tensor, *, targets: Targets, examples: Sequence[Example]) -> None:
     """TypeError, ValueError: a batch that cannot be learnt from. examples: of all blocks, and the prediction."""
-    require_tensor(x, name="x")
-    if x.is_nested:
-        raise ValueError(f"x is {describe(x)}, but must have a single shape: pad it")
+    check_inputs(x, name="x")
     targets.check(y)
-    if not x.numel():
-        raise ValueError(f"x has shape {tuple(x.shape)}: an empty batch has no loss, leave it out")
-    for name, value in (("x", x), ("y", y)):
+    first, *others = tensors(x)
+    for name, value in (("x", first), *(("x", other) for other in others), ("y", y)):
         if torch.is_grad_enabled() and value.is_inference():
             raise ValueError(
                 f"{name} was made in torch.inference_mode() and cannot be learnt from: pass {name}.clone()"
@@ -93,15 +89,14 @@ def check_batch(x: Tensor, y: Tensor, *, targets: Targets, examples: Sequence[Ex
     if not examples:
         return
     example, prediction = examples[0].shape, examples[-1].shape
-    examples[0].check(x)
     dimensions = len(prediction) - targets.labels
     if y.dim() != dimensions:
         raise ValueError(
             f"y has shape {tuple(y.shape)}, and the model predicts {prediction} for example=: targets of "
             f"{dimensions} dimension{'s' if dimensions > 1 else ''} are needed"
         )
-    if prediction[0] == example[0] and len(x) != len(y):
-        raise ValueError(f"x has {len(x)} samples and y has {len(y)} targets: one target per sample is needed")
+    if example and prediction[0] == example[0] and len(first) != len(y):
+        raise ValueError(f"x has {len(first)} samples and y has {len(y)} targets: one target per sample is needed")
 
 
 def check_steps(optimizers: Any, *, scaler: Any, scale: Any, blocks: int) -> None:

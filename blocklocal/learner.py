@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from blocklocal.arguments import (
 )
 from blocklocal.border_factory import BorderFactory
 from blocklocal.collapse import warn_of_collapse
-from blocklocal.exits import ExitPool, Predictor
+from blocklocal.exits import ExitPool, Predictor, most_confident
 from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
 from blocklocal.graph import mode
 from blocklocal.inputs import (
@@ -42,10 +42,12 @@ from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import BorderInput, Criterion, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
 from blocklocal.shape_probe import check_prediction, probe_shapes
+from blocklocal.side_inputs import SideInputs
 from blocklocal.split import divide
+from blocklocal.values import Inputs, prediction_of, tensors
 
 Features = Tensor | tuple[Tensor, Tensor]
-"""What a block reads: features and, with add_beliefs, the belief of the exits before it."""
+"""What a block hands on: features and, with add_beliefs, the belief of the exits so far."""
 
 
 class BlockLocal(LocalLearner, Convertible):
@@ -53,6 +55,8 @@ class BlockLocal(LocalLearner, Convertible):
 
     model: any module, or a list of modules. at, blocks, balance: where to cut, see `split`; without them a list or an
     nn.Sequential is cut between its modules; blocks=1 is backpropagation. example: an input batch, needed for borders.
+    It and x of a batch are what the model takes: model(x) of a tensor, model(*x) of a tuple, model(**x) of a dict. What
+    later blocks read of it beside the features, such as a mask, are their side inputs, which are data as y is.
     classes: labels are integers 0..classes-1, one per sample (B,) or per token (B, T). outputs: number of dense targets
     per sample, (B, outputs). ignore_index: the label of padding, which counts in no loss, statistic or diagnostic.
     loss: the local loss at each border. feedback, statistic: how beta and alpha are made. criterion: the loss of the
@@ -79,7 +83,7 @@ class BlockLocal(LocalLearner, Convertible):
         classes: int | None = None,
         outputs: int | None = None,
         ignore_index: int | None = None,
-        example: Tensor | None = None,
+        example: Inputs | None = None,
         balance: Literal["time", "memory"] = "memory",
         loss: LocalLoss = BLL,
         feedback: Feedback = ClosedFormFeedback(),  # noqa: B008 (frozen settings)
@@ -90,6 +94,7 @@ class BlockLocal(LocalLearner, Convertible):
     ) -> None:
         super().__init__()
         model = module_of(model)
+        modes = [(module, module.training) for module in model.modules()]
         self.targets = targets_of(classes, outputs, ignore_index=ignore_index)
         criterion = criterion_of(criterion, targets=self.targets)
         check_settings(loss=loss, feedback=feedback, statistic=statistic, criterion=criterion, example=example)
@@ -103,8 +108,19 @@ class BlockLocal(LocalLearner, Convertible):
         borders = BorderFactory(self.targets, criterion, loss, feedback, statistic, layout)
         chain, self.cuts = divide(model, at=at, blocks=blocks, example=example, balance=balance, border=borders.trial)
         self.blocks = nn.ModuleList(chain)
-        self._outline = Outline(model, self.blocks)
-        seen = probe_shapes(model, self.blocks, example, size=self.targets.size, count=borders.counts_operations)
+        self._outline = Outline(model, self.blocks, example=example)
+        self.side_inputs = SideInputs(model, self.blocks, example=example)
+        """What the blocks read of x beside the features."""
+        if names := self.side_inputs.all():
+            borders.check_side_inputs(names)
+        seen = probe_shapes(
+            model,
+            self.blocks,
+            example,
+            inputs=self.side_inputs,
+            size=self.targets.size,
+            count=borders.counts_operations,
+        )
         self._writes_input = seen.writes_input
         layouts = given_layouts(layout, borders=len(self.blocks) - 1)
         self.borders = nn.ModuleList(
@@ -131,44 +147,49 @@ class BlockLocal(LocalLearner, Convertible):
         self._regions: list[Region] = []  # once compiled; in a list, since blocks are registered as blocks
         self._examples: list[Example] = []  # of every block, and the prediction; none where there is no border
         if self.borders and example is not None:
-            self._examples = [Example(k, tuple(h.shape), h.dtype) for k, h in enumerate([example, *seen.outputs])]
+            first = next(tensors(example))
+            self._examples = [Example(k, tuple(h.shape), h.dtype) for k, h in enumerate([first, *seen.outputs])]
+        for module, training in modes:
+            module.train(training)  # which also clears what some models cache in evaluation mode, as LeViT
 
     @property
     def model(self) -> nn.Module:
         """The model that was passed in."""
         return self._model[0]
 
-    def local(self, k: int, h: Features, y: Tensor) -> tuple[Tensor, Any]:
+    def local(self, k: int, h: Any, y: Tensor, *, x: Inputs | None = None) -> tuple[Tensor, Any]:
         """Forward pass of block k: (local loss with its graph, output detached), from a detached input h.
 
         The output is what the next block reads; that of the last block is the prediction. With add_beliefs it is a
-        pair, the block's output and the belief, and so is h except for block 0.
+        pair, the block's output and the belief, and so is h except for block 0, which reads the model's inputs. x: the
+        model's inputs, for a later block that has side inputs.
         """
         k = self._index(k)
         h, belief = self._received(k, h)
         self.targets.check_kind(y)
         try:
             if self._regions:
-                return self._regions[k](self._prepared(k, h), belief, y)
-            return self._learn(k, self._forward(k, h), belief, y)
+                return self._regions[k](*self._prepared(k, h, x), belief, y)
+            return self._learn(k, self._forward(k, h, x), belief, y)
         except (RuntimeError, IndexError):
             if k < len(self.borders):
                 self.targets.check(y)  # its values, which are worth a check only now
             raise
 
-    def exit(self, k: int, h: Features) -> tuple[Tensor, Any]:
-        """Forward pass of block k: (prediction of exit k, output), from its input h; both as for `local`."""
+    def exit(self, k: int, h: Any, *, x: Inputs | None = None) -> tuple[Tensor, Any]:
+        """Forward pass of block k: (prediction of exit k, output), from its input h; all as for `local`."""
         k = self._index(k)
         h, belief = self._received(k, h)
-        h = self._forward(k, h)
+        h = self._forward(k, h, x)
         if k < len(self.borders):
             border_input = self._border(k).message(h, belief)
             return self._border(k).predict(border_input), self._handed_on(k, border_input)
+        h = prediction_of(h)
         check_prediction(h, size=self.targets.size)
         prediction = add_belief(belief, h)
         return prediction, prediction
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Inputs, y: Tensor) -> tuple[Tensor, ...]:
         """The local losses, with all graphs alive: the backward pass of their sum gives each block its own gradient.
 
         In training mode closed-form feedback is fitted to the batch, unless no gradients are recorded: a validation
@@ -177,15 +198,16 @@ class BlockLocal(LocalLearner, Convertible):
         self._check(x, y)
         if torch.is_grad_enabled():
             self._check_replicas()
-        losses, h = [], x
+        losses: list[Tensor] = []
+        h: Any = x
         for k in range(len(self.blocks)):
-            loss, h = self.local(k, h, y)
+            loss, h = self.local(k, h, y, x=x)
             losses.append(loss)
         return tuple(losses)
 
     def backward(
         self,
-        x: Tensor,
+        x: Inputs,
         y: Tensor,
         *,
         scale: float | Tensor = 1.0,
@@ -203,9 +225,10 @@ class BlockLocal(LocalLearner, Convertible):
         self._check(x, y)
         self._check_replicas()
         step = self._stepper(scale=scale, optimizers=optimizers, scaler=scaler)
-        losses, h = [], x
+        losses: list[Tensor] = []
+        h: Any = x
         for k in range(len(self.blocks)):
-            loss, h = self.local(k, h, y)
+            loss, h = self.local(k, h, y, x=x)
             losses.append(loss.detach())
             step(k, loss)
             del loss
@@ -220,18 +243,14 @@ class BlockLocal(LocalLearner, Convertible):
         ]
 
     @torch.no_grad()
-    def exits(self, x: Tensor) -> list[Tensor]:
+    def exits(self, x: Inputs) -> list[Tensor]:
         """The predictions of all K exits: those at the borders, then the model's."""
-        require_tensor(x, name="x")
-        predictions, h = [], x
-        for k in range(len(self.blocks)):
-            prediction, h = self.exit(k, h)
-            predictions.append(prediction)
-        return predictions
+        self.side_inputs.check(x)
+        return list(self._exits(x))
 
     @torch.no_grad()
     def predict(
-        self, x: Tensor, *, exit: int | Literal["all"] | None = None, confidence: float | None = None
+        self, x: Inputs, *, exit: int | Literal["all"] | None = None, confidence: float | None = None
     ) -> Tensor:
         """The prediction (B, n) of the last block, without gradient.
 
@@ -239,7 +258,7 @@ class BlockLocal(LocalLearner, Convertible):
         log-probabilities for labels, at least in single precision, or with the weights of `fit_exits`. confidence: each
         sample leaves at the first exit whose largest class probability reaches it.
         """
-        require_tensor(x, name="x")
+        self.side_inputs.check(x)
         if confidence is not None:
             if exit is not None or not self.targets.labels:
                 raise ValueError(
@@ -249,10 +268,10 @@ class BlockLocal(LocalLearner, Convertible):
             return self._predict_confident(x, confidence=confidence)
         if isinstance(exit, str) and exit == "all":
             return self.pool(self.exits(x))
-        k, h = self._exit(exit), x
+        k, h = self._exit(exit), cast("Any", x)
         for j in range(k):
-            h = self.exit(j, h)[1] if self.adds_beliefs else self._forward(j, h)
-        return self.exit(k, h)[0]
+            h = self.exit(j, h, x=x)[1] if self.adds_beliefs else self._forward(j, h, x)
+        return self.exit(k, h, x=x)[0]
 
     def predictor(self, *, exit: int | Literal["all"] | None = None) -> Predictor:
         """`predict` as a module without the learner, to save, compile or export; it shares the learner's weights.
@@ -266,18 +285,20 @@ class BlockLocal(LocalLearner, Convertible):
         ['0.bias', '0.weight']
         """
         exits, pool = self._read(exit)
-        return Predictor(self.blocks[: len(exits)], exits, pool=pool, add_beliefs=self.adds_beliefs)
+        return Predictor(
+            self.blocks[: len(exits)], exits, inputs=self.side_inputs, pool=pool, add_beliefs=self.adds_beliefs
+        )
 
     @torch.no_grad()
-    def diagnose(self, x: Tensor, y: Tensor) -> list[dict[str, float]]:
+    def diagnose(self, x: Inputs, y: Tensor) -> list[dict[str, float]]:
         """Report what a batch shows of each border, in evaluation mode: see `Border.diagnose`. Warns of a collapse."""
         self._check(x, y)
         reports: list[dict[str, float]] = []
-        given: Features = x
+        given: Any = x
         with mode(self, training=False):
             for k in range(len(self.borders)):
                 h, belief = self._received(k, given)
-                border_input = self._border(k).message(self._forward(k, h), belief)
+                border_input = self._border(k).message(self._forward(k, h, x), belief)
                 reports.append(self._border(k).diagnose(border_input, y))
                 given = self._handed_on(k, border_input)
         warn_of_collapse(reports)
@@ -334,11 +355,13 @@ class BlockLocal(LocalLearner, Convertible):
         given = set(self.model.modules())
         return [block for block in self.blocks if block not in given]
 
-    def _received(self, k: int, h: Features) -> tuple[Tensor, Tensor | None]:
-        """The features that block k receives, and the belief if there is one."""
-        if k == 0 or not self.adds_beliefs:
+    def _received(self, k: int, h: Any) -> tuple[Any, Tensor | None]:
+        """The features that block k receives, the model's inputs for block 0, and the belief if there is one."""
+        if k == 0:
+            self.side_inputs.check_kind(h, name="h")
+            return h, None
+        if not self.adds_beliefs:
             require_tensor(h, name="h")
-            assert isinstance(h, Tensor)
             return h, None
         if not isinstance(h, tuple) or len(h) != 2:
             raise TypeError(
@@ -360,7 +383,8 @@ class BlockLocal(LocalLearner, Convertible):
     def _index(self, k: int) -> int:
         return require_whole(k, name="k", least=0, most=len(self.blocks) - 1)
 
-    def _check(self, x: Tensor, y: Tensor) -> None:
+    def _check(self, x: Inputs, y: Tensor) -> None:
+        self.side_inputs.check_kind(x, name="x")
         check_batch(x, y, targets=self.targets, examples=self._examples)
 
     def _learn(self, k: int, h: Tensor, belief: Tensor | None, y: Tensor) -> tuple[Tensor, Any]:
@@ -368,28 +392,32 @@ class BlockLocal(LocalLearner, Convertible):
         if k < len(self.borders):
             border_input = self._border(k).message(h, belief)
             return self.borders[k](border_input, y), self._handed_on(k, border_input, detached=True)
+        h = prediction_of(h)
         check_prediction(h, size=self.targets.size)
         if self.borders:
             self.targets.match(y, h, what="the prediction")
         prediction = add_belief(belief, h)
         return loss_of(self.criterion, prediction, y), prediction.detach()
 
-    def _forward(self, k: int, h: Tensor) -> Tensor:
-        h = self._prepared(k, h)
+    def _forward(self, k: int, h: Any, x: Inputs | None) -> Tensor:
+        args, kwargs = self._prepared(k, h, x)
         try:
-            return self.blocks[k](h)
+            return self.blocks[k](*args, **kwargs)
         except (RuntimeError, IndexError, TypeError) as error:
             if self._examples:
-                self._examples[k].explain(h, error, block=self.blocks[k])
+                first = next(tensors([args, kwargs]))
+                self._examples[k].explain(first, error, block=self.blocks[k])
             raise
 
-    def _prepared(self, k: int, h: Tensor) -> Tensor:
-        """The input of block k as the block gets it, after a check."""
+    def _prepared(self, k: int, h: Any, x: Inputs | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of block k as the block gets them, after a check."""
         if k == 0:
             self._outline.check()
-        if h.is_meta:
+            self.side_inputs.check(h)
+            x = h
+        if any(tensor.is_meta for tensor in tensors(h)):
             raise ValueError("x is on the meta device, where tensors have no values: pass inputs on a real device")
-        if self._examples:
+        if self._examples and k > 0:
             self._examples[k].check(h)
         if any(parameter.is_meta for parameter in islice(self.blocks[k].parameters(), 1)):
             raise ValueError(
@@ -400,9 +428,18 @@ class BlockLocal(LocalLearner, Convertible):
         if k > 0:
             require_dense(h, name="h")
             h = dense(h)  # as between processes: strides decide the last bits of what follows
-        return h.clone() if self._writes_input[k] else h
+            h = h.clone() if self._writes_input[k] else h
+        return self.side_inputs.call(k, h, x)
 
-    def _predict_confident(self, x: Tensor, *, confidence: float) -> Tensor:
+    def _exits(self, x: Inputs) -> Iterator[Tensor]:
+        h: Any = x
+        for k in range(len(self.blocks)):
+            prediction, h = self.exit(k, h, x=x)
+            yield prediction
+
+    def _predict_confident(self, x: Inputs, *, confidence: float) -> Tensor:
+        if not isinstance(x, Tensor) or self.side_inputs.all():  # which are not cut to the samples that stay
+            return most_confident(self._exits(x), confidence=confidence)
         h, waiting, decided = x, x, None
         for k in range(len(self.blocks)):
             logits, h = self.exit(k, h)
@@ -428,10 +465,12 @@ class Region(nn.Module):
         super().__init__()
         self._learner, self.k = (learner,), k
 
-    def forward(self, h: Tensor, belief: Tensor | None, y: Tensor) -> tuple[Tensor, Any]:
+    def forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], belief: Tensor | None, y: Tensor
+    ) -> tuple[Tensor, Any]:
         (learner,) = self._learner
-        return learner._learn(self.k, learner.blocks[self.k](h), belief, y)
+        return learner._learn(self.k, learner.blocks[self.k](*args, **kwargs), belief, y)
 
 
-def _call(forward: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-    return forward(h)
+def _call(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return forward(*args, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from blocklocal.internals import UnsupportedTorch
 
 
-@torch.no_grad()
+@torch.enable_grad()  # which the counter's hooks need
 def operations(forward: Callable[[Tensor], object], h: Tensor) -> float:
     """Floating-point operations of a forward pass for one sample of h (B, ...); an addition counts as one.
 

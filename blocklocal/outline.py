@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from torch import nn
 
-from blocklocal.graph import obstacle, trace
+from blocklocal.graph import few, obstacle, trace
+from blocklocal.modes import Training
+from blocklocal.values import Inputs, arguments_of, tensors
 
 
 class Outline:
     """What the containers of `model`, the modules that are in no block themselves, held when it was cut into `blocks`.
 
     `check` is cheap and belongs at the beginning of each pass; `note` records the containers as they are now.
+    example: what the model takes, None if it was traced without.
     """
 
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], *, example: Inputs | None = None) -> None:
         blocks = list(blocks)
         inside = {module for block in blocks for module in block.modules()}
         self.containers = {
@@ -24,12 +28,15 @@ class Outline:
             if module not in inside and not inside.isdisjoint(module.modules())
         }
         self.traced = bool(self.containers) and not set(blocks) <= set(model.modules())
+        self.arguments = None
+        if self.traced and example is not None:
+            self.arguments = arguments_of(model, few(model, example)).zeros(device=next(tensors(example)).device)
+        self.graph = self._graph()
         self.note()
 
     def note(self) -> None:
         self.members = {name: _members(module) for name, module in self.containers.items()}
         self.constants = {name: _constants(module) for name, module in self.containers.items()}
-        self.graph = self._graph()
 
     def check(self) -> None:
         """ValueError: a container has hooks, or its submodules, tensors or constants have changed since it was cut."""
@@ -53,7 +60,11 @@ class Outline:
         """The graph as text, including its constants; empty for a chain that was not traced."""
         if not self.traced:
             return ""
-        return str(trace(self.containers[""], containers=frozenset(self.containers) - {""}).graph)
+        model, arguments = self.containers[""], self.arguments
+        if arguments is not None:
+            held = islice((*model.parameters(), *model.buffers()), 1)
+            arguments = arguments.zeros(device=next((tensor.device for tensor in held), "cpu"))
+        return str(trace(model, containers=frozenset(self.containers) - {""}, arguments=arguments).graph)
 
     def _difference(self, constants: dict[str, dict[str, object]]) -> str:
         for name, now in constants.items():
@@ -65,7 +76,8 @@ class Outline:
 
 def stand_ins(model: nn.Module, block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of a block cut from `model` that are not the model's own: empty stand-ins for its containers."""
-    return [(path, module) for path, module in block.named_modules() if module is not model.get_submodule(path)]
+    parts = [(path, module) for path, module in block.named_modules() if not isinstance(module, Training)]
+    return [(path, module) for path, module in parts if module is not model.get_submodule(path)]
 
 
 def share(model: nn.Module, block: nn.Module) -> None:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import passes
+from blocklocal.autograd_graph import parameters, reachable
 from blocklocal.feedback import Targets
-from blocklocal.graph import mode
+from blocklocal.graph import few, mode
 from blocklocal.internals import UnsupportedTorch, version_of
 from blocklocal.layout import Layout, Reading, find_layouts
 from blocklocal.messages import BorderSpec, Criterion
 from blocklocal.operations import operations
+from blocklocal.side_inputs import SideInputs
+from blocklocal.values import Inputs, call, map_tensors, one_more, prediction_of, tensors
 
 DIMENSIONS = {"vector": range(2, 3), "tokens": range(3, 9), "signal": range(3, 4), "map": range(4, 9)}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -35,12 +38,18 @@ class ShapeProbe:
 
 @torch.no_grad()
 def probe_shapes(
-    model: nn.Module, blocks: nn.ModuleList, example: Tensor | None, *, size: int, count: bool = False
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    example: Inputs | None,
+    *,
+    inputs: SideInputs,
+    size: int,
+    count: bool = False,
 ) -> ShapeProbe:
     """Run the blocks cut from `model` on `example` in evaluation mode.
 
     A chain of one block, which has no border, is not run. ValueError: no example, a block that returns no features, a
-    prediction of the wrong size, or one that differs from the model's.
+    prediction of the wrong size, one that differs from the model's, or one with gradients for other parameters.
     """
     if len(blocks) == 1:
         return ShapeProbe([], [], [False], [None])
@@ -50,14 +59,19 @@ def probe_shapes(
     outputs: list[Tensor] = []
     readings: list[Reading] = []
     writes_input: list[bool] = []
-    h = example.clone()
-    devices = [example.device] if example.is_cuda else []
+    counts: list[float | None] = [None] * len(blocks)
+    given = map_tensors(Tensor.clone, example)
+    first = h = next(tensors(given))
+    devices = list({tensor.device for tensor in tensors(example) if tensor.is_cuda})
     with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
         for k, block in enumerate(blocks):
             before = version_of(h)
             name = "example" if k == 0 else f"the output of block {k - 1} for example="
+            args, kwargs = inputs.call(k, h, given)
             with passes(h, name=name, through=f"block {k}"), Reading(h) as reading, torch.enable_grad():
-                output = block(h)
+                output = block(*args, **kwargs)
+            if k == len(blocks) - 1 and not isinstance(output, Tensor):
+                output = prediction_of(output)
             writes_input.append(k > 0 and (version_of(h) != before or drops_in_place(block)))
             if not isinstance(output, Tensor) or output.dim() < 2:
                 raise ValueError(f"block {k} returns {_describe(output)}: a block must return one tensor (B, ...)")
@@ -66,43 +80,73 @@ def probe_shapes(
             outputs.append(h)
             readings.append(reading)
     check_prediction(h, size=size)
-    if not set(blocks) <= set(model.modules()):  # some are traced
-        with mode(model, training=False), torch.random.fork_rng(devices=devices), Reading(example):
-            _compare(h, model(example.clone()))
+    traced = not set(blocks) <= set(model.modules())
+    if traced:
+        with mode(model, training=False), torch.random.fork_rng(devices=devices), Reading(first):
+            _compare(h, prediction_of(call(model, map_tensors(Tensor.clone, example))))
+        _compare_gradients(model, blocks, few(model, example), inputs=inputs, devices=devices)
     require_batch_first(outputs)
     if any(h.dim() > 2 and h.shape[1] == len(h) for h in outputs):  # then one batch size does not tell
-        h, longer = torch.cat([example, example[:1]]), []
-        with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
-            for block in blocks:
-                h = block(h.clone())
-                longer.append(h)
+        longer = _run(blocks, one_more(example, batch=len(first)), inputs=inputs, devices=devices)
         require_batch_first(longer)
-    counts: list[float | None] = [None] * len(blocks)
     if count:
-        inputs = [example, *outputs]
+        given = map_tensors(Tensor.clone, example)
         with mode(blocks, training=False), torch.random.fork_rng(devices=devices), suppress(UnsupportedTorch):
-            counts = [operations(block, h.clone()) for block, h in zip(blocks, inputs, strict=False)]
+            for k, (block, h) in enumerate(zip(blocks, [first, *outputs], strict=False)):
+                args, kwargs = inputs.call(k, h.clone(), given)
+                counts[k] = operations(lambda _, block=block, args=args, kwargs=kwargs: block(*args, **kwargs), h)
     return ShapeProbe(outputs, find_layouts(outputs, readings), writes_input, counts)
 
 
-def check_example(model: nn.Module, example: Tensor) -> None:
-    """ValueError: only one of the two is on the meta device."""
-    meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    if meta != example.is_meta:
+def _run(blocks: nn.ModuleList, x: Inputs, *, inputs: SideInputs, devices: list[torch.device]) -> list[Tensor]:
+    """What the blocks return for x, one after the other."""
+    given, h, outputs = map_tensors(Tensor.clone, x), None, []
+    with mode(blocks, training=False), torch.random.fork_rng(devices=devices):
+        for k, block in enumerate(blocks):
+            args, kwargs = inputs.call(k, None if h is None else h.clone(), given)
+            h = block(*args, **kwargs)
+            outputs.append(h)
+    return outputs
+
+
+def _compare_gradients(
+    model: nn.Module, blocks: nn.ModuleList, example: Inputs, *, inputs: SideInputs, devices: list[torch.device]
+) -> None:
+    """ValueError: other parameters get a gradient in the blocks than in the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    with torch.enable_grad(), mode(model, training=False), torch.random.fork_rng(devices=devices):
+        prediction = prediction_of(call(model, map_tensors(Tensor.clone, example)))
+    with torch.enable_grad():
+        *_, ours = _run(blocks, example, inputs=inputs, devices=devices)
+    learnt, expected = (set(parameters(reachable(h.grad_fn), names=names)) for h in (ours, prediction))
+    if learnt != expected:
+        name = min(learnt ^ expected)
+        which = "but not in the model" if name in learnt else "in the model, but not in its blocks"
         raise ValueError(
-            f"example= is on the device {example.device}, but the model {'is' if meta else 'is not'} on the meta "
+            f"parameter {name!r} gets a gradient {'in the blocks, ' * (name in learnt)}{which}: a trace loses part of "
+            "its forward pass; cut outside it, or pass the blocks as a list of modules"
+        )
+
+
+def check_example(model: nn.Module, example: Inputs) -> None:
+    """ValueError: only one of the two is on the meta device."""
+    meta, first = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())), next(tensors(example))
+    if meta != first.is_meta:
+        raise ValueError(
+            f"example= is on the device {first.device}, but the model {'is' if meta else 'is not'} on the meta "
             "device: put both on it, or neither"
         )
 
 
 def check_prediction(prediction: object, *, size: int) -> None:
     """ValueError: a prediction with the wrong number of classes or outputs, or without a batch."""
-    if isinstance(prediction, Tensor) and prediction.shape == (size,):
+    if isinstance(prediction, Tensor) and prediction.shape == (size,) and size > 1:
         raise ValueError(f"the model returns {_describe(prediction)} for x: a batch is needed, such as x.unsqueeze(0)")
     if not isinstance(prediction, Tensor) or prediction.dim() < 2 or prediction.shape[-1] != size:
+        one = isinstance(prediction, Tensor) and prediction.dim() == 1 and size == 1
         raise ValueError(
             f"the model returns {_describe(prediction)}: its last dimension must be {size}, the number of classes or "
-            "outputs"
+            f"outputs{'; let it return one column, as prediction.unsqueeze(-1)' * one}"
         )
 
 

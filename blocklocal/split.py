@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from blocklocal.arguments import module_of, require, require_choice, require_tensor, require_whole
+from blocklocal.arguments import module_of, require, require_choice, require_whole
 from blocklocal.balance import BorderLoss, measure, starts
-from blocklocal.graph import Trace, crossing, expand, obstacle, trace
-from blocklocal.outline import stand_ins
+from blocklocal.block import Block
+from blocklocal.graph import deepest, few, obstacle, trace
+from blocklocal.modes import Obstacle, Trace
 from blocklocal.recompute import NORMS
+from blocklocal.segments import bypassing, cut_at, follows, has_features, place_of
+from blocklocal.shape_probe import check_example
+from blocklocal.values import Arguments, Inputs, arguments_of, check_inputs, tensors
 
 
 def split(
@@ -19,7 +24,7 @@ def split(
     *,
     at: Sequence[str] | None = None,
     blocks: int | None = None,
-    example: Tensor | None = None,
+    example: Inputs | None = None,
     balance: Literal["time", "memory"] = "memory",
     border: BorderLoss | None = None,
 ) -> nn.Sequential:
@@ -28,6 +33,8 @@ def split(
     at: submodules (qualified names) to put a border after. blocks: number of blocks, cut such that the slowest is as
     fast ("time") or the largest as small ("memory") as possible, measured on the batch `example`; the cost of the local
     losses is included if `border` makes them. With neither, a list of modules or an nn.Sequential is a chain as it is.
+    example: a batch of the model's input: a tensor, or a tuple or dict of its inputs. It shows what a forward pass does
+    that depends on sizes and types, and what each block needs of the inputs beside the features, its side inputs.
 
     ValueError: a submodule that does not exist or is not called exactly once, a value that bypasses a border,
     parameters on both sides of a border, too many blocks for the possible cuts.
@@ -44,7 +51,7 @@ def divide(
     *,
     at: Sequence[str] | None,
     blocks: int | None,
-    example: Tensor | None,
+    example: Inputs | None,
     balance: Literal["time", "memory"],
     border: BorderLoss | None,
 ) -> tuple[nn.Sequential, list[str]]:
@@ -60,9 +67,9 @@ def divide(
             require(name, str, name=f"at[{i}]", needed="pass the name of a submodule")
     require_choice(balance, ("time", "memory"), name="balance")
     if example is not None:
-        require_tensor(example, name="example")
+        check_inputs(example, name="example")
     if at is not None:
-        return _cut(model, at=at)
+        return _cut(model, at=at, example=example)
     if blocks is None:
         if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
             if found := obstacle(model):
@@ -74,60 +81,84 @@ def divide(
         return nn.Sequential(model), []
     if example is None:
         raise ValueError("blocks=K measures the model: pass example=, a batch of its input")
-    if any(tensor.is_meta for tensor in (example, *model.parameters(), *model.buffers())):
+    if any(tensor.is_meta for tensor in (*tensors(example), *model.parameters(), *model.buffers())):
         raise ValueError(f"blocks={blocks} measures the model, and nothing runs on the meta device: pass at= or a list")
-    places = candidates(model)
+    places = candidates(model, example=example)
     if blocks > len(places) + 1:
         raise ValueError(
             f"blocks={blocks}: {type(model).__name__} can be cut at {len(places)} places only, "
             f"so {len(places) + 1} blocks at most"
         )
-    profile = measure(list(cut(model, at=places)), example, border=border)
-    return _cut(model, at=[places[start - 1] for start in starts(profile, blocks=blocks, balance=balance)])
+    chain = [block for block in cut(model, at=places, example=example) if isinstance(block, Block)]
+    given = arguments_of(model, example).tensors()
+    first, *_ = chain[0].inputs
+    sides = [[given[name] for name in block.inputs[1:]] for block in chain]
+    profile = measure(chain, given[first], sides=sides, border=border)
+    at = [places[start - 1] for start in starts(profile, blocks=blocks, balance=balance)]
+    return _cut(model, at=at, example=example)
 
 
-def candidates(model: nn.Module) -> list[str]:
+def candidates(model: nn.Module, *, example: Inputs | None = None) -> list[str]:
     """All submodules after which the model can be cut into blocks that learn, in the order of the forward pass."""
-    traced, names = _places(model)
+    traced, names = _places(model, example)
     return _useful(model, traced, names)
 
 
 def places(model: nn.Module) -> list[str]:
     """All submodules whose output alone is read by what follows, in the same order, even layers without weights."""
-    return _places(model)[1]
+    return list(_places(model)[1])
 
 
-def _places(model: nn.Module) -> tuple[Trace, list[str]]:
-    traced = trace(model, containers=expand(model))
+def _places(model: nn.Module, example: Inputs | None = None) -> tuple[Trace, dict[str, fx.Node]]:
+    arguments = None if example is None else arguments_of(model, few(model, example))
+    traced = deepest(model, arguments=arguments)
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     final = next(iter(reversed(traced.graph.nodes))).args[0]
     names: dict[fx.Node, str] = {}
     for name, nodes in traced.outputs.items():
-        node = nodes[0]
-        if len(nodes) > 1 or node is final or crossing(traced.graph, node) != [node]:
+        node = place_of(traced, nodes[0])
+        if len(nodes) > 1 or node is final or not has_features(traced, node) or bypassing(traced, node):
             continue
         names[node] = min(name, names.get(node, name), key=len)
-    return traced, [names[node] for node in sorted(names, key=order.__getitem__)]
+    return traced, {names[node]: node for node in sorted(names, key=order.__getitem__)}
 
 
-def cut(model: nn.Module, *, at: Sequence[str]) -> nn.Sequential:
+def cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None = None) -> nn.Sequential:
     """Cut `model` after each of the submodules `at`."""
-    return _cut(model, at=at)[0]
+    return _cut(model, at=at, example=example)[0]
 
 
-def _cut(model: nn.Module, *, at: Sequence[str]) -> tuple[nn.Sequential, list[str]]:
+def _cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None) -> tuple[nn.Sequential, list[str]]:
     """The chain, and the submodules in the order of the forward pass."""
+    if example is not None:
+        check_example(model, example)
     modules = dict(model.named_modules())
     for name in at:
         if name not in modules or not name:
             raise ValueError(f"at={name!r}: {type(model).__name__} has no such submodule; it has {_some(modules)}")
     containers = {prefix for name in at for prefix in _prefixes(name)}
-    traced = trace(model, containers=frozenset(containers))
+    arguments = None if example is None else arguments_of(model, few(model, example))
+    traced = _traced(model, frozenset(containers), arguments)
     inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise ValueError(f"{type(model).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}): a chain has one")
+    if arguments is None and len(inputs) != 1:
+        raise ValueError(
+            f"{type(model).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}): pass example=, a batch of them"
+        )
     borders = _borders(traced, at=at)
-    return _checked(_segments(model, traced, borders=list(borders))), list(borders.values())
+    return _checked(nn.Sequential(*cut_at(model, traced, list(borders)))), list(borders.values())
+
+
+def _traced(model: nn.Module, containers: frozenset[str], arguments: Arguments | None) -> Trace:
+    """The trace through these containers, or through all where they are not enough: a module that is not traced may
+    return numbers of which nothing is known."""
+    try:
+        return trace(model, containers=containers, arguments=arguments)
+    except Obstacle as error:
+        if arguments is None:
+            raise
+        with suppress(Obstacle):
+            return deepest(model, arguments=arguments)
+        raise error
 
 
 def _borders(traced: Trace, *, at: Sequence[str]) -> dict[fx.Node, str]:
@@ -140,46 +171,20 @@ def _borders(traced: Trace, *, at: Sequence[str]) -> dict[fx.Node, str]:
             raise ValueError(
                 f"at={name!r}: a border needs a submodule called once, but this one is called {len(calls)} times"
             )
-        node = calls[0]
+        node = place_of(traced, calls[0])
         if node in nodes:
             raise ValueError(f"at={name!r}: the same border as {nodes[node]!r}")
-        bypassing = [value for value in crossing(traced.graph, node) if value is not node]
-        if bypassing:
+        if not has_features(traced, node):
+            raise ValueError(f"at={name!r}: it returns no tensor of features, which a border needs")
+        if beside := bypassing(traced, node):
             raise ValueError(
-                f"at={name!r}: {', '.join(map(_describe, bypassing))} bypasses the border, and only the output of "
+                f"at={name!r}: {', '.join(map(_describe, beside))} bypasses the border, and only the output of "
                 f"{name!r} may cross it; cut where the model is a chain"
             )
-        if not node.users or order[node] >= len(order) - 2:
+        if not follows(traced, node):
             raise ValueError(f"at={name!r}: no computation follows this submodule, so there would be no block after it")
         nodes[node] = name
     return {node: nodes[node] for node in sorted(nodes, key=order.__getitem__)}
-
-
-def _segments(model: nn.Module, traced: Trace, *, borders: list[fx.Node]) -> nn.Sequential:
-    """The graph cut at the borders, as modules that share the model's submodules, parameters and buffers."""
-    blocks, graph, values = [], fx.Graph(), {}
-
-    def value(node: fx.Node) -> fx.Node:
-        if node not in values:  # a parameter or buffer of a container, read in more than one block
-            assert node.op == "get_attr"
-            values[node] = graph.node_copy(node)
-        return values[node]
-
-    for node in traced.graph.nodes:
-        if node.op != "get_attr":
-            values[node] = graph.node_copy(node, value)
-        if node in borders:
-            graph.output(values[node])
-            blocks.append(fx.GraphModule(model, graph, class_name=f"Block{len(blocks)}"))
-            graph = fx.Graph()
-            values = {node: graph.placeholder("h")}
-    blocks.append(fx.GraphModule(model, graph, class_name=f"Block{len(blocks)}"))
-    saved = model.state_dict().keys()
-    for block in blocks:
-        for path, stand_in in stand_ins(model, block):
-            for name, buffer in list(stand_in.named_buffers(recurse=False)):
-                stand_in.register_buffer(name, buffer, persistent=f"{path}.{name}".removeprefix(".") in saved)
-    return nn.Sequential(*blocks)
 
 
 def _checked(chain: nn.Sequential) -> nn.Sequential:
@@ -208,12 +213,12 @@ def _changing(block: nn.Module) -> dict[nn.Parameter | nn.Module, str]:
     return {**{parameter: name for name, parameter in block.named_parameters()}, **norms}
 
 
-def _useful(model: nn.Module, traced: Trace, names: list[str]) -> list[str]:
+def _useful(model: nn.Module, traced: Trace, names: dict[str, fx.Node]) -> list[str]:
     """The cuts directly before a weight matrix or kernel that no parameter or running statistics bridge.
 
     Layers without one (normalisation, activation, dropout, pooling) belong to the block of the layer before them.
     """
-    chain = _segments(model, traced, borders=[traced.outputs[name][0] for name in names])
+    chain = cut_at(model, traced, list(names.values()))
     owners: dict[nn.Parameter | nn.Module, list[int]] = {}
     for k, segment in enumerate(chain):
         for part in _changing(segment):

@@ -47,15 +47,18 @@ def test_partition_evens_out_the_other_blocks() -> None:
 
 
 def test_costs_counted_by_hand() -> None:
-    """16 samples in single precision. Backward: the incoming gradient, and the gradient of the segment's input."""
+    """16 samples in single precision. Backward: the incoming gradient, and those of the segment's input and weights."""
     wide, narrow = 16 * 8 * 4, 16 * 2 * 4
+    in_first, in_last = 4 * (8 * 2 + 8), 4 * (2 * 8 + 2)
     segments = [nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2), nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))]
     first, relu, last, pair = measure(segments, torch.randn(16, 2), repetitions=1).segments
-    assert (first.output, first.kept, first.peak) == (wide, wide, wide + wide + narrow + SCALARS)
+    assert (first.output, first.kept, first.peak) == (wide, wide, wide + wide + narrow + in_first + SCALARS)
     assert (relu.output, relu.kept, relu.peak) == (wide, wide, 3 * wide + SCALARS)
-    assert (last.output, last.kept, last.peak) == (narrow, narrow, 2 * narrow + wide + SCALARS)
+    assert (last.output, last.kept, last.peak) == (narrow, narrow, 2 * narrow + wide + in_last + SCALARS)
     assert (pair.output, pair.kept) == (narrow, wide + narrow)  # tanh keeps its output, which the linear layer reads
-    assert pair.peak == 3 * wide + narrow + SCALARS  # tanh backward: its output, the gradients on both sides of it
+    # tanh backward: its output, the gradients on both sides of it, those of the last layer's weights
+    assert pair.peak == 3 * wide + narrow + in_last + SCALARS
+    assert [cost.gradients for cost in (first, relu, last, pair)] == [in_first, 0, in_last, in_first + in_last]
 
 
 def test_a_view_takes_no_memory() -> None:
@@ -75,9 +78,10 @@ def test_memory_of_blocks_is_an_upper_bound_of_what_they_take(make) -> None:
         inputs.append(segment(inputs[-1].detach()))
     for first, last in itertools.combinations_with_replacement(range(len(segments)), 2):
         h = inputs[first].detach().requires_grad_().clone()
+        model.zero_grad(set_to_none=True)
         with MemoryTracker() as tracker:
             output = nn.Sequential(*segments[first : last + 1])(h)
-            torch.autograd.grad((1.0 * output).sum(), h)
+            (1.0 * output).sum().backward()
         taken = tracker.timeline.peak + (h.nbytes if first else 0)
         assert taken <= profile.memory(first, last) <= 1.5 * taken
         if first == last:
@@ -86,6 +90,10 @@ def test_memory_of_blocks_is_an_upper_bound_of_what_they_take(make) -> None:
 
 def test_costs_of_blocks_add_up_to_those_of_segments_and_border() -> None:
     segments = Cost(1.0, peak=10, kept=4, output=2), Cost(2.0, peak=20, kept=6, output=3), Cost(4.0, peak=5)
+    dear = Cost(1.0, peak=10, kept=4, gradients=3), Cost(2.0, peak=20, kept=6, output=3, gradients=5), Cost(4.0, peak=5)
+    profile = Profile(dear, (Cost(0.5, peak=7, gradients=40), Cost(0.25, peak=7, gradients=50), FREE))
+    assert profile.memory(0, 0) == max(10 + 40, 4 + 7)  # the gradients of the head and of what follows stay alive
+    assert profile.memory(0, 1) == max(10 + 3 + 5 + 50, 4 + 20 + 50)
     profile = Profile(segments, (Cost(0.5, peak=7), Cost(0.25, peak=100), FREE))
     assert [profile.time(0, 0), profile.time(0, 1), profile.time(1, 2)] == [1.5, 3.25, 6.0]
     assert profile.memory(0, 0) == max(10, 4 + 7)

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from blocklocal import Hooked
 from blocklocal.hooked.places import places
-from blocklocal.hooked.values import call, prediction_of
 from blocklocal.lab.models import MODELS, build
+from blocklocal.values import call, prediction_of
 
 
 @dataclass

@@ -95,8 +95,8 @@ def test_a_prediction_of_another_size_is_told_at_the_first_step_of_one_block() -
         with pytest.raises(ValueError, match=r"returns a tensor of shape \(4, 13\): its last dimension must be 10"):
             step(X, torch.tensor([0, 1, 9, 2]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="the model returns a tuple: its last dimension must be 8"):
-        bll.BlockLocal(nn.LSTM(6, 8), blocks=1, classes=8).backward(X, torch.tensor([0, 1, 7, 2]))
+    with pytest.raises(ValueError, match=r"the model returns a tensor of shape \(4, 8\): its last dimension must be 9"):
+        bll.BlockLocal(nn.LSTM(6, 8), blocks=1, classes=9).backward(X, torch.tensor([0, 1, 7, 2]))
     dense = bll.BlockLocal(model, blocks=1, outputs=1, criterion=F.mse_loss)
     with pytest.raises(ValueError, match="its last dimension must be 1, the number of classes or outputs"):
         dense.backward(X, torch.zeros(4, 1))

@@ -21,7 +21,6 @@ from blocklocal.hooked.places import balanced
 from blocklocal.hooked.predictor import HookedPredictor, Left, copied
 from blocklocal.hooked.probe import Output, nearest, probe
 from blocklocal.hooked.taps import Taps, Visit
-from blocklocal.hooked.values import Inputs, call, check_inputs, prediction_of, tensors
 from blocklocal.inputs import check_parameters, check_settings
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
@@ -29,6 +28,7 @@ from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import Criterion, Statistic, add_belief, dense, spatial_mean
 from blocklocal.shape_probe import check_prediction
+from blocklocal.values import Inputs, call, check_inputs, prediction_of, tensors
 
 
 class Hooked(LocalLearner):

@@ -8,7 +8,7 @@ from itertools import pairwise
 from torch import nn
 
 from blocklocal.hooked.probe import Output, one_pass, run
-from blocklocal.hooked.values import Inputs, tensors
+from blocklocal.values import Inputs, tensors
 
 
 def segment_operations(

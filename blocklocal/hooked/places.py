@@ -6,20 +6,20 @@ import copy
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import require_choice, require_whole
+from blocklocal.autograd_graph import Node, parameters, reachable
 from blocklocal.balance import FREE, BorderLoss, Cost, Profile, border_cost, starts
-from blocklocal.hooked.autograd_graph import Node, parameters, reachable
-from blocklocal.hooked.probe import Output, one_more, one_pass, probe, run
-from blocklocal.hooked.values import Inputs, features, tensors
+from blocklocal.hooked.probe import Output, one_pass, probe, run
 from blocklocal.layout import Layout
 from blocklocal.memory import MemoryTracker
 from blocklocal.recompute import NORMS
+from blocklocal.values import Inputs, features, one_more, tensors
 
 FEW = (*NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """The layers after which a border would rather stand than before them."""
@@ -134,16 +134,6 @@ def balanced(
     return [found[start - 1] for start in starts(profile, blocks=blocks, balance=balance)]
 
 
-@dataclass
-class Segment:
-    """What a pass has shown of the computation between two places."""
-
-    seconds: float
-    peak: int
-    kept: int
-    output: int
-
-
 def measure(
     model: nn.Module,
     names: Sequence[str],
@@ -160,10 +150,7 @@ def measure(
     devices = list({tensor.device for tensor in tensors(example) if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices):
         passes = [_segments(model, names, example, output=output) for _ in range(repetitions)]
-        costs = [
-            Cost(min(one.seconds for one in same), peak=same[0].peak, kept=same[0].kept, output=same[0].output)
-            for same in zip(*passes, strict=True)
-        ]
+        costs = [replace(same[0], seconds=min(one.seconds for one in same)) for same in zip(*passes, strict=True)]
         kinds: list[tuple[torch.Size, Layout | None]] = [
             (h.shape, layout) for h, layout in zip(seen.outputs, seen.layouts, strict=False)
         ]
@@ -176,9 +163,9 @@ def measure(
     return Profile(tuple(costs), (*(borders[kind] for kind in kinds), FREE))
 
 
-def _segments(model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output) -> list[Segment]:
+def _segments(model: nn.Module, names: Sequence[str], example: Inputs, *, output: Output) -> list[Cost]:
     """Each segment's costs, in one pass that ends and begins at every place. Parameters get gradients, which go."""
-    found: list[Segment] = []
+    found: list[Cost] = []
     tracker, start = MemoryTracker(), 0.0
 
     def begin() -> None:
@@ -195,7 +182,9 @@ def _segments(model: nn.Module, names: Sequence[str], example: Inputs, *, output
             total.backward()
         _synchronize(example)
         tracker.__exit__(None, None, None)
-        found.append(Segment(time.perf_counter() - start, tracker.timeline.peak, kept, h.nbytes))
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        seconds, peak = time.perf_counter() - start, tracker.timeline.peak
+        found.append(Cost(seconds, peak=peak, kept=kept, output=h.nbytes, gradients=gradients))
         model.zero_grad(set_to_none=True)
 
     def at_border(name: str, returned: object) -> object:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import describe, first_line
+from blocklocal.autograd_graph import parameters, reachable, shared
 from blocklocal.graph import mode
-from blocklocal.hooked.autograd_graph import parameters, reachable, shared
 from blocklocal.hooked.reads import Reads
-from blocklocal.hooked.values import Inputs, call, features, map_tensors, tensors
 from blocklocal.internals import version_of
 from blocklocal.layout import Layout, Readings, find_layouts
 from blocklocal.shape_probe import check_prediction, drops_in_place
+from blocklocal.values import Inputs, call, features, map_tensors, one_more, tensors
 
 Output = Callable[[Any], Tensor]
 
@@ -212,11 +212,6 @@ def _check_batch(
         longer = one_more(example, batch=batch)
         seen.append(run(model, longer, names=names, at_border=at_border, output=output))
     _require_batch_first(names, seen)
-
-
-def one_more(example: Inputs, *, batch: int) -> Inputs:
-    """The example with its first sample at the end once more."""
-    return map_tensors(lambda t: torch.cat([t, t[:1]]) if t.dim() and len(t) == batch else t, example)
 
 
 def _require_batch_first(names: Sequence[str], outputs: Sequence[Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from blocklocal.hooked.values import tensors
+from blocklocal.values import tensors
 
 
 class Reads(TorchFunctionMode):

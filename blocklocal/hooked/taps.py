@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocklocal.hooked.values import features
+from blocklocal.values import features
 
 Visit = Callable[[int, Tensor], Tensor]
 """From the index of a border and the features there to what the model goes on with."""

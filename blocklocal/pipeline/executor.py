@@ -2,10 +2,10 @@
 
 A receive is posted `prefetch` minibatches early, into the slot of the ring that an earlier minibatch has left: the
 schedule posts it after the last action that reads the slot, and no stage hands on anything that shares storage with its
-input. A window begins with a description of what the rank before reads in it: the number of rows and a digest of the
-targets of each minibatch, so that ranks that read different data get an error, and the step counts of its heads that
-look through copies, see `copies`. Its first message is preceded by the forms of its tensors, so that a block gets
-exactly the tensors that the block before it returned.
+input. A window begins with a description of what the rank before reads in it: the number of rows and digests of the
+targets and of the side inputs of each minibatch, so that ranks that read different data get an error, and the step
+counts of its heads that look through copies, see `copies`. Its first message is preceded by the forms of its tensors,
+so that a block gets exactly the tensors that the block before it returned.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from blocklocal.pipeline.copies import Copies
 from blocklocal.pipeline.schedule import Action
 from blocklocal.pipeline.stage import Message, Stage
 from blocklocal.pipeline.wire import Form, TensorSpec, started, wait
+from blocklocal.values import Inputs
 
 
 @dataclass(frozen=True)
 class Minibatch:
     """What the stages of one rank read of a minibatch.
 
-    number: the number of minibatches before it. x: for block 0 only. digest: of the targets, see `digest`.
+    number: the number of minibatches before it. x: for block 0, and for blocks with side inputs. digests: of the
+    targets and, if a block of the learner has them, of the side inputs, see `digest`.
     """
 
     number: int
-    x: Tensor | None
+    x: Inputs | None
     y: Tensor
-    digest: int
+    digests: tuple[int, ...]
 
 
 class Executor:
@@ -114,8 +116,9 @@ class Executor:
         return results
 
     def _compare(self, minibatches: Sequence[Minibatch]) -> None:
-        own = [number for minibatch in minibatches for number in (len(minibatch.y), minibatch.digest)]
-        own += [0] * (2 * self.window - len(own))
+        own = [number for minibatch in minibatches for number in (len(minibatch.y), *minibatch.digests)]
+        width = 1 + len(minibatches[0].digests)
+        own += [0] * (width * self.window - len(own))
         for k in self.sends:
             steps = self.copies[k].steps if k in self.copies else []
             contents = torch.tensor(own + steps, device=self.device)
@@ -129,10 +132,10 @@ class Executor:
                 work = started(dist.irecv(contents, group=self.group, group_src=self.rank - 1))
                 self._wait(work, f"no message from rank {self.rank - 1}")
                 found = contents.tolist()
-                if _differ(found[: len(own)], own):
+                if _differ(found[: len(own)], own, width=width):
                     raise ValueError(
-                        f"rank {self.rank - 1} reads other targets: all ranks must go through the same minibatches in "
-                        "the same order, drawn from the same seed"
+                        f"rank {self.rank - 1} reads other targets or side inputs: all ranks must go through the same "
+                        "minibatches in the same order, drawn from the same seed"
                     )
                 if copies:
                     copies.follow(found[len(own) :])
@@ -154,12 +157,11 @@ class Executor:
             self.copies[k].deliver(action.minibatch, message)
         if k in self.receives:
             message = self._arrived(action, minibatches)
-        elif k == 0:
-            assert minibatch.x is not None
-            message = (minibatch.x,)
-        else:
+        elif k > 0:
             message = self.handed.pop(k - 1)
-        self.handed[k] = self.stages[k](message, y=minibatch.y, minibatch=minibatch.number)
+        else:
+            message = ()
+        self.handed[k] = self.stages[k](message, x=minibatch.x, y=minibatch.y, minibatch=minibatch.number)
 
     def _arrived(self, action: Action, minibatches: Sequence[Minibatch]) -> Message:
         specs, rows = self.receives[action.block], len(minibatches[action.minibatch].y)
@@ -227,10 +229,10 @@ class Executor:
             ) from error
 
 
-def _differ(theirs: list[int], ours: list[int]) -> bool:
+def _differ(theirs: list[int], ours: list[int], *, width: int) -> bool:
     """Whether two ranks read different minibatches, by their rows and digests; a digest of zero is unknown."""
     pairs = enumerate(zip(theirs, ours, strict=True))
-    return any(a != b and (i % 2 == 0 or 0 not in (a, b)) for i, (a, b) in pairs)
+    return any(a != b and (i % width == 0 or 0 not in (a, b)) for i, (a, b) in pairs)
 
 
 def _read(preamble: list[int], specs: Sequence[TensorSpec]) -> list[Form]:

@@ -37,8 +37,9 @@ from blocklocal.pipeline.schedule import Action, Placement, schedule
 from blocklocal.pipeline.stage import LocalStep, MessageType, Stage
 from blocklocal.pipeline.trace import Trace
 from blocklocal.pipeline.wire import DTYPES, TensorSpec, digest
+from blocklocal.values import Inputs, map_tensors, tensors
 
-Batch = tuple[Tensor | None, Tensor]
+Batch = tuple[Inputs | None, Tensor]
 PAIRS = "pass minibatches, pairs (x, y) of tensors"
 LONGEST = 10**9  # seconds: more than a timer holds
 
@@ -47,7 +48,8 @@ class Pipeline:
     """Trains a learner whose blocks are spread over processes: no rank ever waits for another's gradient.
 
     Every rank builds the same learner, makes a pipeline of it and goes through the same minibatches (x, y): all of
-    them read y, only the rank of block 0 reads x. The weights are those of `learner.backward`, to the bit if the
+    them read y; x is read by the rank of block 0 and by those whose blocks have side inputs, such as a mask, see
+    `reads_inputs`. The weights are those of `learner.backward`, to the bit if the
     arithmetic is the same. A learner built on the meta device takes memory on a rank only for the rank's own blocks,
     which are then initialised from `seed`.
 
@@ -114,6 +116,8 @@ class Pipeline:
                 "to send copies in the opposite direction, or a learner without bll.Lookahead()"
             )
         self.learner, self.device, self.window = learner, require_device(device, name="device"), window
+        if isinstance(learner.criterion, nn.Module):  # of the last block; those at borders move with them
+            learner.criterion.to(self.device)
         self._replicas = replicas
         self.rank = dist.get_rank(group)
         self.placement = _place(placement, blocks=len(learner.blocks), ranks=dist.get_world_size(group))
@@ -175,6 +179,12 @@ class Pipeline:
         """The blocks of this rank."""
         return self.placement.blocks(self.rank)
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether this rank needs x of a minibatch: it has block 0, or a block that reads inputs of the model beside
+        the features."""
+        return self.blocks[0] == 0 or any(self.learner.side_inputs.read_by(k) for k in self.blocks)
+
     def train(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """Learn from minibatches; yields the local losses (minibatches, blocks of this rank) of each window.
 
@@ -193,16 +203,16 @@ class Pipeline:
                 yield torch.stack(results[m : m + len(self.blocks)])
 
     @torch.no_grad()
-    def diagnose(self, x: Tensor | None, y: Tensor) -> dict[int, dict[str, float]]:
+    def diagnose(self, x: Inputs | None, y: Tensor) -> dict[int, dict[str, float]]:
         """Report what a batch shows of the border after each block of this rank: see `Border.diagnose`."""
         self.learner.targets.check(y)
         reports: dict[int, dict[str, float]] = {}
 
-        def look(step: nn.Module, given: tuple[Features, None], output: tuple[Tensor, Features]) -> None:
+        def look(step: nn.Module, given: tuple[Any, ...], output: tuple[Tensor, Features]) -> None:
             assert isinstance(step, LocalStep)
             if isinstance(step.border, Border):
                 h = output[1][0] if isinstance(output[1], tuple) else output[1]
-                belief = given[0][1] if isinstance(given[0], tuple) else None
+                belief = given[0][1] if step.k > 0 and isinstance(given[0], tuple) else None
                 reports[step.k] = step.border.diagnose(step.border.message(h, belief), y.to(self.device))
 
         hooks = [step.register_forward_hook(look) for step in self.steps]
@@ -228,9 +238,9 @@ class Pipeline:
             minibatches = [
                 Minibatch(
                     self.minibatches + m,
-                    x=None if x is None else x.to(self.device, non_blocking=True),
-                    y=y.to(self.device, non_blocking=True),
-                    digest=digest(y),
+                    x=None if x is None else map_tensors(self._moved, x),
+                    y=self._moved(y),
+                    digests=self._digests(x, y),
                 )
                 for m, (x, y) in enumerate(window)
             ]
@@ -264,12 +274,28 @@ class Pipeline:
             require_dense(y, name="y")
         if not y.dim():
             raise ValueError("y has shape (): one target per sample is needed")
-        if self.blocks[0] > 0:
+        if not self.reads_inputs:
             return None, y
         if x is None:
-            raise ValueError("a minibatch without x: the rank of block 0 reads the inputs, pass them")
-        require_dense(x, name="x")
+            reader = "the rank of block 0" if self.blocks[0] == 0 else f"rank {self.rank}, for its side inputs,"
+            raise ValueError(f"a minibatch without x: {reader} reads the inputs, pass them")
+        self.learner.side_inputs.check(x)
+        for tensor in tensors(x):
+            require_dense(tensor, name="x")
         return x, y
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _digests(self, x: Inputs | None, y: Tensor) -> tuple[int, ...]:
+        """Of the targets and, if there are any, of the side inputs of all blocks; zero where this rank reads none."""
+        names = self.learner.side_inputs.all()
+        if not names:
+            return (digest(y),)
+        if x is None:
+            return digest(y), 0
+        given = self.learner.side_inputs.tensors(x)
+        return digest(y), digest(*(given[name] for name in names))
 
 
 def _place(placement: Placement | Sequence[int] | None, *, blocks: int, ranks: int) -> Placement:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from statistics import mean
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,13 +19,14 @@ from blocklocal.learner import BlockLocal
 from blocklocal.lookahead import lookaheads
 from blocklocal.pipeline.replicas import dimensions
 from blocklocal.pipeline.schedule import Placement
+from blocklocal.values import Inputs, map_tensors, tensors
 
 LEAST = 0.1  # seconds for which a block is measured
 
 
 def balanced(
     learner: BlockLocal,
-    x: Tensor,
+    x: Inputs,
     y: Tensor,
     *,
     mesh: DeviceMesh | None = None,
@@ -41,7 +43,9 @@ def balanced(
     """
     group, _ = dimensions(mesh)
     require(learner, BlockLocal, name="learner", needed="pass a bll.BlockLocal")
-    require_dense(x, name="x")
+    learner.side_inputs.check(x)
+    for tensor in tensors(x):
+        require_dense(tensor, name="x")
     learner.targets.check(y)
     device = require_device(device, name="device")
     seconds = torch.zeros(dist.get_world_size(group), len(learner.blocks), dtype=torch.float64)
@@ -78,12 +82,14 @@ def _total(seconds: Sequence[float]) -> Callable[[int, int], float]:
     return lambda first, last: sum(seconds[first : last + 1])
 
 
-def block_seconds(learner: BlockLocal, x: Tensor, y: Tensor, *, device: torch.device) -> list[float]:
+def block_seconds(learner: BlockLocal, x: Inputs, y: Tensor, *, device: torch.device) -> list[float]:
     """Seconds of each block's forward and local backward pass on a device, which holds one block at a time.
 
     The mean is taken over long enough to show whether the device has other work to do.
     """
-    learner, seconds, h, y = copy.deepcopy(learner).train(), [], x.to(device), y.to(device)
+    learner, seconds, y = copy.deepcopy(learner).train(), [], y.to(device)
+    x = map_tensors(lambda tensor: tensor.to(device), x)
+    h: Any = x
     learner.share_feedback(False)  # the number of passes differs between processes
     for head in lookaheads(learner):
         head.elsewhere = False  # no pipeline sends copies here
@@ -94,7 +100,7 @@ def block_seconds(learner: BlockLocal, x: Tensor, y: Tensor, *, device: torch.de
         times, output = [], h
         while len(times) < 2 or sum(times[1:]) < LEAST:
             start = time.perf_counter()
-            loss, output = learner.local(k, h, y)
+            loss, output = learner.local(k, h, y, x=x)
             loss.backward()
             if loss.is_cuda:
                 torch.cuda.synchronize(loss.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from blocklocal.learner import BlockLocal, Features
 from blocklocal.messages import dense
 from blocklocal.pipeline.seeding import seeded
 from blocklocal.pipeline.trace import Phase, Trace
+from blocklocal.values import Inputs, tensors
 
 Message = tuple[Tensor, ...]
 """The tensors that cross a border together: the block's output and, with add_beliefs, the belief."""
@@ -21,7 +23,8 @@ Message = tuple[Tensor, ...]
 class LocalStep(nn.Module):
     """Block k of a learner and its border as one module, which can be replicated or sharded as a whole.
 
-    (h, y) -> (local loss, output detached); without y -> (prediction of exit k, output).
+    (h, y, x) -> (local loss, output detached); without y -> (prediction of exit k, output). x: the model's inputs, for
+    a block that has side inputs.
     """
 
     def __init__(self, learner: BlockLocal, k: int) -> None:
@@ -30,11 +33,11 @@ class LocalStep(nn.Module):
         self.border = learner.borders[k] if k < len(learner.borders) else None
         self._learner, self.k = (learner,), k  # in a tuple: the other blocks are not part of this one
 
-    def forward(self, h: Features, y: Tensor | None) -> tuple[Tensor, Features]:
+    def forward(self, h: Any, y: Tensor | None, x: Inputs | None) -> tuple[Tensor, Features]:
         (learner,) = self._learner
         if y is not None:
-            return learner.local(self.k, h, y)
-        return learner.exit(self.k, h)
+            return learner.local(self.k, h, y, x=x)
+        return learner.exit(self.k, h, x=x)
 
 
 @dataclass(frozen=True)
@@ -91,16 +94,17 @@ class Stage(nn.Module):
         self.sent = 0
         """Bytes of the last message, if it went to another rank."""
 
-    def forward(self, message: Message, *, y: Tensor, minibatch: int) -> Message:
-        """The message to the next block; for the last block, the prediction.
+    def forward(self, message: Message, *, x: Inputs | None, y: Tensor, minibatch: int) -> Message:
+        """The message to the next block; for the last block, the prediction. message: empty for block 0, which reads x.
 
         Nothing that this block hands on or keeps shares storage with `message`, whose buffers the next receive fills.
         """
         self.minibatch = minibatch
         self.record("wait")
-        h, *belief = message
-        with seeded(self.seed, minibatch, self.k, device=h.device):
-            result, output = self.step(message if belief else h, y if self.training else None)
+        h = x if not message else message[0] if len(message) == 1 else message
+        with seeded(self.seed, minibatch, self.k, device=y.device):
+            result, output = self.step(h, y if self.training else None, x)
+        message = message or tuple(tensors(x))
         self.result = _apart(result, message)
         h, *belief = (_apart(part, message) for part in (output if isinstance(output, tuple) else (output,)))
         if self.send_shape is not None:

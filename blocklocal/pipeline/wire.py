@@ -75,10 +75,13 @@ def wait(work: dist.Work, *, failure: str, timeout: timedelta, device: torch.dev
         raise RuntimeError(f"{failure} within {timeout.total_seconds():g} s ({first_line(error)})") from error
 
 
-def digest(y: Tensor) -> int:
-    """A number that depends on the values and order of y; zero for a y that is not on the CPU, to avoid a wait."""
-    if y.device.type != "cpu":
-        return 0
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[y.element_size()]
-    bits = y.contiguous().view(integers).flatten().long()
-    return int((bits * torch.arange(1, len(bits) + 1)).sum())
+def digest(*given: Tensor) -> int:
+    """A number that depends on the values and order of tensors; zero if one is not on the CPU, to avoid a wait."""
+    total = 0
+    for number, y in enumerate(given, start=1):
+        if y.device.type != "cpu":
+            return 0
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[y.element_size()]
+        bits = y.contiguous().view(integers).flatten().long()
+        total += number * int((bits * torch.arange(1, len(bits) + 1)).sum())
+    return (total + 2**63) % 2**64 - 2**63  # as an int64 of a message
