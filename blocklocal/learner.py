@@ -361,7 +361,14 @@ class BlockLocal(LocalLearner, Convertible):
             raise ValueError("Lookahead() reads the weights of the next block, which is elsewhere: use another head")
         self._outline.check()
         self.offloaded = Offloaded(
-            self, store, optimizer=optimizer, device=where, seed=seed, weights=weights, resume=resume
+            self,
+            self._outline,
+            store,
+            optimizer=optimizer,
+            device=where,
+            seed=seed,
+            weights=weights,
+            resume=resume,
         )
         return self.offloaded
 

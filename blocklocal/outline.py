@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from blocklocal.graph import obstacle, trace
 
@@ -12,8 +13,11 @@ from blocklocal.graph import obstacle, trace
 class Outline:
     """What the containers of `model`, the modules that are in no block themselves, held when it was cut into `blocks`.
 
-    `check` is cheap and belongs at the beginning of each pass; `note` records the containers as they are now.
+    `check` is cheap and belongs at the beginning of each pass; `note` records the containers as they are now. refuse: a
+    function that a call of a container runs first, to raise an error, see `guard`.
     """
+
+    refuse: Callable[..., None] | None = None
 
     def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]) -> None:
         blocks = list(blocks)
@@ -24,7 +28,15 @@ class Outline:
             if module not in inside and not inside.isdisjoint(module.modules())
         }
         self.traced = bool(self.containers) and not set(blocks) <= set(model.modules())
+        self._guards: list[RemovableHandle] = []
         self.note()
+
+    def guard(self, refuse: Callable[..., None] | None) -> None:
+        """Run `refuse` first wherever a container is called, which the blocks never do; None: no longer."""
+        for handle in self._guards:
+            handle.remove()
+        self.refuse = refuse
+        self._guards = [] if refuse is None else [m.register_forward_pre_hook(refuse) for m in self.containers.values()]
 
     def note(self) -> None:
         self.members = {name: _members(module) for name, module in self.containers.items()}
@@ -33,6 +45,14 @@ class Outline:
 
     def check(self) -> None:
         """ValueError: a container has hooks, or its submodules, tensors or constants have changed since it was cut."""
+        refuse = self.refuse
+        self.guard(None)  # it is no hook of the user's
+        try:
+            self._check()
+        finally:
+            self.guard(refuse)
+
+    def _check(self) -> None:
         for name, module in self.containers.items():
             if found := obstacle(module):
                 raise ValueError(f"{_called(name)} {found}: build a new learner, cut outside it")

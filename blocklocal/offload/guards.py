@@ -10,15 +10,25 @@ from torch import nn
 from torch.optim import Optimizer
 
 from blocklocal.offload.part import elsewhere
+from blocklocal.outline import Outline
 
 
 class Guards:
-    """Hooks on modules and optimizers. here: whether block k is in memory with its optimizer's state."""
+    """Hooks on the containers that were cut, on modules and on optimizers.
+
+    here: whether block k is in memory with its optimizer's state.
+    """
 
     def __init__(
-        self, modules: Iterable[nn.Module], optimizers: Sequence[Optimizer | None], *, here: Callable[[int], bool]
+        self,
+        outline: Outline,
+        modules: Iterable[nn.Module],
+        optimizers: Sequence[Optimizer | None],
+        *,
+        here: Callable[[int], bool],
     ) -> None:
-        self._here, self._open = here, False
+        self._outline, self._here, self._open = outline, here, False
+        outline.guard(self._no_call)
         self._handles: list[Any] = []
         for module in set(modules):
             self._handles.append(module.register_state_dict_pre_hook(self._no_state))
@@ -28,6 +38,7 @@ class Guards:
                 self._handles.append(optimizer.register_step_pre_hook(self._no_step(k)))
 
     def remove(self) -> None:
+        self._outline.guard(None)
         for handle in self._handles:
             handle.remove()
 
@@ -39,6 +50,12 @@ class Guards:
             yield
         finally:
             self._open = False
+
+    def _no_call(self, *_: object) -> None:
+        raise ValueError(
+            "the model of an offloaded learner has no weights, since its blocks are elsewhere: call learner.predict(), "
+            "or offloaded.end() to bring all blocks back"
+        )
 
     def _no_state(self, module: nn.Module, *rest: object) -> None:
         if not self._open and any(elsewhere(tensor) for tensor in (*module.parameters(), *module.buffers())):

@@ -12,8 +12,9 @@ from torch import Tensor
 class HostStore:
     """Keeps blocks in host memory. For a CUDA device it is pinned, and copies run beside the computation.
 
-    The device then holds two blocks at a time: the one at work, and the next one as it arrives. What is kept does not
-    outlive the process: `save` and `resume` raise a ValueError.
+    The device then holds two blocks at a time: the one at work, and the next one as it arrives. On the CPU, where blocks
+    are in host memory already, nothing is copied, and nothing saved. What is kept does not outlive the process: `save`
+    and `resume` raise a ValueError.
 
     >>> from functools import partial
     >>> import blocklocal as bll
@@ -35,11 +36,7 @@ class HostStore:
         self._arriving.pop(key, None)
         before, kept = self._kept.get(key, {}), {}
         for name, tensor in tensors.items():
-            host = before.get(name)
-            if host is None or (host.shape, host.dtype, host.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
-                host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self._copy(host, tensor)
-            kept[name] = host
+            kept[name] = tensor.detach() if tensor.is_cpu else self._to_host(tensor, before.get(name))
         self._kept[key] = kept
 
     def get(self, key: str, outlines: Mapping[str, Tensor], *, device: torch.device) -> dict[str, Tensor]:
@@ -60,10 +57,18 @@ class HostStore:
         raise ValueError("host memory keeps nothing of another process: pass a bll.FileStore to resume a run")
 
     def _begin(self, key: str, outlines: Mapping[str, Tensor], *, device: torch.device) -> dict[str, Tensor]:
+        if device.type == "cpu":
+            return {name: self._kept[key][name] for name in outlines}
         fresh = {name: torch.empty_like(outline, device=device) for name, outline in outlines.items()}
         for name, tensor in fresh.items():
             self._copy(tensor, self._kept[key][name])
         return fresh
+
+    def _to_host(self, tensor: Tensor, host: Tensor | None) -> Tensor:
+        if host is None or (host.shape, host.dtype, host.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
+            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._copy(host, tensor)
+        return host
 
     def _copy(self, target: Tensor, source: Tensor) -> None:
         """Copy; where one of the two is on a CUDA device, on a stream of its own, after what is queued so far."""

@@ -22,6 +22,7 @@ from blocklocal.offload.start import Start
 from blocklocal.offload.store import Store
 from blocklocal.offload.tensor_file import write
 from blocklocal.offload.unit import Unit
+from blocklocal.outline import Outline
 
 
 class Chain(Protocol):
@@ -62,6 +63,7 @@ class Offloaded:
     def __init__(
         self,
         chain: Chain,
+        outline: Outline,
         store: Store,
         *,
         optimizer: Callable[[list[nn.Parameter]], Optimizer] | None,
@@ -110,7 +112,7 @@ class Offloaded:
         except BaseException:
             self._undo(meta=meta)
             raise
-        self._guards = Guards([*chain.modules(), *chain.model.modules()], self.optimizers, here=self._here)
+        self._guards = Guards(outline, [*chain.modules(), *chain.model.modules()], self.optimizers, here=self._here)
 
     @property
     def optimizers(self) -> tuple[Optimizer | None, ...]:

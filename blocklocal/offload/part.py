@@ -6,6 +6,8 @@ for all of its elements, which is not a number where the dtype has one.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from blocklocal.internals import version_of
 from blocklocal.offload.store import Store
+
+LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 
 
 class Part:
@@ -121,6 +125,12 @@ def require_apart(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for (begin, length, name), (following, _, other) in zip(spans, spans[1:], strict=False):
         if following < begin + length:
             raise ValueError(f"{name!r} and {other!r} share memory, and an offloaded block keeps each apart: clone() one")
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system: glibc keeps it in pieces that the next block may not fit into."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def _reach(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from blocklocal.arguments import describe
 from blocklocal.offload.optimizer_state import load_optimizer, optimizer_state, optimizer_tensors
-from blocklocal.offload.part import Part, outlined, require_apart
+from blocklocal.offload.part import Part, give_back, outlined, require_apart
 from blocklocal.offload.saved import require_same, shapes
 from blocklocal.offload.store import Store
 
@@ -85,6 +85,7 @@ class Unit:
             if kept and part.here():
                 part.put(store)
             part.release()
+        give_back()
         self._learns = False
 
     def here(self) -> bool:
