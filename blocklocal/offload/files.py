@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -57,12 +58,13 @@ class FileStore:
         others = [name for name in found if not VERSION.fullmatch(name) and name.removesuffix(".part") not in (INDEX, LOCK)]
         if others:
             raise ValueError(f"{str(folder)!r} holds {min(others)!r}, which is of something else: pass a folder of its own")
-        self._lock = (self.folder / LOCK).open("w")
+        lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        self._unlock = weakref.finalize(self, os.close, lock)
         if fcntl is not None:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                self._lock.close()
+                self._unlock()
                 raise ValueError(f"{str(folder)!r} is in use by another store: wait for it, or pass another") from None
         self._files: dict[str, str] = {}  # by key, the present version
         self._kept: set[str] = set()  # the files of the last save
@@ -142,7 +144,7 @@ class FileStore:
         """Wait for what is being written, and let another store use the folder."""
         self._settle()
         self._writer.shutdown()
-        self._lock.close()
+        self._unlock()
 
     def _settle(self) -> None:
         """Wait for the last flush. OSError: it failed, and with it everything since the last save."""

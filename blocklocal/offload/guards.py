@@ -68,8 +68,8 @@ class Guards:
         def refuse(optimizer: Optimizer, *rest: object) -> None:
             if not self._here(k):
                 raise ValueError(
-                    f"optimizers[{k}] would step block {k}, which is elsewhere: pass optimizers= to backward(), which "
-                    "steps each block while it is in memory"
+                    f"optimizers[{k}] would step block {k} of an offloaded learner, which is elsewhere: pass "
+                    "optimizers=offloaded.optimizers to backward(), which steps each block while it is in memory"
                 )
 
         return refuse

@@ -24,19 +24,18 @@ class Start:
     ) -> None:
         self._model, self._units, self._seed = model, units, seed
         self._weights = {} if weights is None else weights
-        given = set()
-        if weights is not None:
-            given = set(self._checked(weights).values())
+        given = {} if weights is None else self._checked(weights)
+        self._given = [{name for name, tensor in given.items() if tensor in set(_tensors(unit))} for unit in units]
+        """For each unit, the names of the tensors that are loaded."""
         for k, unit in enumerate(units):
-            initialisers(unit, k=k, given=given)
+            initialisers(unit, k=k, given=set(given.values()))
 
     @torch.no_grad()
     def __call__(self, k: int, *, device: torch.device) -> None:
-        """Initialise block k, whose tensors have memory on `device`."""
+        """Initialise block k, whose tensors have memory on `device`. ValueError: a module that replaces its tensors."""
         own = set(_tensors(self._units[k]))
-        given = {}
-        if self._weights:
-            given = {name: tensor for name, tensor in _state(self._model).items() if tensor in own}
+        model = dict((*self._model.named_parameters(), *self._model.named_buffers()))
+        given = {name: model[name] for name in self._given[k]}
         initialise(self._units[k], k=k, seed=self._seed, device=device, given=set(given.values()))
         for name, tensor in given.items():
             tensor.copy_(self._weights[name])
