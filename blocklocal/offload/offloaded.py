@@ -98,7 +98,7 @@ class Offloaded:
         try:
             for unit in self._units:
                 unit.optimizer = self._made(optimizer, unit.k)
-                if unit.training.here():  # some optimizers have a state from the beginning
+                if unit.training.here() and not resume:  # some optimizers have a state from the beginning
                     unit.training.put(store)
                     unit.training.release()
                 if start is not None and not resume:
