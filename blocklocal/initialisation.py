@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from blocklocal.seeding import seeded
 
 
-def initialisers(
-    module: nn.Module, *, k: int, given: Container[Tensor] = frozenset()
-) -> list[Callable[[], object]]:
+def initialisers(module: nn.Module, *, k: int, given: Container[Tensor] = frozenset()) -> list[Callable[[], object]]:
     """The `reset_parameters` of each module inside block k that holds tensors which are not `given`, in order.
 
     ValueError: such a module that has none.

@@ -348,15 +348,17 @@ class BlockLocal(LocalLearner, Convertible):
         for name in ("put", "get", "prefetch", "save", "resume"):
             if isinstance(store, type) or not callable(getattr(store, name, None)):
                 raise TypeError(f"store is {describe(store)}: pass bll.HostStore() or bll.FileStore(folder)")
-        if optimizer is not None:
-            require(optimizer, Callable, name="optimizer", needed="pass a function from parameters to an optimizer")
+        if not callable(optimizer) and optimizer is not None:
+            raise TypeError(f"optimizer is {describe(optimizer)}: pass a function from parameters to an optimizer")
         require(resume, bool, name="resume", needed="pass True or False")
         seed = require_whole(seed, name="seed", least=0, most=2**63 - 1)
         first = next((t for t in (*self.blocks.parameters(), *self.blocks.buffers())), torch.empty(0))
         where = require_device(("cpu" if first.is_meta else first.device) if device is None else device, name="device")
         self._require_here("it cannot be again")
         if self._regions:
-            raise ValueError("the learner is compiled, and blocks that come and go are not: offload() without compile()")
+            raise ValueError(
+                "the learner is compiled, and blocks that come and go are not: offload() without compile()"
+            )
         if lookaheads(self.borders):
             raise ValueError("Lookahead() reads the weights of the next block, which is elsewhere: use another head")
         self._outline.check()

@@ -73,13 +73,19 @@ def schedules(offloaded: Offloaded) -> list[torch.optim.lr_scheduler.LambdaLR]:
     return [torch.optim.lr_scheduler.LambdaLR(one, lambda step: 0.9**step) for one in optimizers]
 
 
-def train(learner: bll.BlockLocal, offloaded: Offloaded, rates: list, *, begin: int, end: int, save_at: int = -1) -> None:
+def train(
+    learner: bll.BlockLocal, offloaded: Offloaded, rates: list, *, begin: int, end: int, save_at: int = -1
+) -> None:
     for step in range(begin, end):
         learner.backward(X, Y, optimizers=offloaded.optimizers)
         for rate in rates:
             rate.step()
         if step + 1 == save_at:
-            progress = {"step": save_at, "random": torch.get_rng_state(), "rates": [rate.state_dict() for rate in rates]}
+            progress = {
+                "step": save_at,
+                "random": torch.get_rng_state(),
+                "rates": [rate.state_dict() for rate in rates],
+            }
             offloaded.save(progress)
 
 
@@ -89,6 +95,7 @@ def resumed(folder: Path, **settings) -> tuple[bll.BlockLocal, Offloaded, list, 
     rates = schedules(offloaded)
     for rate, state, one in zip(rates, offloaded.progress["rates"], offloaded.optimizers, strict=True):
         rate.load_state_dict(state)
+        assert one is not None
         for group, value in zip(one.param_groups, rate.get_last_lr(), strict=True):
             group["lr"] = value
     torch.set_rng_state(offloaded.progress["random"])
@@ -151,7 +158,9 @@ train(learner, offloaded, rates, begin=3, end=5, save_at=4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "left", "step"), [("tensor", 20, 3), ("replace", 1, 3), ("flush", 8, 3), ("flush", 9, 4)])
+@pytest.mark.parametrize(
+    ("where", "left", "step"), [("tensor", 20, 3), ("replace", 1, 3), ("flush", 8, 3), ("flush", 9, 4)]
+)
 def test_a_process_killed_while_it_writes_loses_nothing(tmp_path: Path, where: str, left: int, step: int) -> None:
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path / "cut"), where, str(left)]
     killed = subprocess.run(command, capture_output=True, text=True)
@@ -180,7 +189,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     train(learner, offloaded, rates, begin=0, end=6, save_at=5)
     before = sorted(path.name for path in (tmp_path / "full").iterdir())
     with files_up_to(100):
-        with pytest.raises(OSError, match=r"full' cannot be written \(.*MiB are free\): the block stays in memory") as caught:
+        with pytest.raises(
+            OSError, match=r"full' cannot be written \(.*MiB are free\): the block stays in memory"
+        ) as caught:
             learner.eval().exits(X)
         assert "\n" not in str(caught.value)
         with pytest.raises(OSError, match="cannot be written"):
@@ -314,7 +325,10 @@ def test_the_model_is_written_block_by_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool])
 def test_files_are_those_of_safetensors(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    tensors = {"a": torch.randn(3, 5).mul(9).to(dtype), "b": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)}
+    tensors = {
+        "a": torch.randn(3, 5).mul(9).to(dtype),
+        "b": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    }
     outlines = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
     ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())

@@ -27,7 +27,7 @@ VERSION = re.compile(r"(block|optimizer)-\d+\.(\d+)\.safetensors")
 
 
 class FileStore:
-    """Keeps blocks in a folder of its own, as safetensors files, and can be saved, to resume from after any interruption.
+    """Keeps blocks in a folder of its own, as safetensors files, and can be saved, to resume after any interruption.
 
     folder: it is made if there is none; it needs room for the weights and the optimizer's state twice. A file is
     written once and never changed: every version of a block is a new one. `save` names the present files in an index,
@@ -55,9 +55,13 @@ class FileStore:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         found = [path.name for path in self.folder.iterdir()]
-        others = [name for name in found if not VERSION.fullmatch(name) and name.removesuffix(".part") not in (INDEX, LOCK)]
+        others = [
+            name for name in found if not VERSION.fullmatch(name) and name.removesuffix(".part") not in (INDEX, LOCK)
+        ]
         if others:
-            raise ValueError(f"{str(folder)!r} holds {min(others)!r}, which is of something else: pass a folder of its own")
+            raise ValueError(
+                f"{str(folder)!r} holds {min(others)!r}, which is of something else: pass a folder of its own"
+            )
         lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         self._unlock = weakref.finalize(self, os.close, lock)
         if fcntl is not None:

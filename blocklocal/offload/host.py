@@ -12,9 +12,9 @@ from torch import Tensor
 class HostStore:
     """Keeps blocks in host memory. For a CUDA device it is pinned, and copies run beside the computation.
 
-    The device then holds two blocks at a time: the one at work, and the next one as it arrives. On the CPU, where blocks
-    are in host memory already, nothing is copied, and nothing saved. What is kept does not outlive the process: `save`
-    and `resume` raise a ValueError.
+    The device then holds two blocks at a time: the one at work, and the next one as it arrives. For the CPU, where
+    blocks are in host memory already, nothing is copied, and no memory saved. What is kept does not outlive the
+    process: `save` and `resume` raise a ValueError.
 
     >>> from functools import partial
     >>> import blocklocal as bll

@@ -139,8 +139,8 @@ class Offloaded:
         own = self.optimizers
         if optimizers is None or any(one not in (None, mine) for one, mine in zip(optimizers, own, strict=False)):
             raise ValueError(
-                "an offloaded block leaves with its gradients used: pass optimizers=offloaded.optimizers to backward(), "
-                "or None in the place of some; gradients of several batches cannot be accumulated"
+                "an offloaded block leaves with its gradients used, so that none can be accumulated: pass "
+                "optimizers=offloaded.optimizers to backward(), or None in the place of some"
             )
 
     def save(self, progress: Any = None) -> None:

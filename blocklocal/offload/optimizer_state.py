@@ -47,7 +47,13 @@ def load_optimizer(
     groups = [] if optimizer is None else [len(group["params"]) for group in optimizer.param_groups]
     kind = "none" if optimizer is None else type(optimizer).__name__
     if state is None or (kind, groups) != (state["kind"], [group["parameters"] for group in state["groups"]]):
-        before = "none" if state is None else f"{state['kind']} with other groups" if kind == state["kind"] else state["kind"]
+        before = (
+            "none"
+            if state is None
+            else f"{state['kind']} with other groups"
+            if kind == state["kind"]
+            else state["kind"]
+        )
         raise ValueError(f"the optimizer of a block was {before} and is {kind}: pass the optimizer= of the saved run")
     assert optimizer is not None
     for group, saved in zip(optimizer.param_groups, state["groups"], strict=True):
@@ -64,7 +70,9 @@ def load_optimizer(
 
 
 def _values(optimizer: Optimizer | None, names: Mapping[int, str]) -> Iterator[tuple[str, Any]]:
-    parameters: list[nn.Parameter] = [] if optimizer is None else [p for g in optimizer.param_groups for p in g["params"]]
+    parameters: list[nn.Parameter] = (
+        [] if optimizer is None else [p for g in optimizer.param_groups for p in g["params"]]
+    )
     for parameter in parameters:
         if optimizer is not None and id(parameter) in names:
             for key, value in optimizer.state.get(parameter, {}).items():

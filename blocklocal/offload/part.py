@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from blocklocal.internals import version_of
 from blocklocal.offload.store import Store
 
-LIBC = ctypes.CDLL(None) if os.name == "posix" else None
+TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 class Part:
@@ -122,15 +123,17 @@ def outlined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def require_apart(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """ValueError: two of the tensors share memory, which they would no longer do once they have been elsewhere."""
     spans = sorted((tensor.data_ptr(), _reach(tensor), name) for name, tensor in tensors if can_go(tensor))
-    for (begin, length, name), (following, _, other) in zip(spans, spans[1:], strict=False):
+    for (begin, length, name), (following, _, other) in pairwise(spans):
         if following < begin + length:
-            raise ValueError(f"{name!r} and {other!r} share memory, and an offloaded block keeps each apart: clone() one")
+            raise ValueError(
+                f"{name!r} and {other!r} share memory, and an offloaded block keeps each apart: clone() one"
+            )
 
 
 def give_back() -> None:
     """Return memory that was freed to the system: glibc keeps it in pieces that the next block may not fit into."""
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(0)
+    if TRIM is not None:
+        TRIM(0)
 
 
 def _reach(tensor: Tensor) -> int:

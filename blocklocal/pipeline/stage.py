@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from blocklocal.inputs import check_frozen
 from blocklocal.learner import BlockLocal, Features
 from blocklocal.messages import dense
-from blocklocal.seeding import seeded
 from blocklocal.pipeline.trace import Phase, Trace
+from blocklocal.seeding import seeded
 
 Message = tuple[Tensor, ...]
 """The tensors that cross a border together: the block's output and, with add_beliefs, the belief."""
