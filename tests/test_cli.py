@@ -83,7 +83,7 @@ GROUPS = {
     "model and rule": "model blocks at rule head budget lookahead refresh statistic variational estimate_variance "
     "softness power add_beliefs",
     "optimisation": "epochs batch_size accumulate lr momentum weight_decay clip schedule warmup label_smoothing seed",
-    "execution": "dtype channels_last device threads compile replicas shard message_dtype timeout",
+    "execution": "dtype channels_last device threads compile offload replicas shard message_dtype timeout",
     "output": "out save_every trace resume trust",
 }
 
