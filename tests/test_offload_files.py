@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -159,7 +160,7 @@ train(learner, offloaded, rates, begin=3, end=5, save_at=4)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "left", "step"), [("tensor", 20, 3), ("replace", 1, 3), ("flush", 8, 3), ("flush", 9, 4)]
+    ("where", "left", "step"), [("tensor", 20, 3), ("replace", 1, 3), ("flush", 9, 3), ("flush", 10, 4)]
 )
 def test_a_process_killed_while_it_writes_loses_nothing(tmp_path: Path, where: str, left: int, step: int) -> None:
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path / "cut"), where, str(left)]
@@ -232,6 +233,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "optimizer-0"),
     "index truncated": (truncate, INDEX),
     "index foreign": (spoil, INDEX),
+    "index of another version": (lambda path: path.write_text(path.read_text().replace("1", "2", 1)), INDEX),
+    "index of other files": (lambda path: path.write_text(path.read_text().replace("block-0.", "../0.")), INDEX),
 }
 
 
@@ -305,9 +308,9 @@ def test_files_of_an_unsaved_run_are_removed(tmp_path: Path) -> None:
 def test_old_versions_do_not_pile_up(tmp_path: Path) -> None:
     learner, offloaded = built(tmp_path / "run")
     train(learner, offloaded, [], begin=0, end=8, save_at=4)
-    assert len(list((tmp_path / "run").glob("*.safetensors"))) <= 2 * 6
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) <= 2 * 6 + 1
     offloaded.save()
-    assert len(list((tmp_path / "run").glob("*.safetensors"))) == 6
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) == 6 + 1
 
 
 def test_the_model_is_written_block_by_block(tmp_path: Path) -> None:
@@ -320,6 +323,22 @@ def test_the_model_is_written_block_by_block(tmp_path: Path) -> None:
     offloaded.end()
     assert_equal(load_file(tmp_path / "model.safetensors"), dict(learner.model.state_dict()))
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_is_saved_beside_the_blocks_comes_back(tmp_path: Path) -> None:
+    inner = {
+        "rates": [0.1, float("inf")],
+        "milestones": Counter({3: 1}),
+        4: (None, True, "text"),
+        "dtype": torch.bfloat16,
+    }
+    state = {"random": torch.get_rng_state(), "scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "inner": inner}
+    store = bll.FileStore(tmp_path / "run")
+    store.save(state)
+    store.close()
+    found = bll.FileStore(tmp_path / "run").resume()
+    assert_equal(found, state)
+    assert type(found["inner"]["milestones"]) is Counter
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool])

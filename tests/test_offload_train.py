@@ -64,6 +64,11 @@ def test_an_interrupted_run_goes_on_the_same(
     assert results(tmp_path / "run") == undisturbed
 
 
+def test_blocks_over_processes_are_not_offloaded(capsys: pytest.CaptureFixture) -> None:
+    assert main(["launch", "digits", "--offload", "cpu"]) == 2
+    assert "--offload is for a run in one process" in capsys.readouterr().err
+
+
 REFUSED = {
     "unknown": (["--offload", "gpu"], "--offload 'gpu' is unknown: choose none, cpu, disk or disk:FOLDER"),
     "no folder": (["--offload", "disk:"], "is unknown"),

@@ -156,7 +156,9 @@ class Settings:
     def check_together(self) -> None:
         """Check the settings of a run over processes. UserError: an option that is for one process."""
         if self.offload != "none":
-            raise UserError("--offload is for a run in one process, and every process keeps its own blocks: leave it out")
+            raise UserError(
+                "--offload is for a run in one process, and every process keeps its own blocks: leave it out"
+            )
 
     def _check_offload(self) -> None:
         where, colon, folder = self.offload.partition(":")

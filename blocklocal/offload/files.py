@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import re
 import weakref
 from collections.abc import Mapping
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from blocklocal.arguments import require
 from blocklocal.offload.tensor_file import check, damaged, read, write
+from blocklocal.offload.tree import decode, encode, outlines
 
 try:
     import fcntl
 except ImportError:  # on Windows, where no lock is held
     fcntl = None
 
-INDEX, LOCK = "index.pt", ".lock"
-VERSION = re.compile(r"(block|optimizer)-\d+\.(\d+)\.safetensors")
+FORMAT = 1
+INDEX, LOCK, STATE = "index.json", ".lock", "state"
+VERSION = re.compile(rf"((block|optimizer)-\d+|{STATE})\.\d+\.safetensors")
 
 
 class FileStore:
@@ -109,23 +111,26 @@ class FileStore:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def save(self, state: Any) -> None:
-        """ValueError: a state that `torch.load(weights_only=True)` would refuse. OSError: it cannot be written."""
+        """ValueError: a state that is not made of tensors and plain values. OSError: it cannot be written."""
         self._settle()
-        new = self.folder / f"{INDEX}.part"
+        tensors: dict[str, Tensor] = {}
+        encoded = encode(state, tensors)
+        self._version += 1
+        beside, new = self.folder / f"{STATE}.{self._version}.safetensors", self.folder / f"{INDEX}.part"
+        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+        files = self._files | {STATE: beside.name}
         try:
-            torch.save({"files": self._files, "version": self._version, "state": state}, new)
-            torch.load(new, weights_only=True)
-            _flush(new)
-            _flush(self.folder)
+            write(beside, ordered, ordered.values())
+            new.write_text(json.dumps({"format": FORMAT, "version": self._version, "files": files, "state": encoded}))
+            for path in (beside, new, self.folder):
+                _flush(path)
             new.replace(self.folder / INDEX)
             _flush(self.folder)
-        except pickle.UnpicklingError as error:
-            new.unlink(missing_ok=True)
-            raise ValueError("progress= must be made of tensors, numbers, strings, lists and dictionaries") from error
-        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where there is no room
-            new.unlink(missing_ok=True)
-            raise self._no_room(error, 0) from error
-        self._kept = set(self._files.values())
+        except OSError as error:
+            for path in (beside, new):
+                path.unlink(missing_ok=True)
+            raise self._no_room(error, sum(tensor.nbytes for tensor in tensors.values())) from error
+        self._kept = set(files.values())
         self._tidy()
 
     def resume(self) -> Any:
@@ -134,13 +139,20 @@ class FileStore:
         if not self.saved:
             raise ValueError(f"{str(self.folder)!r} holds no saved state: leave resume= out to begin there")
         try:
-            found = torch.load(index, map_location="cpu", weights_only=True)
-            files, version, state = found["files"], found["version"], found["state"]
-        except Exception as error:  # reading what is something else can fail in any way
+            found = json.loads(index.read_text())
+            files, version, encoded = found["files"], found["version"], found["state"]
+            wanted = outlines(encoded)
+            whole = found["format"] == FORMAT and all(VERSION.fullmatch(name) for name in files.values())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise damaged(index, "no index of a FileStore") from error
+        if not whole:
+            raise damaged(index, f"it is not of format {FORMAT}")
         for name in files.values():
             check(self.folder / name)
-        self._files, self._kept, self._version = files, set(files.values()), version
+        state = decode(encoded, read(self.folder / files[STATE], wanted, device=torch.device("cpu")))
+        self._kept = set(files.values())
+        self._files = {key: name for key, name in files.items() if key != STATE}
+        self._version = version
         self._tidy()
         return state
 

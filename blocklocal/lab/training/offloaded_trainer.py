@@ -16,6 +16,7 @@ from blocklocal.lab.runs.checkpoints import EachInTurn
 from blocklocal.lab.training.experiment import Experiment
 from blocklocal.lab.training.trainer import SingleTrainer
 
+
 class OffloadedTrainer(SingleTrainer):
     """Trains as `SingleTrainer` does, to the bit. The blocks leave when training begins, after a checkpoint was loaded.
 

@@ -236,7 +236,9 @@ def check_over_processes(name: str) -> None:
 def check_offloaded(name: str) -> None:
     """Check that a rule trains blocks one by one. UserError: no such rule, or one that trains the model as a whole."""
     if not find(name).over_processes:
-        raise UserError(f"--rule {name} trains the model whole, and --offload its blocks one by one: leave --offload out")
+        raise UserError(
+            f"--rule {name} trains the model whole, and --offload its blocks one by one: leave --offload out"
+        )
 
 
 def apply(name: str, model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
