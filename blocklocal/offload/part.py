@@ -101,12 +101,13 @@ class Part:
 
 
 def can_go(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.numel() > 1 and not elsewhere(tensor)
+    dense = tensor.layout is torch.strided and tensor.untyped_storage().nbytes() >= tensor.nbytes
+    return dense and tensor.numel() > 1
 
 
 def elsewhere(tensor: Tensor) -> bool:
-    """Whether a tensor has fewer elements in memory than in its shape, as one that is elsewhere."""
-    return tensor.layout is torch.strided and tensor.untyped_storage().nbytes() < tensor.nbytes
+    """Whether all elements of a tensor are one number in memory, as in a stand-in."""
+    return tensor.layout is torch.strided and tensor.numel() > 1 and not any(tensor.stride())
 
 
 def stand_in(tensor: Tensor, *, device: torch.device | None = None) -> Tensor:

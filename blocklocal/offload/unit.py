@@ -96,7 +96,7 @@ class Unit:
         """What `resume` needs beside the store."""
         return {
             "shapes": shapes(self.own.outlines),
-            "staying": {name: tensor.cpu() for name, tensor in self.own.staying().items()},
+            "staying": {name: tensor.cpu() for name, tensor in self._staying().items()},
             "optimizer": optimizer_state(self.optimizer, self._names(), self.training.outlines),
         }
 
@@ -109,9 +109,13 @@ class Unit:
         """Become what `state` was taken from, once fetched. ValueError: its optimizer was another."""
         outlines = load_optimizer(self.optimizer, state["optimizer"], self._names(), device=device)
         self.training.leave(outlines)
-        tensors = self.weights()
+        tensors = self.tensors()
         for name, value in state["staying"].items():
-            tensors[name].copy_(value)
+            tensors[name].data = value.to(device)  # not copied: its elements may share memory
+
+    def _staying(self) -> dict[str, Tensor]:
+        common = {name: tensor for name, tensor in self.tensors().items() if name in self.common}
+        return common | self.own.staying()
 
     def _parts(self, learns: bool) -> list[Part]:
         return [self.own, self.training] if learns else [self.own]
