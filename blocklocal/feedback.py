@@ -200,9 +200,9 @@ class LinearFeedback(Convertible):
     def _sums(self, y: Tensor, alpha: Tensor, *, weights: Tensor) -> tuple[Tensor, Tensor]:
         if not self.targets.labels:
             return y.T @ y, y.T @ alpha
-        n = self.targets.size
-        second = alpha.new_zeros(n).index_add_(0, y, weights)
-        return second, alpha.new_zeros(n, alpha.shape[1]).index_add_(0, y, alpha)
+        return _sums_by_class(y, weights, classes=self.targets.size), _sums_by_class(
+            y, alpha, classes=self.targets.size
+        )
 
     def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
         """Replace each statistic by fn(statistic), but never below single precision."""
@@ -234,6 +234,14 @@ def _summable(rows: Tensor) -> Tensor:
     """Whether sums of a row and of its products stay finite, for each row: no NaN, infinity or immense number."""
     immense = torch.finfo(rows.dtype).max ** 0.4  # 2.6e15 in single precision
     return torch.linalg.vector_norm(rows, dim=-1) < immense
+
+
+def _sums_by_class(y: Tensor, rows: Tensor, *, classes: int) -> Tensor:
+    """The sum of the rows of each class, in the same order every time, so that a run can be repeated to the bit."""
+    sums = rows.new_zeros(classes, *rows.shape[1:])
+    if rows.is_cpu:
+        return sums.index_add_(0, y, rows)
+    return sums.index_put_((y,), rows, accumulate=True)  # sorts; on a GPU, index_add_ adds in any order
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ SLOW = {
     "test_report",
     "test_study",
     "test_terminal",
+    "test_text",
     "test_train",
     "test_trial",
     "test_trust",

@@ -18,7 +18,7 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.block_state import alignment_state, block_state, load_alignment_state, load_block_state
 from blocklocal.lab.runs.checkpoint_part import State
 from blocklocal.lab.runs.checkpoints import Checkpoints
-from blocklocal.lab.training.rules import Task, apply
+from blocklocal.lab.training.rules import Problem, apply
 
 
 def state(value: float = 0.0) -> State:
@@ -251,7 +251,7 @@ def test_feedback_goes_through_the_files(tmp_path, rule):
 
     def aligned(seed: int) -> Alignment:
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        alignment = apply(rule, model, Task(3, x, 1, None, seed=seed)).alignment
+        alignment = apply(rule, model, Problem(3, x, 1, None, seed=seed)).alignment
         assert alignment
         return alignment
 

@@ -79,19 +79,20 @@ def test_the_help_shows_the_recipe_of_the_data(capsys):
 
 
 GROUPS = {
-    "data": "train_size test_size validation flip crop cutout",
-    "model and rule": "model blocks at rule head budget lookahead refresh statistic variational estimate_variance "
-    "softness power add_beliefs",
-    "optimisation": "epochs batch_size accumulate lr momentum weight_decay clip schedule warmup label_smoothing seed",
+    "data": "train_size test_size validation flip crop cutout context windows vocabulary target",
+    "model and rule": "model model_args weights blocks at rule head budget lookahead refresh statistic variational "
+    "estimate_variance softness power add_beliefs",
+    "optimisation": "epochs batch_size accumulate optimizer lr momentum beta2 weight_decay clip schedule warmup "
+    "label_smoothing seed",
     "execution": "dtype channels_last device threads compile offload replicas shard message_dtype timeout",
-    "output": "out save_every trace resume trust",
+    "output": "out save_every trace tensorboard resume trust",
 }
 
 
 def help_boxes(text: str) -> dict[str, list[str]]:
     """The options under each heading of a help text."""
     boxes = re.findall(r"^ ([a-z ]+?) *\n -+ *\n(.*?)(?=^ [a-z]|\Z)", text, re.DOTALL | re.MULTILINE)
-    return {title: re.findall(r"^  (--[a-z-]+)", content, re.MULTILINE) for title, content in boxes}
+    return {title: re.findall(r"^  (--[a-z0-9-]+)", content, re.MULTILINE) for title, content in boxes}
 
 
 def test_each_setting_stands_in_one_group_of_the_help(capsys):
@@ -110,7 +111,7 @@ def test_other_commands_show_the_settings_they_take_in_the_same_groups(capsys):
         main(["compare", "--help"])
     boxes = help_boxes(capsys.readouterr().out)
     assert boxes["options"] == ["--out", "--rules", "--seeds"]
-    assert boxes["output options"] == ["--save-every", "--trace"]
+    assert boxes["output options"] == ["--save-every", "--trace", "--tensorboard"]
     assert "--rule" not in boxes["model and rule options"]
 
 

@@ -6,10 +6,12 @@ import torch
 from data_folders import encode, picture, table, write
 from torch.nn import functional as F
 
-from blocklocal.lab.data.batches import Augmentation, Normalisation, ordered_batches, training_batches
-from blocklocal.lab.data.dataset import Split
+from blocklocal.lab.data.batches import Augmentation, Normalisation, training_batches
+from blocklocal.lab.data.dataset import Dataset, Split
 from blocklocal.lab.data.load import load
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.images import Images
 
 
 def test_digits_are_split_by_class_and_complete():
@@ -20,10 +22,10 @@ def test_digits_are_split_by_class_and_complete():
     assert len(data.train) + len(data.test) == 1797
     counts = torch.stack([split.labels.bincount() for split in (data.train, data.test)])
     assert torch.equal(counts[1], counts.sum(0) // 5)
-    assert data.train.images.max() == 240
+    assert data.train.inputs.max() == 240
     pixels, labels = load_digits(return_X_y=True)
     of_five = torch.as_tensor(pixels[labels == 5])
-    five = torch.cat([split.images[split.labels == 5] for split in (data.train, data.test)]).flatten(1) / 15
+    five = torch.cat([split.inputs[split.labels == 5] for split in (data.train, data.test)]).flatten(1) / 15
     assert sorted(five.double().tolist()) == sorted(of_five.tolist())
 
 
@@ -35,7 +37,7 @@ def test_parquet_gives_the_pixels_that_were_written(tmp_path, form, image, label
     contents = [encode(p, form) for p in pixels]
     data = load(write(tmp_path, table(contents, labels, image=image, label=label, names=["a", "b", "c"])))
     assert data.classes == ("a", "b", "c")
-    assert torch.equal(data.train.images, torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2))
+    assert torch.equal(data.train.inputs, torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2))
     assert data.train.labels.tolist() == labels
 
 
@@ -51,22 +53,22 @@ def test_image_folders_give_the_pixels_that_were_written(tmp_path):
         (tmp_path / part / name / "0.png").write_bytes(encode(image))
     data = load(str(tmp_path))
     assert data.classes == ("cat", "dog")
-    assert torch.equal(data.test.images[1, 0], torch.tensor(pixels["test", "dog"]))
+    assert torch.equal(data.test.inputs[1, 0], torch.tensor(pixels["test", "dog"]))
     (tmp_path / "train" / "cat" / "1.png").write_bytes(encode(picture(channels=3)))
     (tmp_path / "test" / "dog" / "1.png").write_bytes(encode(picture(channels=3)))
     mixed = load(str(tmp_path))
     assert mixed.channels == 3
-    assert torch.equal(mixed.test.images[1], data.test.images[1].expand(3, -1, -1))
+    assert torch.equal(mixed.test.inputs[1], data.test.inputs[1].expand(3, -1, -1))
 
 
 def test_a_sample_is_always_the_same_part_of_the_whole():
     whole, part = load("digits"), load("digits", train_size=100)
     again = load("digits", train_size=100)
-    assert torch.equal(part.train.images, again.train.images)
+    assert torch.equal(part.train.inputs, again.train.inputs)
     assert len(part.train) == 100
     assert len(part.test) == len(whole.test)
-    rows = {image.numpy().tobytes() for image in whole.train.images}
-    assert all(image.numpy().tobytes() in rows for image in part.train.images)
+    rows = {image.numpy().tobytes() for image in whole.train.inputs}
+    assert all(image.numpy().tobytes() in rows for image in part.train.inputs)
 
 
 GOOD = encode(picture())
@@ -130,7 +132,7 @@ UNTOUCHED = Normalisation(torch.zeros(1), torch.ones(1))
 
 
 def test_normalisation_is_that_of_the_pixels():
-    images = numbered(7).images
+    images = numbered(7).inputs
     got = Normalisation.of(images)
     std, mean = torch.std_mean(images.double(), dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(got.mean.flatten(), mean.float())
@@ -146,7 +148,7 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
         batches = list(training_batches(split, normalisation=UNTOUCHED, size=8, seed=seed, epoch=epoch))
         labels = torch.cat([y for _, y in batches])
         assert sorted(labels.tolist()) == list(range(24))
-        assert torch.equal(torch.cat([x for x, _ in batches]), split.images[labels].float())
+        assert torch.equal(torch.cat([x for x, _ in batches]), split.inputs[labels].float())
         orders.append(labels.tolist())
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
@@ -174,7 +176,7 @@ def test_augmented_images_are_flips_and_crops_of_the_reflected_image():
     )
     seen = set()
     for x, label in zip(*next(batches), strict=True):
-        padded = F.pad(split.images[label].float(), (crop,) * 4, mode="reflect")
+        padded = F.pad(split.inputs[label].float(), (crop,) * 4, mode="reflect")
         variants = {
             (down, right, flipped): window.flip(-1) if flipped else window
             for down in range(2 * crop + 1)
@@ -204,10 +206,11 @@ def test_cutout_blanks_one_square():
 
 
 def test_testing_goes_through_all_images_in_their_order():
-    split = numbered(10)
-    batches = list(ordered_batches(split, normalisation=UNTOUCHED, size=4))
-    assert [len(y) for _, y in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat([x for x, _ in batches]), split.images.float())
+    split = numbered(1010)
+    task = Images(Dataset("numbers", ("a", "b"), split, split), Settings(), normalisation=UNTOUCHED)
+    batches = list(task.ordered_batches(split))
+    assert [len(y) for _, y in batches] == [500, 500, 10]
+    assert torch.equal(torch.cat([x for x, _ in batches]), split.inputs.float())
     assert torch.equal(torch.cat([y for _, y in batches]), split.labels)
 
 
@@ -215,12 +218,12 @@ def test_validation_images_are_held_out_of_the_training_images() -> None:
     whole, held = load("digits"), load("digits", validation=200)
     assert held.validation is not None
     assert (len(held.train), len(held.validation)) == (len(whole.train) - 200, 200)
-    rows = [split.images.flatten(1).unique(dim=0) for split in (whole.train, held.train, held.validation)]
+    rows = [split.inputs.flatten(1).unique(dim=0) for split in (whole.train, held.train, held.validation)]
     assert len(rows[0]) == len(torch.cat(rows[1:]).unique(dim=0))
-    assert torch.equal(held.test.images, whole.test.images)
+    assert torch.equal(held.test.inputs, whole.test.inputs)
     again = load("digits", validation=200).validation
     assert again is not None
-    assert torch.equal(again.images, held.validation.images)
-    assert held.facts["validation_images"] == 200
+    assert torch.equal(again.inputs, held.validation.inputs)
+    assert Images(held, Settings(), normalisation=UNTOUCHED).facts["validation_images"] == 200
     with pytest.raises(UserError, match="--validation 1441"):
         load("digits", validation=len(whole.train) - 1)

@@ -70,6 +70,7 @@ def test_blocks_over_processes_are_not_offloaded(capsys: pytest.CaptureFixture) 
 
 
 REFUSED = {
+    "schedule-free": (["--offload", "cpu", "--optimizer", "schedulefree"], "--optimizer schedulefree does not allow"),
     "unknown": (["--offload", "gpu"], "--offload 'gpu' is unknown: choose none, cpu, disk or disk:FOLDER"),
     "no folder": (["--offload", "disk:"], "is unknown"),
     "a folder of memory": (["--offload", "cpu:here"], "is unknown"),

@@ -25,7 +25,6 @@ from blocklocal import BlockLocal, SpatialGrid, SpatialMoments, spatial_mean
 from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.models import build
-from blocklocal.lab.runs.block_state import load_weights
 from blocklocal.lab.runs.checkpoint_part import Part
 from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
@@ -35,6 +34,7 @@ from blocklocal.lab.training.optim import SCHEDULES, cosine, onecycle
 from blocklocal.lab.training.recipes import DIGITS, recipe, settings_from
 from blocklocal.lab.training.rules import RULES
 from blocklocal.lab.training.run import train
+from blocklocal.lab.training.trained import load_tested
 from blocklocal.lab.training.trainer import SingleTrainer
 
 TINY = Settings(model="mlp", epochs=3, train_size=256, test_size=100, threads=1)
@@ -115,7 +115,7 @@ def test_backpropagation_is_plain_pytorch_bit_for_bit(tmp_path):
     model.load_state_dict(trained)
     with torch.no_grad():
         test = experiment.dataset.test
-        predicted = model.eval()(experiment.normalisation(test.images)).argmax(1)
+        predicted = model.eval()(experiment.task.prepared(test.inputs)).argmax(1)
     assert summary["accuracy"] == (predicted == test.labels).double().mean().item()
 
 
@@ -383,9 +383,9 @@ def test_exits_are_the_learners(tmp_path):
     train(settings)
     experiment = prepare(settings)
     checkpoints = Checkpoints(Run(tmp_path).checkpoints, blocks=4)
-    load_weights(experiment.learner, checkpoints, minibatch=3 * experiment.steps, blocks=range(4))
+    load_tested(experiment, checkpoints, minibatch=3 * experiment.steps, blocks=range(4))
     exits, learner, test = experiment.test(), experiment.learner.eval(), experiment.dataset.test
-    x = experiment.normalisation(test.images)
+    x = experiment.task.prepared(test.inputs)
 
     def accuracy(logits: torch.Tensor) -> float:
         return (logits.argmax(1) == test.labels).double().mean().item()

@@ -16,7 +16,7 @@ from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.training.experiment import prepare
-from blocklocal.lab.training.rules import RULES, Learning, Task, apply
+from blocklocal.lab.training.rules import RULES, Learning, Problem, apply
 from blocklocal.lab.training.trial import try_learning, try_model
 
 HEAD = """
@@ -360,7 +360,7 @@ def test_a_trial_leaves_everything_as_it_was(rule):
     norm = nn.BatchNorm1d(20)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), norm, nn.Dropout(), nn.Linear(20, 10))
     x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
-    learning = apply(rule, model, Task(classes=10, example=x, blocks=2, at=None))
+    learning = apply(rule, model, Problem(classes=10, example=x, blocks=2, at=None))
     norm.eval()
     tensors, rest = state(model, learning)
     try_learning(learning, x, y, name="it", context=torch.autocast("cpu", torch.bfloat16))
@@ -375,7 +375,7 @@ def test_a_trial_takes_back_what_a_forward_pass_changes():
     model, random = Restless().eval(), pickle.dumps(np.random.get_state())
     x, before = torch.randn(8, 1, 8, 8), {name: value.clone() for name, value in model.state_dict().items()}
     torch_random = torch.get_rng_state()
-    try_model(model, x, name="it", classes=10, context=nullcontext())
+    try_model(model, x, name="it", shape=(len(x), 10), context=nullcontext())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(torch_random, torch.get_rng_state())
     assert random == pickle.dumps(np.random.get_state())

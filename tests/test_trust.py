@@ -111,7 +111,7 @@ def test_code_that_is_trusted_is_run(here, capsys, args):
 
 
 def test_models_of_known_packages_need_no_trust():
-    for name in [*MODELS, "timm:net", "torchvision:net", "resnet19"]:
+    for name in [*MODELS, "timm:net", "torchvision:net", "hf:net", "resnet19"]:
         refuse_code(Settings(model=name), run=Path("run"))
     for name in ("mine:net", "timm.evil:net", "Timm:net", ":", "os:system"):
         with pytest.raises(UserError, match="'run' has the model"):
@@ -182,5 +182,6 @@ def test_an_evaluation_that_cannot_be_is_one_line(here, capsys, monkeypatch, opt
 
 def test_nan_is_not_counted_as_a_class():
     confidence = torch.tensor([[0.5, 0.6], [0.7, torch.nan]])
-    with pytest.raises(UserError, match="exit 1 gives nan for test image 1"):
-        Exits(torch.ones(2, 2, dtype=torch.bool), confidence, torch.ones(2, dtype=torch.bool))
+    right = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(UserError, match="exit 1 gives nan for test sample 1"):
+        Exits(right, confidence, torch.zeros(2, 2), right[0], torch.zeros(2))

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from run_folders import write_run
 
 from blocklocal.lab import ranges
 from blocklocal.lab.bench.options import Options as BenchOptions
 from blocklocal.lab.cli import COMMANDS, main
 from blocklocal.lab.commands.launch import Options as LaunchOptions
-from blocklocal.lab.data.load import load
 from blocklocal.lab.pipeline_bench.options import Options as PipelineOptions
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.images import Images
 from blocklocal.lab.training.rules import RULES
 
 IN_ONE_PROCESS = [name for name, rule in RULES.items() if not rule.over_processes]
@@ -42,6 +43,7 @@ OPTIONS = {
             "timeline": "timeline run",
             "demo": "demo",
             "eval": "eval run",
+            "sample": "sample run",
             "report": "report run",
         }.items()
     },
@@ -123,6 +125,18 @@ BY_HAND = [
     case("train digits digits", "digits"),
     case("train digits mlp 4", "mlp"),
     case("eval run run", "run"),
+    case("sample", "RUN"),
+    case("sample run", "only a text can be sampled"),
+    case("sample nowhere", "holds no run"),
+    case("sample run --exit=0.5", "choose last, all, or a block"),
+    case("sample run --exit=first", "--exit first"),
+    case("sample run --tokens=0", "--tokens"),
+    case("sample run --tokens=many", "--tokens"),
+    case("sample run --temperature=-1", "--temperature"),
+    case("sample run --temperature=nan", "--temperature"),
+    case("sample run --top=-1", "--top"),
+    case("sample run --seed=1 --seed=2", "--seed", "twice"),
+    case("sample run --prompt=", "--prompt"),
     case("blocks mlp cnn", "cnn"),
     case("timeline run run", "run"),
     case("compare digits cifar10", "cifar10"),
@@ -446,7 +460,7 @@ CASES = {each.args: each for each in (*wrong_numbers(), *no_text(), *BY_HAND)}
 @functools.cache
 def facts() -> dict[str, object]:
     """Of the digits, which are read once."""
-    return load("digits").facts
+    return Images.load(Settings(), device=torch.device("cpu")).facts
 
 
 @pytest.fixture

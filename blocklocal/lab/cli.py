@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("blocklocal.lab.training.run", "train a network, in blocks or as a whole"),
     "launch": ("blocklocal.lab.commands.launch", "the same over several processes or machines"),
     "eval": ("blocklocal.lab.commands.eval", "test a trained network: last exit, an earlier one, all combined"),
+    "sample": ("blocklocal.lab.commands.sample", "continue a text with a trained language model, at any of its exits"),
     "blocks": ("blocklocal.lab.commands.blocks", "show where a model is cut, and what each block costs"),
     "compare": ("blocklocal.lab.commands.compare", "compare several rules, each with several seeds"),
     "study": ("blocklocal.lab.commands.study", "measure accuracy against cost over a grid of settings"),
@@ -40,6 +41,7 @@ HELP = f"""bll trains neural networks in blocks, each with its own local loss.
 {"".join(f"  bll {name:<20}{text}{chr(10)}" for name, (_, text) in COMMANDS.items())}
 Start with:  bll train            four blocks on handwritten digits, in seconds
              bll train cifar10 --model resnet18 --rule bll --blocks 4
+             bll train text:FILE --model gpt-small --blocks 4
 Exit codes:  0 done, 2 unusable arguments or data, 130 interrupted, 1 anything else"""
 
 

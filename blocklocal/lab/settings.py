@@ -17,6 +17,8 @@ from blocklocal.lab.ranges import Needs, Range
 THREADS = 1024  # far more than are useful, far fewer than a system refuses
 LONGEST_TIMEOUT = 10**7  # seconds: four months
 
+ADAM = ("adamw", "schedulefree")
+
 DATA = Group("data")
 MODEL = Group("model and rule")
 OPTIMISATION = Group("optimisation")
@@ -26,24 +28,39 @@ OUTPUT = Group("output")
 
 @dataclass(frozen=True)
 class Settings:
-    """Train a network on images, as a whole or in blocks with local losses, and keep everything in one folder."""
+    """Train a network on images, text or a table, as a whole or in blocks with local losses, and keep everything in one
+    folder."""
 
     data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"
-    """digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images"""
+    """images: digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images; text:
+    text:FILE; a table: table:FILE (CSV or Parquet), or table:iris, wine or breast_cancer"""
     train_size: Annotated[int, DATA, Range(least=0)] = 0
-    """number of images to train on, always the same sample; 0: all"""
+    """number of samples (images, windows of text, rows) to train on, always the same; 0: all"""
     test_size: Annotated[int, DATA, Range(least=0)] = 0
-    """number of images to test on, always the same sample; 0: all"""
+    """number of samples to test on, always the same; 0: all"""
     validation: Annotated[int, DATA, Range(least=0)] = 0
-    """number of training images to hold out, for weighting the exits and comparing settings"""
+    """number of training samples to hold out, for weighting the exits and comparing settings"""
     flip: Annotated[bool, DATA] = False
     """mirror training images with probability 1/2"""
     crop: Annotated[int, DATA, Range(least=0)] = 1
     """largest shift of a training image, in pixels"""
     cutout: Annotated[int, DATA, Range(least=0)] = 0
     """side of a square blanked in every training image, in pixels"""
+    context: Annotated[int, DATA, Range(least=2, most=2**20)] = 64
+    """text: number of tokens in a window, and the most that the model reads"""
+    windows: Annotated[int, DATA, Range(least=0)] = 0
+    """text: windows in an epoch, drawn anew from all places; 0: as many as the text holds"""
+    vocabulary: Annotated[int, DATA, Range(least=0, most=2**20)] = 0
+    """text: number of byte pairs to learn from the training part as tokens, more than 256; 0: each character is one"""
+    target: Annotated[str | None, DATA] = None
+    """table: the column of classes (default: the last one)"""
     model: Annotated[str, MODEL] = "cnn"
-    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME, hf:CONFIG (transformers: a
+    folder, a JSON file or a kind such as vit) or package.module:function; for text gpt-tiny, gpt-small, gpt-medium"""
+    model_args: Annotated[tuple[str, ...], MODEL] = ()
+    """more arguments of the function that makes the model, or fields of CONFIG: NAME=VALUE, such as img_size=32"""
+    weights: Annotated[str | None, MODEL] = None
+    """initial weights: a file with the model's state dict, .safetensors or of torch.save"""
     blocks: Annotated[int, MODEL, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: Annotated[tuple[str, ...], MODEL] = ()
@@ -75,17 +92,23 @@ class Settings:
     add_beliefs: Annotated[bool, MODEL] = False
     """add the logits of every exit to those of the exits before it; the trained model then includes its heads"""
     epochs: Annotated[int, OPTIMISATION, Range(least=1)] = 15
-    """passes over the training images"""
+    """passes over the training samples"""
     batch_size: Annotated[int, OPTIMISATION, Range(least=2)] = 64
-    """images per step"""
+    """samples per step"""
     accumulate: Annotated[int, OPTIMISATION, Range(least=1)] = 1
     """minibatches per optimizer step, which uses their mean gradient"""
+    optimizer: Annotated[Literal["sgd", "adamw", "schedulefree"], OPTIMISATION] = "sgd"
+    """SGD with Nesterov momentum, AdamW, or schedule-free AdamW, which needs --schedule constant"""
     lr: Annotated[float, OPTIMISATION, Range(above=0, most=1e30)] = 0.1
     """highest learning rate"""
     momentum: Annotated[float, OPTIMISATION, Range(above=0, below=1)] = 0.9
-    """Nesterov momentum"""
+    """momentum of SGD, β₁ of AdamW"""
+    beta2: Annotated[float, OPTIMISATION, Range(least=0, below=1), Needs("optimizer", ("adamw", "schedulefree"))] = (
+        0.999
+    )
+    """β₂ of AdamW"""
     weight_decay: Annotated[float, OPTIMISATION, Range(least=0, most=1e30)] = 5e-4
-    """weight decay of all parameters"""
+    """weight decay: with SGD of all parameters, with AdamW of matrices and kernels only"""
     clip: Annotated[float, OPTIMISATION, Range(least=0)] = 0.0
     """largest gradient norm of a block with its border; 0: no limit"""
     schedule: Annotated[Literal["cosine", "onecycle", "constant"], OPTIMISATION] = "cosine"
@@ -124,6 +147,8 @@ class Settings:
     """minibatches between checkpoints; there is always one at the end of an epoch"""
     trace: Annotated[bool, OUTPUT] = False
     """over processes: record what each process does and when, for bll timeline"""
+    tensorboard: Annotated[bool, OUTPUT] = False
+    """write metrics.jsonl as event files for TensorBoard too, in the run's folder tensorboard"""
     resume: Annotated[bool, OUTPUT] = False
     """continue from the last checkpoint in --out, with the settings kept there"""
     trust: Annotated[bool, OUTPUT] = False
@@ -136,6 +161,14 @@ class Settings:
             raise UserError(f"--warmup {self.warmup} is out of range: 0 to --epochs {self.epochs}")
         if self.batch_size % self.replicas:
             raise UserError(f"--replicas {self.replicas} is not a divisor of --batch-size {self.batch_size}")
+        if self.optimizer == "schedulefree" and self.schedule != "constant":
+            raise UserError("--optimizer schedulefree lowers no rate: add --schedule constant")
+        if self.optimizer == "schedulefree" and self.shard:
+            raise UserError("--optimizer schedulefree is not for --shard: leave one of them out")
+        for kind, names in OF_KIND.items():
+            given = next((name for name in names if getattr(self, name) != getattr(Settings, name)), None)
+            if given and kind != self.kind:
+                raise UserError(f"{flag(given)} is for {NEEDED[kind]}, and DATA {self.data!r} is {NEEDED[self.kind]}")
         if self.shard and self.lookahead != "none":
             raise UserError(
                 f"--shard leaves no whole unit for --lookahead {self.lookahead} to copy: leave one of them out"
@@ -167,6 +200,13 @@ class Settings:
         for name in ("accumulate", "compile", "lookahead"):
             if getattr(self, name) != getattr(Settings, name):
                 raise UserError(f"--offload keeps one block at a time in memory: leave it out, or {flag(name)}")
+        if self.optimizer == "schedulefree":
+            raise UserError("--offload keeps one block at a time in memory, which --optimizer schedulefree does not allow")
+
+    @property
+    def kind(self) -> str:
+        """See `kind_of`."""
+        return kind_of(self.data)
 
     @property
     def shared(self) -> Settings:
@@ -200,10 +240,24 @@ CHANGES = (
 )
 OVER_PROCESSES = ("trace", "message_dtype", "replicas", "timeout")  # and shard, which needs replicas
 
+# Options that are for one kind of data.
+OF_KIND = {
+    "images": ("flip", "crop", "cutout", "channels_last"),
+    "text": ("context", "windows", "vocabulary"),
+    "table": ("target",),
+}
+NEEDED = {"images": "images", "text": "text", "table": "a table"}
+
 # Where a run is kept and how it is started and watched, not what it computes.
-NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace", "offload")
+NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace", "tensorboard", "offload")
 
 LONGEST = 60  # characters of one name within a folder name
+
+
+def kind_of(data: str) -> str:
+    """The kind of data of this name: text, table or images."""
+    source, colon, _ = data.partition(":")
+    return source if colon and source in NEEDED else "images"
 
 
 def last_name(name: str) -> str:

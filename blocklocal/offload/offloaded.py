@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from blocklocal.arguments import require
 from blocklocal.exits import ExitPool
-from blocklocal.inputs import check_closure, check_owners
+from blocklocal.inputs import check_closure, check_owners, stepped_by
 from blocklocal.offload.guards import Guards
 from blocklocal.offload.part import outlined, require_apart, stand_in
 from blocklocal.offload.start import Start
@@ -136,8 +136,8 @@ class Offloaded:
 
     def check_steps(self, optimizers: Sequence[Optimizer | None] | None) -> None:
         """ValueError: not the optimizers of this object, whose state comes and goes with the blocks."""
-        own = self.optimizers
-        if optimizers is None or any(one not in (None, mine) for one, mine in zip(optimizers, own, strict=False)):
+        pairs = zip(optimizers or (), self.optimizers, strict=False)
+        if optimizers is None or any(one is not mine and stepped_by(one) for one, mine in pairs):
             raise ValueError(
                 "an offloaded block leaves with its gradients used, so that none can be accumulated: pass "
                 "optimizers=offloaded.optimizers to backward(), or None in the place of some"

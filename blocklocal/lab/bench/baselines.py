@@ -167,14 +167,14 @@ def _whole(rule: str, work: Workload, model: nn.Module, *, batches: int = 1) -> 
 
 
 def _learning(rule: str, work: Workload, model: nn.Module, *, blocks: int) -> rules.Learning:
-    task = rules.Task(
+    problem = rules.Problem(
         classes=work.classes,
         example=work.x[:EXAMPLE],
         blocks=blocks,
         balance=work.balance,
         changes=rules.Changes(head=work.head if in_blocks(rule) else None),
     )
-    learning = rules.apply(rule, model, task)
+    learning = rules.apply(rule, model, problem)
     if work.x.is_contiguous(memory_format=torch.channels_last):
         learning.learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return learning

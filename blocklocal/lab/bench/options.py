@@ -116,5 +116,6 @@ class Options:
             accumulate=self.accumulate,
             name=self.model,
         )
-        try_model(model, x[:FEW], name=self.model, classes=self.classes, context=work.autocast())
+        shape = (len(x[:FEW]), self.classes)
+        try_model(model, x[:FEW], name=self.model, shape=shape, context=work.autocast())
         return work

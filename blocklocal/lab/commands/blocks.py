@@ -27,7 +27,10 @@ class Options:
     """Show the blocks of a model: their submodules, parameters, activation memory and time."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME, hf:CONFIG (transformers: a
+    folder, a JSON file or a kind such as vit) or package.module:function"""
+    model_args: tuple[str, ...] = ()
+    """more arguments of the function that makes the model, or fields of CONFIG: NAME=VALUE, such as img_size=32"""
     blocks: Annotated[int, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: tuple[str, ...] = ()
@@ -64,10 +67,17 @@ def main(args: Sequence[str]) -> None:
         blocks = len(options.at) + 1 if options.at else options.blocks
         plan.check(blocks=blocks, ranks=options.plan, speeds=options.speeds, link=options.link)
     size = (options.size, options.size)
-    model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
+    model = models.build(
+        options.model,
+        channels=options.channels,
+        size=size,
+        classes=options.classes,
+        arguments=models.read_arguments(options.model_args),
+    )
     x = torch.randn(options.batch_size, options.channels, *size)
-    try_model(model, x[:FEW], name=options.model, classes=options.classes, context=nullcontext())
-    task = rules.Task(
+    shape = (len(x[:FEW]), options.classes)
+    try_model(model, x[:FEW], name=options.model, shape=shape, context=nullcontext())
+    problem = rules.Problem(
         classes=options.classes,
         example=x,
         blocks=options.blocks,
@@ -76,7 +86,7 @@ def main(args: Sequence[str]) -> None:
     )
     y = torch.randint(options.classes, (len(x),))
     with blame(f"model {options.model!r} does not fit rule {options.rule!r}"):
-        learning = rules.apply(options.rule, model, task)
+        learning = rules.apply(options.rule, model, problem)
     try_learning(learning, x[:FEW], y[:FEW], name=options.model, context=nullcontext())
     with learning.with_targets(y):
         _show(learning.learner, x, y, options)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,13 +18,10 @@ from blocklocal import BlockLocal
 from blocklocal.graph import mode
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.runs.block_state import load_weights
-from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training.evaluation import Exits
-from blocklocal.lab.training.experiment import check_facts, prepare
-from blocklocal.lab.training.recipes import refuse_code
+from blocklocal.lab.training.trained import load_trained
 from blocklocal.operations import operations
 
 
@@ -48,23 +46,20 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll eval")
     find_exit(options.exit)
     run = Run(options.run)
-    settings = run.settings()
-    if not options.trust:
-        refuse_code(settings, run=run.path)
-    experiment = prepare(replace(settings, device=options.device, data=options.data or settings.data))
-    check_facts(experiment, run.facts())
-    learner = experiment.learner
-    find_exit(options.exit, blocks=len(learner.blocks))
-    checkpoints = Checkpoints(run.checkpoints, blocks=len(learner.blocks))
-    minibatch = checkpoints.latest()
-    if minibatch is None:
-        raise UserError(f"{str(run.path)!r} has no checkpoint: the run was stopped before the first")
-    load_weights(learner, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
+    find_exit(options.exit, blocks=run.facts()["blocks"])
+    trained = load_trained(run, data=options.data, device=options.device, trust=options.trust)
+    experiment, learner = trained.experiment, trained.learner
     experiment.validate()
-    epoch, exits = round(minibatch / experiment.steps, 2), experiment.test()
-    accuracy, costs = choose(exits, options.exit), prediction_costs(learner, experiment.sample)
-    Terminal().print(_table(exits, costs, title=f"{options.run}, epoch {epoch:g}", exit=options.exit))
-    print(json.dumps({"run": str(options.run), "epoch": epoch, "exit": options.exit, "accuracy": accuracy}))
+    exits, costs = experiment.test(), prediction_costs(learner, experiment.sample)
+    accuracy = choose(exits, options.exit)
+    result = {"run": str(options.run), "epoch": trained.epoch, "exit": options.exit, "accuracy": accuracy}
+    by_loss = experiment.task.judged_by == "loss"
+    if by_loss and (loss := chosen_loss(exits, options.exit)) is not None:
+        result |= {"loss": loss, "perplexity": math.exp(loss)}
+    title = f"{options.run}, epoch {trained.epoch:g}"
+    table = _table(exits, costs, title=title, exit=options.exit, unit=experiment.task.unit, by_loss=by_loss)
+    Terminal().print(table)
+    print(json.dumps(result))
 
 
 def find_exit(exit: str, *, blocks: int | None = None) -> int | float | None:
@@ -92,6 +87,14 @@ def choose(exits: Exits, exit: str) -> float:
     return exits.accuracies[-1 if found is None else found]
 
 
+def chosen_loss(exits: Exits, exit: str) -> float | None:
+    """The mean cross-entropy in nats of the exit that `--exit` names; None for a threshold."""
+    found = find_exit(exit, blocks=len(exits.losses))
+    if exit == "all":
+        return exits.combined_loss
+    return None if isinstance(found, float) else exits.losses[-1 if found is None else found]
+
+
 def prediction_costs(learner: BlockLocal, x: Tensor) -> tuple[list[float], float]:
     """Operations of a prediction at each exit (blocks and head) and by all combined, as multiples of the model's."""
     with mode(learner, training=False):
@@ -100,16 +103,22 @@ def prediction_costs(learner: BlockLocal, x: Tensor) -> tuple[list[float], float
         return alone, operations(learner.predictor(exit="all").eval(), x) / model
 
 
-def _table(exits: Exits, costs: tuple[list[float], float], *, title: str, exit: str) -> Table:
+def _table(exits: Exits, costs: tuple[list[float], float], *, title: str, exit: str, unit: str, by_loss: bool) -> Table:
     table = Table("exit", title=title, title_justify="left")
     table.add_column("test accuracy", justify="right")
+    for name in ("nats", "perplexity") if by_loss else ():
+        table.add_column(name, justify="right")
     table.add_column("operations / model", justify="right")
     found = find_exit(exit)
     threshold = found if isinstance(found, float) else None
     if threshold is not None:
-        table.add_column(f"images that leave at {threshold:g}", justify="right")
+        table.add_column(f"{unit} that leave at {threshold:g}", justify="right")
+
+    def losses(nats: float) -> tuple[str, ...]:
+        return (f"{nats:.4f}", f"{math.exp(nats):.2f}") if by_loss else ()
+
     for k, accuracy in enumerate(exits.accuracies):
         leaving = () if threshold is None else (f"{(exits.leaving(threshold) == k).double().mean().item():.2%}",)
-        table.add_row(str(k), f"{accuracy:.2%}", f"{costs[0][k]:.2f}", *leaving)
-    table.add_row("all", f"{exits.combined_accuracy:.2%}", f"{costs[1]:.2f}")
+        table.add_row(str(k), f"{accuracy:.2%}", *losses(exits.losses[k]), f"{costs[0][k]:.2f}", *leaving)
+    table.add_row("all", f"{exits.combined_accuracy:.2%}", *losses(exits.combined_loss), f"{costs[1]:.2f}")
     return table

@@ -65,9 +65,9 @@ def training_batches(
 
     begin: number of batches to skip at the start.
     """
-    n, _, height, width = split.images.shape
-    device = split.images.device
-    draws = _draws(seed, epoch)
+    n, _, height, width = split.inputs.shape
+    device = split.inputs.device
+    draws = epoch_draws(seed, epoch)
     order = torch.randperm(n, generator=draws)
     flips = torch.rand(n, generator=draws) < 0.5
     shifts = torch.randint(-augmentation.crop, augmentation.crop + 1, (2, n), generator=draws)
@@ -79,26 +79,19 @@ def training_batches(
         columns = torch.arange(width, device=device) + shifts[1, batch, None]
         if augmentation.flip:
             columns = torch.where(flips[batch, None], width - 1 - columns, columns)
-        x = normalisation(_gather(split.images, order[batch], _reflect(rows, height), _reflect(columns, width)))
+        x = normalisation(_gather(split.inputs, order[batch], _reflect(rows, height), _reflect(columns, width)))
         if augmentation.cutout:
             x = x.masked_fill(_square(centres[:, batch], height, width, side=augmentation.cutout), 0.0)
         yield x, split.labels[order[batch]]
 
 
-def training_labels(split: Split, *, size: int, seed: int, epoch: int, begin: int = 0) -> Iterator[Tensor]:
-    """The labels y of the same batches, without reading an image."""
-    order = torch.randperm(len(split), generator=_draws(seed, epoch)).to(split.labels.device)
-    for first in range(begin * size, len(split) - size + 1, size):
-        yield split.labels[order[first : first + size]]
+def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:
+    """The order (samples,) in which an epoch goes through the samples."""
+    return torch.randperm(samples, generator=epoch_draws(seed, epoch))
 
 
-def ordered_batches(split: Split, *, normalisation: Normalisation, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (x, y) of all images in their own order; the last batch may be smaller."""
-    for first in range(0, len(split), size):
-        yield normalisation(split.images[first : first + size]), split.labels[first : first + size]
-
-
-def _draws(seed: int, epoch: int) -> torch.Generator:
+def epoch_draws(seed: int, epoch: int) -> torch.Generator:
+    """The random numbers of an epoch."""
     mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.Generator().manual_seed(mixed)
 

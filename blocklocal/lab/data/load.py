@@ -38,7 +38,7 @@ def load(name: str, *, train_size: int = 0, test_size: int = 0, validation: int 
 
 
 def _checked(dataset: Dataset) -> Dataset:
-    shapes = {part: tuple(split.images.shape[1:]) for part, split in _splits(dataset)}
+    shapes = {part: tuple(split.inputs.shape[1:]) for part, split in _splits(dataset)}
     if shapes["train"] != shapes["test"]:
         raise UserError(
             f"data {dataset.name!r}: training images have shape {shapes['train']} and test images {shapes['test']} "

@@ -32,7 +32,7 @@ def optimizer(parameters: list[nn.Parameter]) -> SGD:
 
 def learner(chain: Chain, rule: str) -> BlockLocal:
     """The learner of a chain under a rule of `bll train`."""
-    return rules.apply(rule, chain.blocks, rules.Task(classes=CLASSES, example=chain.x[:8])).learner
+    return rules.apply(rule, chain.blocks, rules.Problem(classes=CLASSES, example=chain.x[:8])).learner
 
 
 def backpropagation(chain: Chain) -> Progress:

@@ -17,6 +17,7 @@ from matplotlib.ticker import MultipleLocator
 
 from blocklocal.lab.names import NAME
 from blocklocal.lab.report.figures import STYLE, Line, against_time, over_epochs, stacked
+from blocklocal.lab.report.measure import ACCURACY, measure_of
 from blocklocal.lab.report.seed_groups import Group
 
 # Okabe and Ito's palette, which is suitable for colour-blind readers.
@@ -53,28 +54,29 @@ def choose_colours(groups: Sequence[Group]) -> dict[str, str]:
 
 
 def compare_groups(groups: Sequence[Group], *, colours: Mapping[str, str]) -> list[Plot]:
-    """Plots of the groups of one subject: accuracy over epochs and time, and the loss of the last block."""
-    subject, exit_ = groups[0].subject, "accuracy of the last exit, %"
+    """Plots of the groups of one subject: test results over epochs and time, and the loss of the last block."""
+    subject, measure = groups[0].subject, measure_of(groups[0].settings)
+    name, exit_ = measure.name.capitalize(), f"{measure.name} of the last exit, {measure.unit}"
 
     def lines(value: Callable[[dict[str, Any]], float]) -> list[Line]:
         return [Line(group, value, _label(group), colours[group.label]) for group in groups]
 
-    accuracies = lines(lambda record: 100 * record["test_accuracy"][-1])
+    tests = lines(measure.exit)
     losses = lines(lambda record: record["train_loss"][-1])
     return [
         Plot(
-            _name("accuracy", subject),
-            "Accuracy of the last exit on the test images: mean over seeds, and their range as a shade.",
-            over_epochs(accuracies, title=f"Accuracy, {subject}", y=exit_),
+            _name(measure.name if measure is ACCURACY else "test", subject),
+            f"{name} of the last exit on the test samples: mean over seeds, and their range as a shade.",
+            over_epochs(tests, title=f"{name}, {subject}", y=exit_),
         ),
         Plot(
             _name("time", subject),
             "The same against the seconds of training, without tests: a line for each run.",
-            against_time(accuracies, title=f"Accuracy against time, {subject}", y=exit_),
+            against_time(tests, title=f"{name} against time, {subject}", y=exit_),
         ),
         Plot(
             _name("loss", subject),
-            "Loss of the last block on the training images, mean over the epoch.",
+            "Loss of the last block on the training samples, mean over the epoch.",
             over_epochs(losses, title=f"Training loss, {subject}", y="loss of the last block"),
         ),
     ]
@@ -92,20 +94,21 @@ def _show_blocks(group: Group) -> list[Plot]:
     def lines(what: str, value: Callable[[dict[str, Any], int], float], *, count: int) -> list[Line]:
         return [Line(group, lambda r, k=k: value(r, k), f"{what} {k}", shades[k]) for k in range(count)]
 
-    exits = lines("block", lambda record, k: 100 * record["test_accuracy"][k], count=group.blocks)
-    exits.append(Line(group, lambda record: 100 * record["test_accuracy_all"], "all exits", "#222222", "--"))
+    measure = measure_of(group.settings)
+    exits = lines("block", measure.exit, count=group.blocks)
+    exits.append(Line(group, measure.combined, "all exits", "#222222", "--"))
     losses = lines("block", lambda record, k: record["train_loss"][k], count=group.blocks)
     agreements = lines("border", lambda record, k: record["borders"][k]["agreement"], count=group.blocks - 1)
     ratios = lines("border", lambda record, k: record["borders"][k]["variance_ratio"], count=group.blocks - 1)
     return [
         Plot(
             _name("exits", name),
-            "Accuracy of the exit of each block, and of all exits combined.",
-            over_epochs(exits, title=f"Exits, {name}", y="test accuracy, %"),
+            f"{measure.name.capitalize()} of the exit of each block, and of all exits combined.",
+            over_epochs(exits, title=f"Exits, {name}", y=f"test {measure.name}, {measure.unit}"),
         ),
         Plot(
             _name("local", name),
-            "Local loss of each block on the training images, each on a scale of its own.",
+            "Local loss of each block on the training samples, each on a scale of its own.",
             stacked(losses, title=f"Local losses, {name}"),
         ),
         Plot(

@@ -10,7 +10,9 @@ from statistics import mean, stdev
 from rich.table import Table
 
 from blocklocal.lab.names import NAME, sentence, short
+from blocklocal.lab.report.measure import LOSS, measure_of
 from blocklocal.lab.report.seed_groups import Group
+from blocklocal.lab.runs.history import History
 from blocklocal.lab.settings import last_name
 from blocklocal.lab.terminal import Terminal
 
@@ -24,7 +26,8 @@ class Row:
 
     accuracy_mean, _std: of the last exit. accuracy_all_mean: of all exits combined. seconds: mean training time of a
     run. peak_memory_mib: the largest. difference_to_bp: difference of the means to the runs of rule bp with otherwise
-    equal settings, with its standard error √(s₁²/n₁ + s₂²/n₂). epochs: trained, of `epochs_planned`. paper: the
+    equal settings, with its standard error √(s₁²/n₁ + s₂²/n₂). loss_mean, _std, loss_all_mean, loss_to_bp,
+    loss_stderr: the same of the cross-entropy in nats, for text alone. epochs: trained, of `epochs_planned`. paper: the
     reference's mean and standard deviation.
     """
 
@@ -45,6 +48,11 @@ class Row:
     peak_memory_mib: float
     difference_to_bp: float | None
     difference_stderr: float | None
+    loss_mean: float | None
+    loss_std: float | None
+    loss_all_mean: float | None
+    loss_to_bp: float | None
+    loss_stderr: float | None
     paper: tuple[float, float] | None
 
 
@@ -78,6 +86,9 @@ def tabulate(rows: Sequence[Row]) -> dict[str, list[str]]:
         "model": [short(row.model) for row in rows],
         "rule": [row.rule for row in rows],
         "variant": [short(row.variant, longest=4 * NAME) for row in rows],
+        "nats": [_nats(row.loss_mean, row.loss_std) for row in rows],
+        "nats − BP": [_nats(row.loss_to_bp, row.loss_stderr, sign="+") for row in rows],
+        "all exits nats": [_nats(row.loss_all_mean) if row.blocks > 1 else "" for row in rows],
         "accuracy %": [_percent(row.accuracy_mean, row.accuracy_std) for row in rows],
         "paper": ["" if row.paper is None else f"{100 * row.paper[0]:.1f} ± {100 * row.paper[1]:.2f}" for row in rows],
         "− BP": [_percent(row.difference_to_bp, row.difference_stderr, sign="+") for row in rows],
@@ -95,11 +106,12 @@ def tabulate(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 def _row(group: Group, groups: Sequence[Group], *, reference: Reference) -> Row:
     settings, runs = group.settings, group.counted
-    accuracies = [run.accuracies[-1] for run in runs]
+    by_loss = measure_of(settings) is LOSS
+    accuracies, losses = _accuracies(runs), _losses(runs) if by_loss else []
     whole = next((other for other in groups if other.settings.rule == "bp" and group.matches(other)), None)
-    difference, stderr = None, None
-    if whole is not None and whole is not group and whole.counted:
-        difference, stderr = _difference(accuracies, [run.accuracies[-1] for run in whole.counted])
+    others = whole.counted if whole is not None and whole is not group else ()
+    difference, stderr = _difference(accuracies, _accuracies(others))
+    loss_difference, loss_stderr = _difference(losses, _losses(others)) if by_loss else (None, None)
     return Row(
         dataset=group.dataset,
         model=last_name(settings.model),
@@ -118,12 +130,27 @@ def _row(group: Group, groups: Sequence[Group], *, reference: Reference) -> Row:
         peak_memory_mib=max(run.peak_memory for run in runs),
         difference_to_bp=difference,
         difference_stderr=stderr,
+        loss_mean=mean(losses) if by_loss else None,
+        loss_std=_deviation(losses) if by_loss else None,
+        loss_all_mean=mean(LOSS.combined(run.records[-1]) for run in runs) if by_loss else None,
+        loss_to_bp=loss_difference,
+        loss_stderr=loss_stderr,
         paper=reference.get((group.dataset, settings.rule)),
     )
 
 
-def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float | None]:
-    """The difference of the means, and its standard error for unequal variances (Welch)."""
+def _accuracies(runs: Sequence[History]) -> list[float]:
+    return [run.accuracies[-1] for run in runs]
+
+
+def _losses(runs: Sequence[History]) -> list[float]:
+    return [LOSS.exit(run.records[-1]) for run in runs]
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float | None, float | None]:
+    """The difference of the means, and its standard error for unequal variances (Welch); None without theirs."""
+    if not theirs:
+        return None, None
     deviations = _deviation(ours), _deviation(theirs)
     if deviations[0] is None or deviations[1] is None:
         return mean(ours) - mean(theirs), None
@@ -139,6 +166,12 @@ def _percent(value: float | None, spread: float | None = None, *, sign: str = ""
     if value is None:
         return ""
     return f"{100 * value:{sign}.2f}".replace("-", "−") + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
+def _nats(value: float | None, spread: float | None = None, *, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{sign}.4f}".replace("-", "−") + ("" if spread is None else f" ± {spread:.4f}")
 
 
 def _of(done: int, planned: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,16 @@ from blocklocal import BlockLocal
 from blocklocal.alignment import Alignment
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.checkpoint_part import State
-from blocklocal.lab.runs.checkpoints import Checkpoints
 
 OPTIMIZER, ALIGNMENT, FEEDBACK = "optimizer.", "alignment.", "feedback."
+GROUP = "group."  # what an optimizer counts for all parameters of a group
+COUNTERS = ("k", "weight_sum", "lr_max")  # of a schedule-free one
 CPU, GPU = "random.cpu", "random.cuda."
 
 
 def block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None) -> State:
-    """Parameters and buffers of block k and its border; of the optimizer `optimizer.KEY.NAME` for each parameter.
+    """Parameters and buffers of block k and its border; of the optimizer `optimizer.KEY.NAME` for each parameter, and
+    `group.I.KEY` for each number that it counts itself.
 
     If replicas hold shares of the block, all of them call this and get the whole. UserError: the state of a module is
     not a tensor.
@@ -35,6 +37,9 @@ def block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None) -> Sta
         if optimizer is not None and _belongs(name, k):
             kept = optimizer.state.get(parameter, {})
             state |= {f"{OPTIMIZER}{key}.{name}": value for key, value in kept.items() if isinstance(value, Tensor)}
+    for i, group in enumerate(optimizer.param_groups if optimizer else ()):
+        counted = {f"{GROUP}{i}.{key}": group[key] for key in COUNTERS if key in group}
+        state |= {name: torch.tensor(value, dtype=torch.float64) for name, value in counted.items()}
     return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
 
 
@@ -51,6 +56,12 @@ def load_block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None, s
             if parameter is None or tensor.shape not in (parameter.shape, ()):
                 raise misfit(f"the optimizer's {name.removeprefix(OPTIMIZER)}")
             optimizer.state[parameter][key] = _share(tensor.to(parameter.device, copy=True), parameter)
+    for i, group in enumerate(optimizer.param_groups if optimizer else ()):
+        for key in COUNTERS:
+            if key in group and f"{GROUP}{i}.{key}" not in tensors:
+                raise misfit(f"the optimizer's {key}")
+            if key in group:
+                group[key] = type(group[key])(tensors[f"{GROUP}{i}.{key}"].item())
 
 
 def alignment_state(alignment: Alignment) -> State:
@@ -88,12 +99,6 @@ def load_random_state(state: State) -> None:
                 torch.cuda.set_rng_state(tensors[f"{GPU}{i}"], i)
     except (RuntimeError, TypeError) as error:
         raise misfit(str(error)) from error
-
-
-def load_weights(learner: BlockLocal, checkpoints: Checkpoints, *, minibatch: int, blocks: Iterable[int]) -> None:
-    """Give these blocks the weights that they had after `minibatch` minibatches. UserError: see `Checkpoints.load`."""
-    for k in blocks:
-        load_block_state(learner, k, None, checkpoints.load(minibatch, k))
 
 
 def unshard(learner: BlockLocal) -> None:

@@ -19,7 +19,11 @@ Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 RENAMED = {"message": "message_dtype"}  # since version 0.1.0
 # Settings added after version 0.1.0. A run without one was trained with its default.
-LATER = {"clip", "accumulate", "validation", "add_beliefs", *CHANGES}
+LATER = {
+    *("clip", "accumulate", "validation", "add_beliefs", "optimizer", "beta2", "model_args", "weights"),
+    *("context", "windows", "vocabulary", "target"),
+    *CHANGES,
+}
 
 
 class Config(TypedDict):
@@ -45,7 +49,8 @@ class Border(TypedDict):
 
 class Epoch(TypedDict):
     """A line of metrics.jsonl. train_loss, test_accuracy: of each block. angles: of each layer, some of them nan.
-    validation_accuracy: where images were held out, and exit_weights, by which all exits are combined."""
+    test_loss: in nats. validation_accuracy: where samples were held out, and exit_weights, by which all exits are
+    combined."""
 
     epoch: Count
     train_loss: list[Finite]
@@ -54,6 +59,8 @@ class Epoch(TypedDict):
     seconds: Amount
     peak_memory_mib: Amount
     borders: list[Border]
+    test_loss: NotRequired[list[Finite]]
+    test_loss_all: NotRequired[Finite]
     angles: NotRequired[dict[str, float]]
     validation_accuracy: NotRequired[list[Share]]
     validation_accuracy_all: NotRequired[Share]

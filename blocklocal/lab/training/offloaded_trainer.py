@@ -39,8 +39,10 @@ class OffloadedTrainer(SingleTrainer):
 
     def train(self, epoch: int, *, begin: int) -> Iterator[Tensor]:
         if self.learner.offloaded is None:
-            made = iter(self.optimizers)
-            self.learner.offload(self._store, optimizer=lambda _: next(made), device=self.experiment.device)
+            made = {parameter: one for one in self.optimizers for parameter in one.param_groups[0]["params"]}
+            self.learner.offload(
+                self._store, optimizer=lambda own: next(made[p] for p in own if p in made), device=self.experiment.device
+            )
         yield from super().train(epoch, begin=begin)
 
     def states(self) -> EachInTurn:

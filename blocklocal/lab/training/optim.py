@@ -3,27 +3,101 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any, Protocol, TypeGuard
 
+import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
+
+from blocklocal.lab.settings import Settings
 
 
-def make_optimizer(
-    parameters: list[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, clip: float
-) -> SGD:
-    """Stochastic gradient descent with Nesterov momentum. clip: largest norm of the gradient; 0: no limit."""
-    optimizer = SGD(
+def make_optimizer(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+    """The optimizer of --optimizer for the parameters of a block, with gradients clipped to --clip if it is given."""
+    optimizer = OPTIMIZERS[settings.optimizer](parameters, settings)
+    if settings.clip:
+        optimizer.register_step_pre_hook(partial(_clip, parameters, settings.clip))
+    return optimizer
+
+
+def sgd(parameters: list[nn.Parameter], settings: Settings) -> SGD:
+    """Stochastic gradient descent with Nesterov momentum."""
+    return SGD(
         [{"params": parameters}],  # a group may be empty, a list of parameters may not
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
         nesterov=True,
     )
-    if clip:
-        optimizer.register_step_pre_hook(partial(_clip, parameters, clip))
+
+
+def adamw(parameters: list[nn.Parameter], settings: Settings) -> AdamW:
+    """AdamW (Loshchilov and Hutter, 2019); vectors, such as biases and the scales of norms, do not decay."""
+    betas = (settings.momentum, settings.beta2)
+    return AdamW(_decaying(parameters, settings), lr=settings.lr, betas=betas)
+
+
+def schedule_free(parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+    """Schedule-free AdamW (Defazio et al., 2024), which averages the weights instead of lowering the rate."""
+    from schedulefree import AdamWScheduleFree
+
+    betas = (settings.momentum, settings.beta2)
+    optimizer = AdamWScheduleFree(_decaying(parameters, settings), lr=settings.lr, betas=betas)
+    optimizer.train()
     return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Settings], Optimizer]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "schedulefree": schedule_free,
+}
+
+
+class Averaging(Protocol):
+    """An optimizer that shows the averages of its parameters between eval() and train()."""
+
+    param_groups: list[dict[str, Any]]
+
+    def eval(self) -> None: ...
+
+    def train(self) -> None: ...
+
+
+@contextmanager
+def averaged(optimizers: Sequence[Optimizer | None]) -> Iterator[None]:
+    """A context in which the parameters of a schedule-free optimizer are its averages, by which it is judged.
+
+    Afterwards they are what they were to the bit, so that it does not matter when a run is tested. Of other optimizers
+    nothing changes.
+    """
+    averaging = [one for one in optimizers if averages(one)]
+    parameters = [parameter for one in averaging for group in one.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    for one in averaging:
+        one.eval()
+    try:
+        yield
+    finally:
+        for one in averaging:
+            one.train()
+        with torch.no_grad():
+            for parameter, before in zip(parameters, kept, strict=True):
+                parameter.copy_(before)
+
+
+def averages(optimizer: Optimizer | None) -> TypeGuard[Averaging]:
+    """Whether an optimizer shows the averages of its parameters in eval(), as a schedule-free one does."""
+    return hasattr(optimizer, "eval")
+
+
+def _decaying(parameters: list[nn.Parameter], settings: Settings) -> list[dict[str, Any]]:
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    vectors = [parameter for parameter in parameters if parameter.dim() <= 1]
+    return [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def _clip(parameters: list[nn.Parameter], norm: float, *_: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -13,21 +14,20 @@ from torch.optim import Optimizer
 from blocklocal import Pipeline
 from blocklocal.border import Border
 from blocklocal.collapse import warn_of_collapse
-from blocklocal.lab.data.batches import ordered_batches
 from blocklocal.lab.data.dataset import Split
 from blocklocal.lab.distributed.process_group import Processes
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.block_state import block_state, load_block_state
 from blocklocal.lab.runs.checkpoint_part import State
-from blocklocal.lab.training.evaluation import SIZE, Exits, grade, weigh
+from blocklocal.lab.training.evaluation import Exits, grade, weigh
 from blocklocal.lab.training.experiment import DTYPES, Experiment
-from blocklocal.lab.training.optim import set_rate
+from blocklocal.lab.training.optim import averaged, set_rate
 from blocklocal.pipeline import Placement, balanced, replicate, shard
 from blocklocal.pipeline.pipeline import Batch
 from blocklocal.pipeline.stage import Stage
 
 WINDOW = 8  # minibatches at least between two looks at the losses
-MEASURED = 32  # images of a minibatch by which processes measure the blocks, at most
+MEASURED = 32  # samples of a minibatch by which processes measure the blocks, at most
 
 
 class PipelineTrainer:
@@ -97,22 +97,27 @@ class PipelineTrainer:
         split = self.experiment.dataset.validation
         if split is None:
             return None
-        scores = torch.zeros(len(self.learner.blocks), len(split), len(self.experiment.dataset.classes))
+        scores = torch.zeros(len(self.learner.blocks), *split.labels.shape, len(self.experiment.dataset.classes))
         for rows, found in self._scores(split):
             scores[self.blocks, rows] = found
         return weigh(self.learner, self.processes.sum(scores), split.labels)
 
     def test(self) -> Exits:
         test, classes = self.experiment.dataset.test, len(self.experiment.dataset.classes)
-        correct = torch.zeros(len(self.learner.blocks), len(test), dtype=torch.int32)
-        confidence, scores = torch.zeros(correct.shape), torch.zeros(len(test), classes)
-        weights = torch.tensor([self.learner.pool.weights[k] for k in self.blocks])[:, None, None]
+        shape = len(self.learner.blocks), len(test), test.labels[0].numel()
+        correct, confidence, nats = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
+        scores = torch.zeros(*test.labels.shape, classes)
+        weights = torch.tensor([self.learner.pool.weights[k] for k in self.blocks])
         for rows, found in self._scores(test):
-            right, confidence[self.blocks, rows] = grade(found, test.labels[rows])
-            correct[self.blocks, rows] = right.int()
-            scores[rows] = (weights * found).sum(0)
-        correct, confidence, scores = map(self.processes.sum, (correct, confidence, scores))
-        return Exits(correct.bool(), confidence, scores.argmax(-1) == test.labels)
+            for kept, part in zip((correct, confidence, nats), grade(found, test.labels[rows]), strict=True):
+                kept[self.blocks, rows] = part.unflatten(1, (found.shape[1], -1)).to(kept.dtype)
+            scores[rows] = (weights.view(-1, *[1] * (found.dim() - 1)) * found).sum(0)
+        correct, confidence, nats = (self.processes.sum(part).flatten(1) for part in (correct, confidence, nats))
+        combined, _, combined_nats = grade(self.processes.sum(scores).log_softmax(-1), test.labels)
+        return Exits(correct.bool(), confidence, nats, combined, combined_nats)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return averaged([stage.optimizer for stage in self.pipeline.stages])
 
     def diagnose(self, epoch: int) -> list[dict[str, float]]:
         x, y = next(self._training_batches(epoch, begin=0))
@@ -151,13 +156,13 @@ class PipelineTrainer:
 
     def _ordered_batches(self, split: Split) -> Iterator[Batch]:
         if 0 in self.blocks:
-            return ordered_batches(split, normalisation=self.experiment.normalisation, size=SIZE)
-        return ((None, y) for y in split.labels.split(SIZE))
+            return self.experiment.task.ordered_batches(split)
+        return ((None, y) for y in split.labels.split(self.experiment.task.evaluated_at_once))
 
     def _placement(self, mesh: DeviceMesh) -> Placement:
         train = self.experiment.dataset.train
         rows = slice(min(self.settings.batch_size // self.replicas, MEASURED))
-        x = self.experiment.normalisation(train.images[rows])
+        x = self.experiment.task.prepared(train.inputs[rows])
         with self.experiment.autocast(self.device):
             return balanced(self.learner, x, train.labels[rows], mesh=mesh, device=self.device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,7 +16,10 @@ from rich.text import Text
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a run: `epochs` of `steps` steps, of which `done` epochs and `rest` steps are done."""
+    """The length of a run: `epochs` of `steps` steps, of which `done` epochs and `rest` steps are done.
+
+    unit: what samples are called. judged_by: what is shown of its tests.
+    """
 
     epochs: int
     steps: int
@@ -24,6 +27,21 @@ class Plan:
     blocks: int
     done: int
     rest: int = 0
+    unit: str = "images"
+    judged_by: Literal["accuracy", "loss"] = "accuracy"
+
+    def tests(self, record: dict[str, Any]) -> list[float]:
+        """What is shown of the record of an epoch: a value for each exit, and for all exits combined."""
+        name = f"test_{self.judged_by}"
+        return [*record[name], record[f"{name}_all"]]
+
+    def show(self, value: float, *, digits: int = 1) -> str:
+        """An accuracy in per cent, or a loss in nats."""
+        return f"{100 * value:.{digits}f}" if self.judged_by == "accuracy" else f"{value:.{digits + 2}f}"
+
+    @property
+    def measure(self) -> str:
+        return "%" if self.judged_by == "accuracy" else "nats"
 
 
 class Display(Protocol):
@@ -65,11 +83,12 @@ class PlainDisplay:
             self._say(f"epoch {epoch}/{self.plan.epochs}, step {step}/{self.plan.steps}: loss {_join(losses, '.3f')}")
 
     def epoch(self, record: dict[str, Any]) -> None:
-        accuracies = [100 * accuracy for accuracy in record["test_accuracy"]]
-        combined = f", all exits {100 * record['test_accuracy_all']:.1f} %" if len(accuracies) > 1 else ""
+        plan = self.plan
+        *exits, combined = map(plan.show, plan.tests(record))
+        together = f", all exits {combined} {plan.measure}" if len(exits) > 1 else ""
         self._say(
-            f"epoch {record['epoch']}/{self.plan.epochs}: loss {_join(record['train_loss'], '.3f')}, "
-            f"test accuracy {_join(accuracies, '.1f')} %{combined}, {record['seconds']:.1f} s"
+            f"epoch {record['epoch']}/{plan.epochs}: loss {_join(record['train_loss'], '.3f')}, "
+            f"test {plan.judged_by} {' '.join(exits)} {plan.measure}{together}, {record['seconds']:.1f} s"
         )
 
     def _say(self, line: str) -> None:
@@ -78,17 +97,17 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """Loss and test accuracy per block above a bar with rate and remaining time."""
+    """Loss and test result per block above a bar with rate and remaining time."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
         self.plan = plan
         self.losses: Sequence[float | None] = [None] * plan.blocks
-        self.accuracies: Sequence[float | None] = [None] * (plan.blocks + 1)  # the last: all exits combined
+        self.tests: Sequence[float | None] = [None] * (plan.blocks + 1)  # the last: all exits combined
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
-            Rate(plan.batch_size),
+            Rate(plan.batch_size, unit=plan.unit),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -115,32 +134,33 @@ class LiveDisplay:
 
     def epoch(self, record: dict[str, Any]) -> None:
         self.losses = record["train_loss"]
-        self.accuracies = [*record["test_accuracy"], record["test_accuracy_all"]]
+        self.tests = self.plan.tests(record)
 
     def _render(self) -> Group:
         table = Table("block", box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("training loss", justify="right")
-        table.add_column("test accuracy", justify="right")
-        for k, (loss, accuracy) in enumerate(zip(self.losses, self.accuracies[:-1], strict=True)):
-            table.add_row(str(k), _show(loss, "{:.4f}"), _show(accuracy, "{:.2%}"))
+        table.add_column(f"test {self.plan.judged_by}", justify="right")
+        tests = [
+            "-" if test is None else f"{self.plan.show(test, digits=2)} {self.plan.measure}" for test in self.tests
+        ]
+        for k, (loss, test) in enumerate(zip(self.losses, tests[:-1], strict=True)):
+            table.add_row(str(k), "-" if loss is None else f"{loss:.4f}", test)
         if len(self.losses) > 1:
-            table.add_row("all", "", _show(self.accuracies[-1], "{:.2%}"))
+            table.add_row("all", "", tests[-1])
         return Group(table, self.bar)
 
 
 class Rate(ProgressColumn):
-    """Images per second, where the task counts steps."""
+    """Samples per second, where the task counts steps."""
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, *, unit: str) -> None:
         super().__init__()
-        self.batch_size = batch_size
+        self.batch_size, self.unit = batch_size, unit
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed * self.batch_size:,.0f} images/s" if task.speed else "", style="progress.data.speed")
-
-
-def _show(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
+        return Text(
+            f"{task.speed * self.batch_size:,.0f} {self.unit}/s" if task.speed else "", style="progress.data.speed"
+        )
 
 
 def _join(values: Sequence[float | None], form: str) -> str:

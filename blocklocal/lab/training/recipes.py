@@ -10,7 +10,7 @@ from blocklocal.lab import models
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.folder import Run
-from blocklocal.lab.settings import Settings
+from blocklocal.lab.settings import Settings, kind_of
 from blocklocal.lab.training import rules
 
 DIGITS = Settings(threads=1)  # for images of 8x8 pixels threads spend more time waiting than computing
@@ -26,10 +26,28 @@ IMAGES = Settings(
     crop=4,
 )
 
+TEXT = Settings(
+    model="gpt-small",
+    epochs=4,
+    windows=6000,
+    batch_size=12,
+    optimizer="adamw",
+    lr=1e-3,
+    beta2=0.99,
+    weight_decay=0.1,
+    clip=1.0,
+    warmup=0.2,
+    threads=1,  # windows of 64 characters are too small for more
+)
+
+TABLE = Settings(model="mlp", epochs=30, batch_size=32, lr=0.05, threads=1)
+
+RECIPES = {"images": IMAGES, "text": TEXT, "table": TABLE}
+
 
 def recipe(data: str) -> Settings:
     """The recipe for a data set, given by its name on the command line."""
-    return replace(DIGITS if data == "digits" else IMAGES, data=data)
+    return replace(DIGITS if data == "digits" else RECIPES[kind_of(data)], data=data)
 
 
 def settings_from(args: Sequence[str]) -> Settings:

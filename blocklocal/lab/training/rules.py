@@ -87,11 +87,11 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Task:
+class Problem:
     """What a model learns, and where it is cut: at submodules, or else into this number of blocks; a list of modules is
     cut between them.
 
-    example: a batch of images as the model gets them. balance: see `split`; memory, unlike time, is the same at every
+    example: a batch of samples as the model gets them. balance: see `split`; memory, unlike time, is the same at every
     measurement. seed: of what a rule draws besides the model's weights.
     add_beliefs: see `BlockLocal`.
     """
@@ -124,7 +124,7 @@ class Rule:
     """How a model learns. build: makes its learner. in_blocks: whether borders cut it. over_processes: whether it can
     train in a pipeline, which places, saves and moves only blocks and borders."""
 
-    build: Callable[[nn.Module | Sequence[nn.Module], Task], Learning]
+    build: Callable[[nn.Module | Sequence[nn.Module], Problem], Learning]
     in_blocks: bool = True
     over_processes: bool = True
 
@@ -132,44 +132,44 @@ class Rule:
 def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -> Rule:  # noqa: B008 (frozen settings)
     """Blocks that learn from the same local loss at every border."""
 
-    def build(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
+    def build(model: nn.Module | Sequence[nn.Module], problem: Problem) -> Learning:
         learner = BlockLocal(
             model,
-            at=task.at,
-            blocks=None if task.at else task.blocks,
-            classes=task.classes,
-            example=task.example,
-            balance=task.balance,
-            loss=task.changes.made(loss),
+            at=problem.at,
+            blocks=None if problem.at else problem.blocks,
+            classes=problem.classes,
+            example=problem.example,
+            balance=problem.balance,
+            loss=problem.changes.made(loss),
             feedback=feedback,
-            statistic=STATISTICS[task.changes.statistic],
-            criterion=task.criterion,
-            add_beliefs=task.add_beliefs,
+            statistic=STATISTICS[problem.changes.statistic],
+            criterion=problem.criterion,
+            add_beliefs=problem.add_beliefs,
         )
         specs = [border.spec for border in learner.borders if isinstance(border, Border)]
-        if specs and task.changes.statistic != "mean" and not any(spec.reduces for spec in specs):
+        if specs and problem.changes.statistic != "mean" and not any(spec.reduces for spec in specs):
             raise ValueError(
-                f"--statistic {task.changes.statistic} has no effect: what crosses the borders has no positions"
+                f"--statistic {problem.changes.statistic} has no effect: what crosses the borders has no positions"
             )
         return Learning(learner)
 
     return Rule(build)
 
 
-def backpropagation(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
+def backpropagation(model: nn.Module | Sequence[nn.Module], problem: Problem) -> Learning:
     """One block, no border."""
-    if task.changes or task.add_beliefs:
+    if problem.changes or problem.add_beliefs:
         options = ", ".join(f"--{field.name.replace('_', '-')}" for field in fields(Changes))
         raise ValueError(f"it trains the model whole: {options} and --add-beliefs are for rules in blocks")
-    return Learning(BlockLocal(model, blocks=1, classes=task.classes, criterion=task.criterion))
+    return Learning(BlockLocal(model, blocks=1, classes=problem.classes, criterion=problem.criterion))
 
 
-def aligned(align: Callable[[nn.Module, Task], Alignment]) -> Rule:
+def aligned(align: Callable[[nn.Module, Problem], Alignment]) -> Rule:
     """One block, in which other feedback weights propagate the gradient."""
 
-    def build(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
-        learner = backpropagation(model, task).learner
-        return Learning(learner, align(learner.model, task))
+    def build(model: nn.Module | Sequence[nn.Module], problem: Problem) -> Learning:
+        learner = backpropagation(model, problem).learner
+        return Learning(learner, align(learner.model, problem))
 
     return Rule(build, in_blocks=False, over_processes=False)
 
@@ -180,12 +180,12 @@ RULES: dict[str, Rule] = {
     "pred": block_local(Predictive()),
     "predsim": block_local(PRED_SIM),
     "bp": Rule(backpropagation, in_blocks=False),
-    "fa": aligned(lambda model, task: FeedbackAlignment(model, seed=task.seed)),
-    "usf": aligned(lambda model, task: SignSymmetry(model, magnitude="uniform", seed=task.seed)),
-    "brsf": aligned(lambda model, task: SignSymmetry(model, magnitude="batchwise", seed=task.seed)),
-    "frsf": aligned(lambda model, task: SignSymmetry(model, magnitude="fixed", seed=task.seed)),
-    "dfa": aligned(lambda model, task: DirectFeedbackAlignment(model, example=task.example, seed=task.seed)),
-    "drtp": aligned(lambda model, task: DirectRandomTargetProjection(model, example=task.example, seed=task.seed)),
+    "fa": aligned(lambda model, given: FeedbackAlignment(model, seed=given.seed)),
+    "usf": aligned(lambda model, given: SignSymmetry(model, magnitude="uniform", seed=given.seed)),
+    "brsf": aligned(lambda model, given: SignSymmetry(model, magnitude="batchwise", seed=given.seed)),
+    "frsf": aligned(lambda model, given: SignSymmetry(model, magnitude="fixed", seed=given.seed)),
+    "dfa": aligned(lambda model, given: DirectFeedbackAlignment(model, example=given.example, seed=given.seed)),
+    "drtp": aligned(lambda model, given: DirectRandomTargetProjection(model, example=given.example, seed=given.seed)),
 }
 """The rules of every command. One of the user's own is package.module:function, see `own`."""
 WHOLE = {name for name, rule in RULES.items() if not rule.in_blocks}
@@ -204,11 +204,11 @@ def own(name: str) -> Rule:
     UserError: see `own_function`.
     """
 
-    def build(model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
-        if task.changes or task.add_beliefs:
+    def build(model: nn.Module | Sequence[nn.Module], problem: Problem) -> Learning:
+        if problem.changes or problem.add_beliefs:
             raise ValueError("it is a function, which sets its own local loss: leave --head and such options out")
         with blame(f"rule {name!r} cannot be applied"), chdir("."):
-            learner = function(model, **{argument: getattr(task, argument) for argument in OWN_ARGUMENTS})
+            learner = function(model, **{argument: getattr(problem, argument) for argument in OWN_ARGUMENTS})
         if not isinstance(learner, BlockLocal) or (isinstance(model, nn.Module) and learner.model is not model):
             raise ValueError("its function must return a bll.BlockLocal of the model that it is given")
         return Learning(learner)
@@ -241,10 +241,10 @@ def check_offloaded(name: str) -> None:
         )
 
 
-def apply(name: str, model: nn.Module | Sequence[nn.Module], task: Task) -> Learning:
+def apply(name: str, model: nn.Module | Sequence[nn.Module], problem: Problem) -> Learning:
     """Apply the rule of that name to a model. UserError: no such rule, or a model that does not fit it."""
     rule = find(name)
     try:
-        return rule.build(model, task)
+        return rule.build(model, problem)
     except ValueError as error:  # the library's own, for arguments that do not fit the model
         raise UserError(f"rule {name!r}: {error}") from error

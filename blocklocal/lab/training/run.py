@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from blocklocal.lab import outputs, subcommand
+from blocklocal.lab import outputs
 from blocklocal.lab.distributed.process_group import Processes, environment, joined
-from blocklocal.lab.environment import describe, peak_memory
+from blocklocal.lab.environment import describe
 from blocklocal.lab.errors import UserError, blame, of_machine, place
-from blocklocal.lab.runs.block_state import load_weights, unshard
+from blocklocal.lab.runs.block_state import unshard
 from blocklocal.lab.runs.checkpoints import Checkpoints, resume_hint
+from blocklocal.lab.runs.event_log import event_log, require_tensorboard
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.runs.lock import MOMENT
 from blocklocal.lab.settings import Settings
@@ -23,8 +24,10 @@ from blocklocal.lab.training import rules
 from blocklocal.lab.training.experiment import Experiment, check_facts, prepare
 from blocklocal.lab.training.loop import TrainingLoop
 from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer
-from blocklocal.lab.training.progress import Display, Plan, display
+from blocklocal.lab.training.progress import Plan, display
 from blocklocal.lab.training.recipes import settings_from
+from blocklocal.lab.training.record import headline, summary, train_epoch
+from blocklocal.lab.training.trained import load_tested
 from blocklocal.lab.training.trainer import SingleTrainer, Trainer
 
 RESTART = 30.0  # seconds
@@ -44,6 +47,8 @@ def train(settings: Settings) -> dict[str, Any]:
     at the end. UserError: settings, data or a folder that cannot be used; a loss that is no number.
     """
     settings.check()
+    if settings.tensorboard:
+        require_tensorboard()
     if environment() is None:
         settings.check_alone()
     else:
@@ -83,32 +88,36 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     records = run.rewind(epochs=done) if processes.rank == 0 else []
     if settings.compile:
         experiment.learner.compile()
-    plan = Plan(settings.epochs, experiment.steps, settings.batch_size, checkpoints.blocks, done=done, rest=rest)
+    plan = Plan(
+        settings.epochs,
+        experiment.steps,
+        settings.batch_size,
+        checkpoints.blocks,
+        done=done,
+        rest=rest,
+        unit=experiment.task.unit,
+        judged_by=experiment.task.judged_by,
+    )
     console = Terminal(stderr=True)
-    console.print(_headline(experiment, plan, trainer, processes), soft_wrap=True)
+    console.print(headline(trainer, plan, processes), soft_wrap=True)
+    events = event_log(run.events, records, wanted=settings.tensorboard and processes.rank == 0)
     with _resumable(run, checkpoints, processes), _closed(trainer):
-        with display(console, plan) as shown:
+        with display(console, plan) as shown, events as log_event:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
-                    record = _epoch(epoch, loop, processes, shown=shown)
+                    record = train_epoch(epoch, loop, processes, shown=shown)
                 if processes.rank == 0:
                     run.append(record)
+                    log_event(record)
                 records.append(record)
                 loop.end_epoch(epoch)
         checkpoints.wait()
         processes.barrier()
         if processes.rank > 0:
             return {}
-        _save(run, experiment, checkpoints, own=trainer.blocks)
-    return {
-        "rule": settings.rule,
-        "blocks": checkpoints.blocks,
-        "accuracy": records[-1]["test_accuracy"][-1],
-        "accuracy_all": records[-1]["test_accuracy_all"],
-        "seconds": round(sum(record["seconds"] for record in records), 3),
-        "epochs": settings.epochs,
-        "out": str(run.path),
-    }
+        with trainer.averaged():
+            _save(run, experiment, checkpoints, own=trainer.blocks)
+    return {**summary(records, experiment), "out": str(run.path)}
 
 
 def _open(run: Run, *, resume: bool) -> None:
@@ -202,46 +211,13 @@ def _trainer(experiment: Experiment, processes: Processes, *, run: Run) -> Train
 
 def _begin(run: Run, experiment: Experiment, processes: Processes) -> None:
     facts = {
-        "data": experiment.dataset.facts,
+        "data": experiment.task.facts,
         "parameters": sum(parameter.numel() for parameter in experiment.learner.model.parameters()),
         "blocks": len(experiment.learner.blocks),
         "steps": experiment.steps,
         "processes": processes.size,
     }
     run.create(experiment.settings, facts=facts | describe(processes.device))
-
-
-def _epoch(epoch: int, loop: TrainingLoop, processes: Processes, *, shown: Display) -> dict[str, Any]:
-    """Train and test through one epoch, together with the other processes; its line of metrics.jsonl."""
-    trainer, experiment = loop.trainer, loop.experiment
-    blocks = len(experiment.learner.blocks)
-
-    def watch(step: int, losses: Sequence[float]) -> None:
-        own = dict(zip(trainer.blocks, losses, strict=True))
-        shown.step(epoch, step, [own.get(k) for k in range(blocks)])
-
-    losses = torch.zeros(blocks, dtype=torch.float64)
-    losses[list(trainer.blocks)] = loop.epoch(epoch, watch=watch).cpu()
-    held_out, exits = trainer.validate(), trainer.test()
-    record = {
-        "epoch": epoch,
-        "train_loss": (processes.sum(losses) / experiment.settings.replicas).tolist(),
-        "test_accuracy": exits.accuracies,
-        "test_accuracy_all": exits.combined_accuracy,
-        "seconds": round(loop.seconds, 3),
-        "peak_memory_mib": round(processes.largest(peak_memory(processes.device)), 1),
-        "borders": trainer.diagnose(epoch),
-    }
-    if held_out is not None:
-        record |= {
-            "validation_accuracy": held_out.accuracies,
-            "validation_accuracy_all": held_out.combined_accuracy,
-            "exit_weights": list(experiment.learner.pool.weights),
-        }
-    if angles := experiment.angles(epoch):
-        record["angles"] = angles
-    shown.epoch(record)
-    return record
 
 
 def _gather(experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[int]) -> None:
@@ -253,22 +229,4 @@ def _gather(experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[i
     others = [k for k in range(len(experiment.learner.blocks)) if k not in own]
     if others and checkpoints.latest() != end:
         raise OSError("the last checkpoint is not whole, and with it the other processes' blocks: --resume tries again")
-    load_weights(experiment.learner, checkpoints, minibatch=end, blocks=others)
-
-
-def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, processes: Processes) -> str:
-    settings, dataset = experiment.settings, experiment.dataset
-    channels, (height, width) = dataset.channels, dataset.size
-    model = f"{settings.model} in {plan.blocks} blocks" if plan.blocks > 1 else f"{settings.model} whole"
-    here = ", ".join(map(str, trainer.blocks))
-    part = f" over {processes.size} processes, here {here}" if processes.size > 1 else ""
-    progress = ""
-    if plan.done or plan.rest:
-        inside = f" and {plan.rest} of {plan.steps} steps" if plan.rest else ""
-        rest = "nothing is left to train" if plan.done == plan.epochs else "going on"
-        progress = f"; {plan.done} of {plan.epochs} epochs{inside} are done, {rest}"
-    return (
-        f"{subcommand.title()}{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test images "
-        f"of {channels}x{height}x{width}, {len(dataset.classes)} classes; "
-        f"{model}{part}, rule {settings.rule}, on {processes.device}{progress}"
-    )
+    load_tested(experiment, checkpoints, minibatch=end, blocks=others)

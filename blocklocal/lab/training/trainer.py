@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from blocklocal.lab.runs.block_state import (
 from blocklocal.lab.runs.checkpoint_part import State
 from blocklocal.lab.training.evaluation import Exits
 from blocklocal.lab.training.experiment import Experiment
-from blocklocal.lab.training.optim import set_rate
+from blocklocal.lab.training.optim import averaged, set_rate
 
 
 class Trainer(Protocol):
@@ -52,7 +53,11 @@ class Trainer(Protocol):
         ...
 
     def test(self) -> Exits:
-        """Evaluate all exits on the test images."""
+        """Evaluate all exits on the test samples."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """See `optim.averaged`: a context for tests, and for saving the trained model."""
         ...
 
     def diagnose(self, epoch: int) -> list[dict[str, float]]:
@@ -107,6 +112,9 @@ class SingleTrainer:
 
     def test(self) -> Exits:
         return self.experiment.test()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        return averaged(self.optimizers)
 
     def diagnose(self, epoch: int) -> list[dict[str, float]]:
         return self.learner.diagnose(*next(self.experiment.training_batches(epoch)))

@@ -1,4 +1,4 @@
-"""Tries a model and its learner on a few images, before a run writes anything to disk.
+"""Tries a model and its learner on a few samples, before a run writes anything to disk.
 
 Parameters, buffers, gradients and random states are unchanged afterwards, so a trial does not affect the run.
 """
@@ -22,15 +22,23 @@ from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.runs.block_state import block_state
 from blocklocal.lab.training.rules import Learning
 
-FEW = 8  # images that a trial takes
+FEW = 8  # samples that a trial takes
 EXTRA = "_extra_state"  # torch's name for what get_extra_state() of a module returns
 
 
-def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: AbstractContextManager) -> None:
-    """Run a pass in training mode and one in evaluation mode over images x, in `context`.
+def try_model(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    name: str,
+    shape: tuple[int, ...],
+    context: AbstractContextManager,
+    unit: str = "images",
+) -> None:
+    """Run a pass in training mode and one in evaluation mode over samples x, in `context`.
 
-    UserError: no parameters to train, or one that overlaps itself in memory; a pass that fails, or does not give
-    `classes` finite logits per image.
+    unit: what the samples are called. UserError: no parameters to train, or one that overlaps itself in memory; a pass
+    that fails, or does not give finite logits of this shape, (B, n) or (B, T, n).
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise UserError(f"model {name!r} has parameters without a shape: give its lazy modules their sizes")
@@ -40,12 +48,12 @@ def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: 
         check_parameters(model)
     except ValueError as error:
         raise UserError(f"model {name!r}: {error}") from error
-    with _preserved(model, device=x.device), blame(f"model {name!r} fails on images of shape {(*x.shape,)}"):
+    with _preserved(model, device=x.device), blame(f"model {name!r} fails on {unit} of shape {(*x.shape,)}"):
         for training in (True, False):
             model.train(training)
             with context, torch.set_grad_enabled(training):
                 logits = model(x)
-            fault = _fault(logits, shape=(len(x), classes), device=x.device)
+            fault = _fault(logits, shape=shape, unit=unit, device=x.device)
             if fault:
                 raise UserError(f"model {name!r} {fault}")
             if training and not logits.requires_grad:
@@ -53,7 +61,7 @@ def try_model(model: nn.Module, x: Tensor, *, name: str, classes: int, context: 
 
 
 def try_learning(learning: Learning, x: Tensor, y: Tensor, *, name: str, context: AbstractContextManager) -> None:
-    """Run a step without an optimizer on images x with labels y, and all exits.
+    """Run a step without an optimizer on samples x with labels y, and all exits.
 
     UserError: this fails, or a loss or gradient is not finite.
     """
@@ -91,24 +99,24 @@ def try_checkpoint(learner: BlockLocal, *, name: str) -> None:
                 raise UserError(f"model {name!r}: {key} would not be taken back: its module needs set_extra_state()")
 
 
-def _fault(logits: object, *, shape: tuple[int, int], device: torch.device) -> str:
+def _fault(logits: object, *, shape: tuple[int, ...], unit: str, device: torch.device) -> str:
     """What is wrong with the output of a model, if anything."""
-    images, classes = shape
+    samples, classes = shape[0], shape[-1]
     if inspect.iscoroutine(logits):
         logits.close()
         return "has an async forward(), which returns no tensor: define it with def alone"
     if not isinstance(logits, Tensor):
         return f"gives an object of type {type(logits).__name__}, not a tensor of logits"
-    if logits.dim() == 2 and len(logits) == images and logits.shape[1] != classes:
-        return f"gives {logits.shape[1]} logits per image for {classes} classes"
+    if logits.dim() == len(shape) == 2 and len(logits) == samples and logits.shape[1] != classes:
+        return f"gives {logits.shape[1]} logits per {unit[:-1]} for {classes} classes"
     if logits.shape != shape:
         return (
-            f"gives a tensor of shape {(*logits.shape,)} for {images} images and {classes} classes: it must be {shape}"
+            f"gives a tensor of shape {(*logits.shape,)} for {samples} {unit} and {classes} classes: it must be {shape}"
         )
     if not logits.is_floating_point():
         return f"gives a tensor of {logits.dtype}: logits must be floating-point numbers"
     if logits.device != device:
-        return f"gives a tensor on {logits.device} from images on {device}: keep it there"
+        return f"gives a tensor on {logits.device} from {unit} on {device}: keep it there"
     if not logits.isfinite().all():
         return "gives logits that are not finite, with its initial weights"
     return ""

@@ -1,0 +1,98 @@
+"""Tables of numbers and words with a column of classes: CSV, Parquet, or scikit-learn's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from blocklocal.arguments import first_line
+from blocklocal.lab.data.dataset import Dataset, Split, sample
+from blocklocal.lab.errors import UserError
+
+OWN = ("iris", "wine", "breast_cancer")  # of scikit-learn
+WORDS = 100  # different ones at most in a column of words
+TEST = 5  # one row in this number, of each class, is for testing
+
+
+def load_table(name: str, *, target: str | None, train_size: int = 0, test_size: int = 0) -> Dataset:
+    """Load a table by the name of a file, or one of `OWN`; every fifth row of each class is for testing.
+
+    Columns of words become one number for each word, 0 or 1. All are brought to mean 0 and deviation 1 over the
+    training rows; where a value is missing, it is the mean.
+    UserError: no such file or column; a column of words with more than `WORDS`; classes that are no classes.
+    """
+    table = _read(name)
+    target = table.columns[-1] if target is None else target
+    if target not in table.columns:
+        raise UserError(f"data 'table:{name}' has no column {target!r}: --target is one of {', '.join(table.columns)}")
+    column = table[target]
+    assert isinstance(column, pd.Series)  # the names of columns differ
+    classes, labels = _classes(column, name=name)
+    features = _features(table.drop(columns=target), name=name)
+    test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(len(classes)):
+        test[(labels == label).nonzero()[TEST - 1 :: TEST]] = True
+    if not test.any():
+        raise UserError(f"data 'table:{name}' has no class of {TEST} rows, and so none to test on")
+    train = Split(features[~test], labels[~test])
+    mean = train.inputs.nanmean(0)
+    deviation = (train.inputs - mean).nan_to_num().square().mean(0).sqrt()
+    scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+    parts = (train, Split(features[test], labels[test]))
+    train, held = (replace(part, inputs=((part.inputs - mean) / scale).nan_to_num().float()) for part in parts)
+    return Dataset(f"table:{name}", classes, train.of(sample(len(train), size=train_size)), held.sample(test_size))
+
+
+def _read(name: str) -> pd.DataFrame:
+    if name in OWN:
+        from sklearn import datasets
+
+        table = getattr(datasets, f"load_{name}")(as_frame=True)
+        return table.frame.assign(target=[str(table.target_names[i]) for i in table.target])
+    file = Path(name)
+    if not file.is_file():
+        raise UserError(f"data 'table:{name}': there is no such file, and scikit-learn's are {', '.join(OWN)}")
+    try:
+        table = pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+    except (ValueError, OSError) as error:  # pandas' own and pyarrow's errors are among them
+        raise UserError(f"{name!r} cannot be read as a table ({first_line(error)})") from error
+    table.columns = table.columns.map(str)
+    if len(table.columns) < 2 or not len(table):
+        raise UserError(f"{name!r} has {len(table)} rows of {len(table.columns)} columns: features and classes needed")
+    if not table.columns.is_unique:
+        raise UserError(f"{name!r} has two columns of one name: {table.columns[table.columns.duplicated()][0]!r}")
+    return table
+
+
+def _classes(column: pd.Series, *, name: str) -> tuple[tuple[str, ...], torch.Tensor]:
+    """The names of the classes, in order, and the label of each row."""
+    where = f"data 'table:{name}', column {column.name!r}"
+    if column.isna().any():
+        raise UserError(f"{where}: row {int(column.isna().to_numpy().argmax())} has no class")
+    if pd.api.types.is_float_dtype(column) and np.any(column.to_numpy() % 1 != 0):
+        raise UserError(f"{where} holds numbers, not classes: choose another with --target")
+    codes, names = pd.factorize(column, sort=True)
+    if len(names) < 2 or len(names) > len(column) // 2:
+        raise UserError(f"{where} has {len(names)} different values in {len(column)} rows: no classes to learn")
+    return tuple(map(str, names)), torch.tensor(codes, dtype=torch.int64)
+
+
+def _features(table: pd.DataFrame, *, name: str) -> torch.Tensor:
+    """(N, F) in double precision, nan where a value is missing."""
+    words = [column for column in table if not pd.api.types.is_numeric_dtype(table[column])]
+    for column in words:
+        count = table[column].nunique()
+        if count > WORDS:
+            raise UserError(
+                f"data 'table:{name}', column {column!r} holds {count} different words, more than {WORDS}: remove it"
+            )
+    encoded = pd.get_dummies(table, columns=words, dtype=float) if words else table
+    found = torch.tensor(encoded.to_numpy(dtype=float, na_value=float("nan")))
+    if found.isinf().any():
+        row, column = found.isinf().nonzero()[0].tolist()
+        raise UserError(f"data 'table:{name}': row {row} of column {encoded.columns[column]!r} is infinite")
+    return found

@@ -1,0 +1,35 @@
+"""Models of text by name: built in, or any function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.models import is_own, make
+from blocklocal.lab.models.gpt import GPT
+
+MODELS = {
+    "gpt-tiny": partial(GPT, width=64, depth=4, heads=4),
+    "gpt-small": partial(GPT, width=128, depth=4, heads=4),  # nanoGPT's for a CPU
+    "gpt-medium": partial(GPT, width=192, depth=6, heads=6),
+}
+
+
+def build(name: str, *, tokens: int, context: int, arguments: Mapping[str, Any]) -> nn.Module:
+    """Build a new model that gives logits (B, T, tokens) of the next token from ids (B, T), T at most `context`.
+
+    name: one of `MODELS`, or `package.module:function`, a function that is called with tokens= and context= and returns
+    the module. arguments: more for the function that makes it. UserError: no such model or function, or one that fails.
+    """
+    if name not in MODELS and not is_own(name):
+        raise UserError(f"unknown model {name!r} for text: choose {', '.join(MODELS)}, or package.module:function")
+    return make(name, MODELS, {"tokens": tokens, "context": context}, arguments)
+
+
+def depth(name: str, arguments: Mapping[str, Any]) -> int:
+    """The number of blocks of a built-in model; 0 for others."""
+    return int({**MODELS[name].keywords, **arguments}["depth"]) if name in MODELS else 0
