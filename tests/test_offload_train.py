@@ -12,7 +12,19 @@ from blocklocal.lab.settings import Settings
 from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer
 from blocklocal.lab.training.run import train
 
-TINY = Settings(model="cnn", epochs=2, train_size=256, test_size=100, validation=50, threads=1, clip=1.0, save_every=2)
+TINY = Settings(
+    model="cnn",
+    epochs=2,
+    train_size=256,
+    test_size=100,
+    validation=50,
+    threads=1,
+    clip=1.0,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=0.1,
+    save_every=2,
+)
 TIMES = ("seconds", "peak_memory_mib")
 
 
@@ -70,7 +82,10 @@ def test_blocks_over_processes_are_not_offloaded(capsys: pytest.CaptureFixture) 
 
 
 REFUSED = {
-    "schedule-free": (["--offload", "cpu", "--optimizer", "schedulefree"], "--optimizer schedulefree does not allow"),
+    "schedule-free": (
+        ["--offload", "cpu", "--optimizer", "schedulefree", "--schedule", "constant"],
+        "--optimizer schedulefree does not allow",
+    ),
     "unknown": (["--offload", "gpu"], "--offload 'gpu' is unknown: choose none, cpu, disk or disk:FOLDER"),
     "no folder": (["--offload", "disk:"], "is unknown"),
     "a folder of memory": (["--offload", "cpu:here"], "is unknown"),

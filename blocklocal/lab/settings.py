@@ -201,7 +201,9 @@ class Settings:
             if getattr(self, name) != getattr(Settings, name):
                 raise UserError(f"--offload keeps one block at a time in memory: leave it out, or {flag(name)}")
         if self.optimizer == "schedulefree":
-            raise UserError("--offload keeps one block at a time in memory, which --optimizer schedulefree does not allow")
+            raise UserError(
+                "--offload keeps one block at a time in memory, which --optimizer schedulefree does not allow"
+            )
 
     @property
     def kind(self) -> str:

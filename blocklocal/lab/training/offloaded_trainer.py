@@ -39,9 +39,11 @@ class OffloadedTrainer(SingleTrainer):
 
     def train(self, epoch: int, *, begin: int) -> Iterator[Tensor]:
         if self.learner.offloaded is None:
-            made = {parameter: one for one in self.optimizers for parameter in one.param_groups[0]["params"]}
+            made = {p: one for one in self.optimizers for group in one.param_groups for p in group["params"]}
             self.learner.offload(
-                self._store, optimizer=lambda own: next(made[p] for p in own if p in made), device=self.experiment.device
+                self._store,
+                optimizer=lambda own: next(made[p] for p in own if p in made),
+                device=self.experiment.device,
             )
         yield from super().train(epoch, begin=begin)
 
