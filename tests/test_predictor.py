@@ -132,8 +132,8 @@ def test_what_no_gradient_reaches_stays_where_it_is_read() -> None:
 def test_compiled_and_recomputed_layers() -> None:
     x, y = batch()
     _, learner = both()
-    learner.model[1].compile(backend="eager")
-    bll.recompute(learner.model[2])
+    learner.model.get_submodule("1").compile(backend="eager")
+    bll.recompute(learner.model.get_submodule("2"))
     learner.backward(x, y)
     learner.eval()
     for exit in EXITS:
