@@ -19,6 +19,7 @@ from blocklocal.messages import (
     spatial_mean,
     spatial_std,
 )
+from blocklocal.offload import FileStore, HostStore
 from blocklocal.recompute import recompute
 from blocklocal.split import split
 
@@ -38,10 +39,12 @@ __all__ = [
     "CollapseWarning",
     "Family",
     "Feedback",
+    "FileStore",
     "Gaussian",
     "GaussianMeanVariance",
     "GradientFeedback",
     "Hooked",
+    "HostStore",
     "Lookahead",
     "Pipeline",
     "Poisson",

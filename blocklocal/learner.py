@@ -18,6 +18,7 @@ from blocklocal.arguments import (
     module_of,
     require,
     require_dense,
+    require_device,
     require_function,
     require_gradients,
     require_number,
@@ -38,8 +39,10 @@ from blocklocal.inputs import (
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
+from blocklocal.lookahead import lookaheads
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import BorderInput, Criterion, Statistic, add_belief, dense, spatial_mean
+from blocklocal.offload import Offloaded, Store
 from blocklocal.outline import Outline, adopt, share
 from blocklocal.shape_probe import check_prediction, probe_shapes
 from blocklocal.side_inputs import SideInputs
@@ -144,6 +147,8 @@ class BlockLocal(LocalLearner, Convertible):
         self.pool = ExitPool(len(self.blocks), labels=self.targets.labels)
         if self.borders:
             borders.check_criterion()
+        self.offloaded: Offloaded | None = None
+        """The blocks in a store, after `offload`."""
         self._regions: list[Region] = []  # once compiled; in a list, since blocks are registered as blocks
         self._examples: list[Example] = []  # of every block, and the prediction; none where there is no border
         if self.borders and example is not None:
@@ -198,6 +203,7 @@ class BlockLocal(LocalLearner, Convertible):
         self._check(x, y)
         if torch.is_grad_enabled():
             self._check_replicas()
+            self._require_here("the graphs of all blocks cannot be alive at once; call backward()")
         losses: list[Tensor] = []
         h: Any = x
         for k in range(len(self.blocks)):
@@ -225,6 +231,8 @@ class BlockLocal(LocalLearner, Convertible):
         self._check(x, y)
         self._check_replicas()
         step = self._stepper(scale=scale, optimizers=optimizers, scaler=scaler)
+        if self.offloaded is not None:
+            self.offloaded.check_steps(optimizers)
         losses: list[Tensor] = []
         h: Any = x
         for k in range(len(self.blocks)):
@@ -284,6 +292,7 @@ class BlockLocal(LocalLearner, Convertible):
         >>> sorted(early.blocks.state_dict())
         ['0.bias', '0.weight']
         """
+        self._require_here("a predictor would have no weights; call predict()")
         exits, pool = self._read(exit)
         return Predictor(
             self.blocks[: len(exits)], exits, inputs=self.side_inputs, pool=pool, add_beliefs=self.adds_beliefs
@@ -315,6 +324,7 @@ class BlockLocal(LocalLearner, Convertible):
             known = ", ".join(map(repr, torch.compiler.list_backends()))
             raise ValueError(f"backend={backend!r}: choose {known}, or pass a function")
         require(dynamic, bool | None, name="dynamic", needed="pass True, False or None")
+        self._require_here("blocks that come and go are not compiled")
         for k, block in enumerate(self.blocks):
             if isinstance(block, torch.jit.ScriptModule):
                 raise ValueError(f"block {k} is a ScriptModule, which is already compiled: pass its original module")
@@ -326,12 +336,71 @@ class BlockLocal(LocalLearner, Convertible):
         for region in self._regions:
             region.compile(backend=backend, dynamic=dynamic)
 
+    def offload(
+        self,
+        store: Store,
+        *,
+        optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        weights: Mapping[str, Tensor] | None = None,
+        resume: bool = False,
+    ) -> Offloaded:
+        """Keep the blocks in `store`, and in memory only the one at work, with its optimizer's state.
+
+        A block comes when its turn begins and leaves when another's does: then `backward` with the optimizers of the
+        object returned, `local`, `exits`, `predict`, `fit_exits` and `diagnose` work as before, and give the same to
+        the bit. store: `HostStore()` or `FileStore(folder)`. optimizer: from the parameters of a block and its border
+        to their optimizer; None if nothing is trained. device: where blocks are trained, by default where they are; the
+        CPU for a model on the meta device. Such a model is never in memory as a whole: each block is initialised, by
+        `reset_parameters` of its modules, from `seed` and its index, when it is needed first, or takes its part of
+        `weights`, a state dict of the model. resume: go on with what was saved in the store.
+
+        ValueError: a learner with `Lookahead` heads, compiled or offloaded already; a block that cannot be initialised;
+        a store with a saved run, or to resume, without one or of another model. Nothing has changed then.
+
+        >>> import blocklocal as bll
+        >>> learner = bll.BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
+        >>> offloaded = learner.offload(bll.HostStore(), optimizer=lambda weights: torch.optim.Adam(weights))
+        >>> learner.backward(torch.randn(4, 8), torch.tensor([0, 2, 1, 0]), optimizers=offloaded.optimizers).shape
+        torch.Size([2])
+        """
+        for name in ("put", "get", "prefetch", "save", "resume"):
+            if isinstance(store, type) or not callable(getattr(store, name, None)):
+                raise TypeError(f"store is {describe(store)}: pass bll.HostStore() or bll.FileStore(folder)")
+        if not callable(optimizer) and optimizer is not None:
+            raise TypeError(f"optimizer is {describe(optimizer)}: pass a function from parameters to an optimizer")
+        require(resume, bool, name="resume", needed="pass True or False")
+        seed = require_whole(seed, name="seed", least=0, most=2**63 - 1)
+        first = next((t for t in (*self.blocks.parameters(), *self.blocks.buffers())), torch.empty(0))
+        where = require_device(("cpu" if first.is_meta else first.device) if device is None else device, name="device")
+        self._require_here("it cannot be again")
+        if self._regions:
+            raise ValueError(
+                "the learner is compiled, and blocks that come and go are not: offload() without compile()"
+            )
+        if lookaheads(self.borders):
+            raise ValueError("Lookahead() reads the weights of the next block, which is elsewhere: use another head")
+        self._outline.check()
+        self.offloaded = Offloaded(
+            self,
+            self._outline,
+            store,
+            optimizer=optimizer,
+            device=where,
+            seed=seed,
+            weights=weights,
+            resume=resume,
+        )
+        return self.offloaded
+
     def train(self, mode: bool = True) -> BlockLocal:
         self.model.train(mode)
         return super().train(mode)
 
     def convert(self, fn: Callable[[Tensor], Tensor], *, recurse: bool = True) -> None:
         """Replace each parameter and buffer by fn(tensor); the blocks stay those of the model."""
+        self._require_here("weights that are elsewhere are not converted; pass device= to offload()")
         self._outline.check()
         convert(self.model, fn, recurse=recurse)
         for name, child in self.named_children():  # the borders, and a criterion that is a module
@@ -354,6 +423,11 @@ class BlockLocal(LocalLearner, Convertible):
         """The blocks that are not the model's own modules."""
         given = set(self.model.modules())
         return [block for block in self.blocks if block not in given]
+
+    def _require_here(self, why: str) -> None:
+        """ValueError: the learner is offloaded."""
+        if self.offloaded is not None:
+            raise ValueError(f"the learner is offloaded, and {why}; offloaded.end() brings all blocks back")
 
     def _received(self, k: int, h: Any) -> tuple[Any, Tensor | None]:
         """The features that block k receives, the model's inputs for block 0, and the belief if there is one."""
@@ -424,6 +498,8 @@ class BlockLocal(LocalLearner, Convertible):
                 f"block {k} is on the meta device, where nothing is computed: give it memory with to_empty(device=...) "
                 "and initialise it, or build the model on a real device"
             )
+        if self.offloaded is not None:
+            self.offloaded.bring(k)
         torch.clear_autocast_cache()  # it may hold weights from before an optimizer step, or without a graph
         if k > 0:
             require_dense(h, name="h")

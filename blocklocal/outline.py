@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from blocklocal.graph import few, obstacle, trace
 from blocklocal.modes import Training
@@ -16,8 +17,11 @@ class Outline:
     """What the containers of `model`, the modules that are in no block themselves, held when it was cut into `blocks`.
 
     `check` is cheap and belongs at the beginning of each pass; `note` records the containers as they are now.
-    example: what the model takes, None if it was traced without.
+    example: what the model takes, None if it was traced without. refuse: a function that a call of a container runs
+    first, to raise an error, see `guard`.
     """
+
+    refuse: Callable[..., None] | None = None
 
     def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], *, example: Inputs | None = None) -> None:
         blocks = list(blocks)
@@ -28,11 +32,19 @@ class Outline:
             if module not in inside and not inside.isdisjoint(module.modules())
         }
         self.traced = bool(self.containers) and not set(blocks) <= set(model.modules())
+        self._guards: list[RemovableHandle] = []
         self.arguments = None
         if self.traced and example is not None:
             self.arguments = arguments_of(model, few(model, example)).zeros(device=next(tensors(example)).device)
         self.graph = self._graph()
         self.note()
+
+    def guard(self, refuse: Callable[..., None] | None) -> None:
+        """Run `refuse` first wherever a container is called, which the blocks never do; None: no longer."""
+        for handle in self._guards:
+            handle.remove()
+        self.refuse = refuse
+        self._guards = [] if refuse is None else [m.register_forward_pre_hook(refuse) for m in self.containers.values()]
 
     def note(self) -> None:
         self.members = {name: _members(module) for name, module in self.containers.items()}
@@ -40,6 +52,14 @@ class Outline:
 
     def check(self) -> None:
         """ValueError: a container has hooks, or its submodules, tensors or constants have changed since it was cut."""
+        refuse = self.refuse
+        self.guard(None)  # it is no hook of the user's
+        try:
+            self._check()
+        finally:
+            self.guard(refuse)
+
+    def _check(self) -> None:
         for name, module in self.containers.items():
             if found := obstacle(module):
                 raise ValueError(f"{_called(name)} {found}: build a new learner, cut outside it")

@@ -84,7 +84,7 @@ GROUPS = {
     "estimate_variance softness power add_beliefs",
     "optimisation": "epochs batch_size accumulate optimizer lr momentum beta2 weight_decay clip schedule warmup "
     "label_smoothing seed",
-    "execution": "dtype channels_last device threads compile replicas shard message_dtype timeout",
+    "execution": "dtype channels_last device threads compile offload replicas shard message_dtype timeout",
     "output": "out save_every trace tensorboard resume trust",
 }
 

@@ -15,7 +15,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 from torch.distributed.device_mesh import init_device_mesh
 
 import blocklocal as bll
-from blocklocal import alignment, pipeline
+from blocklocal import alignment, offload, pipeline
 
 MODULES = [info.name for info in pkgutil.walk_packages(bll.__path__, "blocklocal.")]
 GIVEN = {"bll": bll, "torch": torch, "nn": nn, "init_device_mesh": init_device_mesh}
@@ -43,7 +43,7 @@ def public() -> list[tuple[str, object]]:
     """Classes and functions. Constants have no docstring of their own, and stand in examples of their terms."""
     names = [
         (module.__name__, name, getattr(module, name))
-        for module in (bll, pipeline, alignment)
+        for module in (bll, offload, pipeline, alignment)
         for name in module.__all__
     ]
     return [(f"{module}.{name}", thing) for module, name, thing in names if inspect.isclass(thing) or callable(thing)]

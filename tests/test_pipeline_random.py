@@ -22,7 +22,7 @@ import blocklocal as bll
 from blocklocal.lookahead import lookaheads
 from blocklocal.messages import BorderSpec
 from blocklocal.pipeline import Pipeline, Placement
-from blocklocal.pipeline.seeding import seeded
+from blocklocal.seeding import seeded
 
 EXAMPLES = int(os.environ.get("BLOCKLOCAL_EXAMPLES", "12"))
 CLASSES, ROWS, SEED = 3, 6, 5

@@ -133,6 +133,9 @@ class Settings:
     """CPU threads; 0 leaves the choice to PyTorch"""
     compile: Annotated[bool, EXECUTION] = False
     """compile every block with torch.compile"""
+    offload: Annotated[str, EXECUTION] = "none"
+    """keep one block at a time on the device, with its optimizer state, and the others in host memory (cpu) or in files
+    (disk, disk:FOLDER)"""
     replicas: Annotated[int, EXECUTION, Range(least=1)] = 1
     """over processes: copies of every block, each learning from its share of a minibatch"""
     shard: Annotated[bool, EXECUTION, Needs("replicas")] = False
@@ -173,6 +176,8 @@ class Settings:
             raise UserError(
                 f"--shard leaves no whole unit for --lookahead {self.lookahead} to copy: leave one of them out"
             )
+        if self.offload != "none":
+            self._check_offload()
         if len(set(self.at)) < len(self.at):
             raise UserError(f"--at {' '.join(self.at)} names a submodule twice")
 
@@ -183,6 +188,25 @@ class Settings:
                 raise UserError(
                     f"{flag(name)} is for blocks over processes: start with bll launch, even for --processes 1"
                 )
+
+    def check_together(self) -> None:
+        """Check the settings of a run over processes. UserError: an option that is for one process."""
+        if self.offload != "none":
+            raise UserError(
+                "--offload is for a run in one process, and every process keeps its own blocks: leave it out"
+            )
+
+    def _check_offload(self) -> None:
+        where, colon, folder = self.offload.partition(":")
+        if where not in ("cpu", "disk") or (colon and (where == "cpu" or not folder)):
+            raise UserError(f"--offload {self.offload!r} is unknown: choose none, cpu, disk or disk:FOLDER")
+        for name in ("accumulate", "compile", "lookahead"):
+            if getattr(self, name) != getattr(Settings, name):
+                raise UserError(f"--offload keeps one block at a time in memory: leave it out, or {flag(name)}")
+        if self.optimizer == "schedulefree":
+            raise UserError(
+                "--offload keeps one block at a time in memory, which --optimizer schedulefree does not allow"
+            )
 
     @property
     def kind(self) -> str:
@@ -230,7 +254,7 @@ OF_KIND = {
 NEEDED = {"images": "images", "text": "text", "table": "a table"}
 
 # Where a run is kept and how it is started and watched, not what it computes.
-NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace", "tensorboard")
+NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace", "tensorboard", "offload")
 
 LONGEST = 60  # characters of one name within a folder name
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import nn
 
-from blocklocal.pipeline.seeding import seeded
+from blocklocal.initialisation import initialise, initialisers
 from blocklocal.pipeline.stage import LocalStep
 
 
@@ -19,24 +16,7 @@ def materialize(step: LocalStep, *, device: torch.device, seed: int) -> LocalSte
     """
     if not any(tensor.is_meta for tensor in (*step.parameters(), *step.buffers())):
         return step.to(device)
-    resets = [_reset(name, module, k=step.k) for name, module in step.named_modules() if _holds_tensors(module)]
+    initialisers(step, k=step.k)  # refuses before there is memory
     step.to_empty(device=device)
-    with seeded(seed, step.k, device=device):
-        for reset in resets:
-            reset()
+    initialise(step, k=step.k, seed=seed, device=device)
     return step
-
-
-def _holds_tensors(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-
-
-def _reset(name: str, module: nn.Module, *, k: int) -> Callable[[], object]:
-    reset = getattr(module, "reset_parameters", None)
-    if not callable(reset):
-        raise ValueError(
-            f"{name!r} of block {k}, a {type(module).__name__}, is on the meta device and has no reset_parameters() "
-            "to initialise it: write one, move the tensors of a container that is cut into a submodule, or "
-            "build the model on a real device"
-        )
-    return reset

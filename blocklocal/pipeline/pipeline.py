@@ -98,6 +98,10 @@ class Pipeline:
     ) -> None:
         group, replicas = dimensions(mesh)
         require(learner, BlockLocal, name="learner", needed="pass a bll.BlockLocal")
+        if learner.offloaded is not None:
+            raise ValueError(
+                "the learner is offloaded: end() it, since every process of a pipeline keeps its own blocks"
+            )
         require_function(optimizer, name="optimizer", needed="pass a function from parameters to an optimizer")
         window = require_whole(window, name="window", least=1)
         prefetch = require_whole(prefetch, name="prefetch", least=1)

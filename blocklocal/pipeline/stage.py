@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from blocklocal.inputs import check_frozen
 from blocklocal.learner import BlockLocal, Features
 from blocklocal.messages import dense
-from blocklocal.pipeline.seeding import seeded
 from blocklocal.pipeline.trace import Phase, Trace
+from blocklocal.seeding import seeded
 from blocklocal.values import Inputs, tensors
 
 Message = tuple[Tensor, ...]

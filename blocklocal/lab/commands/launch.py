@@ -92,6 +92,7 @@ def main(args: Sequence[str]) -> None:
     settings = settings_from(rest)
     settings.check()
     rules.check_over_processes(settings.rule)
+    settings.check_together()
     run = Run(settings.folder)
     if settings.resume:
         run.records()  # checked before anything is started

@@ -27,7 +27,9 @@ def block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None) -> Sta
     If replicas hold shares of the block, all of them call this and get the whole. UserError: the state of a module is
     not a tensor.
     """
-    state = {name: tensor for name, tensor in learner.state_dict().items() if _belongs(name, k)}
+    state = {**learner.blocks[k].state_dict(prefix=f"blocks.{k}.")}
+    if k < len(learner.borders):
+        state |= learner.borders[k].state_dict(prefix=f"borders.{k}.")
     for name, kept in state.items():
         if not isinstance(kept, Tensor):
             raise UserError(f"{name} of the model is a {type(kept).__name__}: a checkpoint can only hold tensors")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +21,22 @@ from blocklocal.lab.runs.folder import Run
 STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
+class EachInTurn(Mapping[int, State]):
+    """The states of these blocks, each made when it is asked for."""
+
+    def __init__(self, blocks: Iterable[int], state: Callable[[int], State]) -> None:
+        self._blocks, self._state = list(blocks), state
+
+    def __getitem__(self, k: int) -> State:
+        return self._state(k)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+
 class Checkpoints:
     """The folders step-N/block-K below `path`, where N is the number of minibatches that the block has learnt from.
 
@@ -33,14 +49,17 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, states: Mapping[int, State]) -> None:
+    def save(self, step: int, states: Mapping[int, State], *, together: bool = True) -> None:
         """Copy the states of some blocks and write them while training continues, after waiting for earlier writes.
 
-        If they cannot be written, there is a warning, nothing is left behind, and the last complete cut is kept.
+        together: whether there is memory for all of them; otherwise each is written before the next is asked for. If
+        they cannot be written, there is a warning, nothing is left behind, and the last complete cut is kept.
         """
         self.wait()
-        copies = {k: {name: _copy(value) for name, value in state.items()} for k, state in states.items()}
-        self._pending = self._writer.submit(self._write, step, copies)
+        copies = EachInTurn(states, lambda k: {name: _copy(value) for name, value in states[k].items()})
+        self._pending = self._writer.submit(self._write, step, dict(copies) if together else copies)
+        if not together:
+            self.wait()
 
     def wait(self) -> None:
         """Wait until everything is saved or given up. UserError: a tensor of a kind that cannot be saved."""

@@ -13,7 +13,7 @@ from blocklocal.lab.distributed.process_group import Processes
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.block_state import misfit
 from blocklocal.lab.runs.checkpoint_part import State
-from blocklocal.lab.runs.checkpoints import Checkpoints
+from blocklocal.lab.runs.checkpoints import Checkpoints, EachInTurn
 from blocklocal.lab.training.trainer import Trainer
 
 Watch = Callable[[int, Sequence[float]], None]
@@ -98,9 +98,11 @@ class TrainingLoop:
     def _save(self, minibatch: int) -> None:
         states, blocks = self.trainer.states(), self.trainer.blocks
         losses = torch.cat(self.losses) if self.losses else torch.zeros(0, len(blocks))
-        for k, state in states.items():
-            state |= {LOSSES: losses[:, blocks.index(k)], SECONDS: self.seconds}
-        self.checkpoints.save(minibatch, states)
+        self.checkpoints.save(
+            minibatch,
+            EachInTurn(states, lambda k: states[k] | {LOSSES: losses[:, blocks.index(k)], SECONDS: self.seconds}),
+            together=self.experiment.learner.offloaded is None,
+        )
 
     def _check_losses(self, losses: Tensor, *, epoch: int, first: int) -> None:
         """losses: (minibatches, blocks), from step `first` of the epoch on."""
@@ -114,7 +116,11 @@ class TrainingLoop:
 
     def _check_weights(self, *, epoch: int) -> None:
         """Check the weights, since the last step of an epoch may spoil them after the last loss."""
+        offloaded = self.experiment.learner.offloaded
         for k in self.trainer.blocks:
+            if offloaded is not None:
+                with torch.no_grad():
+                    offloaded.bring(k)
             for parameter in self.experiment.learner.block_parameters(k):
                 own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 if not own.isfinite().all():

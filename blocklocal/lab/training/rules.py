@@ -233,6 +233,14 @@ def check_over_processes(name: str) -> None:
         raise UserError(f"--rule {name} trains the model whole, in one process: use bll train")
 
 
+def check_offloaded(name: str) -> None:
+    """Check that a rule trains blocks one by one. UserError: no such rule, or one that trains the model as a whole."""
+    if not find(name).over_processes:
+        raise UserError(
+            f"--rule {name} trains the model whole, and --offload its blocks one by one: leave --offload out"
+        )
+
+
 def apply(name: str, model: nn.Module | Sequence[nn.Module], problem: Problem) -> Learning:
     """Apply the rule of that name to a model. UserError: no such rule, or a model that does not fit it."""
     rule = find(name)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from blocklocal.lab import outputs
 from blocklocal.lab.distributed.process_group import Processes, environment, joined
 from blocklocal.lab.environment import describe
 from blocklocal.lab.errors import UserError, blame, of_machine, place
@@ -23,6 +23,7 @@ from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.experiment import Experiment, check_facts, prepare
 from blocklocal.lab.training.loop import TrainingLoop
+from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer
 from blocklocal.lab.training.progress import Plan, display
 from blocklocal.lab.training.recipes import settings_from
 from blocklocal.lab.training.record import headline, summary, train_epoch
@@ -52,6 +53,9 @@ def train(settings: Settings) -> dict[str, Any]:
         settings.check_alone()
     else:
         rules.check_over_processes(settings.rule)
+        settings.check_together()
+    if settings.offload != "none":
+        rules.check_offloaded(settings.rule)
     run = Run(settings.folder)
     with joined(device=settings.device, timeout=settings.timeout) as processes, _alone(run, processes):
         return _train(run, settings, processes)
@@ -73,7 +77,7 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     if resume:
         check_facts(experiment, run.facts())
     with _blamed(settings, processes):
-        trainer = _trainer(experiment, processes, trace=run.traces)
+        trainer = _trainer(experiment, processes, run=run)
     checkpoints = Checkpoints(run.checkpoints, blocks=len(experiment.learner.blocks))
     if processes.rank == 0:
         _prepare_folder(run, experiment, checkpoints, processes, resume=resume)
@@ -97,7 +101,7 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     console = Terminal(stderr=True)
     console.print(headline(trainer, plan, processes), soft_wrap=True)
     events = event_log(run.events, records, wanted=settings.tensorboard and processes.rank == 0)
-    with _resumable(run, checkpoints, processes):
+    with _resumable(run, checkpoints, processes), _closed(trainer):
         with display(console, plan) as shown, events as log_event:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
@@ -150,11 +154,25 @@ def _resumable(run: Run, checkpoints: Checkpoints, processes: Processes) -> Iter
         raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {resume_hint(run)}") from error
 
 
+@contextmanager
+def _closed(trainer: Trainer) -> Iterator[None]:
+    """In the end, and whatever happens before, nothing is left of blocks that lived in files."""
+    try:
+        yield
+    finally:
+        if isinstance(trainer, OffloadedTrainer):
+            trainer.close()
+
+
 def _save(run: Run, experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[int]) -> None:
     """The trained model, with the blocks of all processes; of the checkpoints the last one stays."""
     checkpoints.discard_others(checkpoints.latest())
     _gather(experiment, checkpoints, own=own)
-    run.save_model(experiment.learner.model)
+    offloaded = experiment.learner.offloaded
+    if offloaded is None:
+        run.save_model(experiment.learner.model)
+    else:
+        outputs.write(run.model, offloaded.save_model)
 
 
 def _refuse_anew(run: Run, checkpoints: Checkpoints) -> None:
@@ -179,13 +197,15 @@ def _blamed(settings: Settings, processes: Processes) -> AbstractContextManager[
     return blame(subject, unless=lambda error: of_machine(error) or not place(error))
 
 
-def _trainer(experiment: Experiment, processes: Processes, *, trace: Path) -> Trainer:
-    """UserError: more processes than blocks."""
+def _trainer(experiment: Experiment, processes: Processes, *, run: Run) -> Trainer:
+    """UserError: more processes than blocks; a folder for offloaded blocks that cannot be used."""
     settings = experiment.settings
     if processes.distributed:
         from blocklocal.lab.training.pipeline_trainer import PipelineTrainer  # FSDP2 takes a second to import
 
-        return PipelineTrainer(experiment, processes, trace=trace if settings.trace else None)
+        return PipelineTrainer(experiment, processes, trace=run.traces if settings.trace else None)
+    if settings.offload != "none":
+        return OffloadedTrainer(experiment, folder=run.path / "blocks")
     return SingleTrainer(experiment)
 
 

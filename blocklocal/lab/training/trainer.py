@@ -40,7 +40,7 @@ class Trainer(Protocol):
         """
         ...
 
-    def states(self) -> dict[int, State]:
+    def states(self) -> Mapping[int, State]:
         """What `load` needs to continue, for each block that this process saves."""
         ...
 
@@ -93,7 +93,7 @@ class SingleTrainer:
                 yield torch.stack(losses)
                 losses = []
 
-    def states(self) -> dict[int, State]:
+    def states(self) -> Mapping[int, State]:
         states = {k: block_state(self.learner, k, self.optimizers[k]) for k in self.blocks}
         states[0] |= random_state()
         if self.experiment.learning.alignment:

@@ -1,0 +1,112 @@
+"""`bll train --offload`: the same run to the bit, interrupted or not, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from blocklocal.lab.cli import main
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer
+from blocklocal.lab.training.run import train
+
+TINY = Settings(
+    model="cnn",
+    epochs=2,
+    train_size=256,
+    test_size=100,
+    validation=50,
+    threads=1,
+    clip=1.0,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=0.1,
+    save_every=2,
+)
+TIMES = ("seconds", "peak_memory_mib")
+
+
+def results(run: Path) -> tuple[list[dict], dict, list[dict]]:
+    """What a run leaves, without its times: the lines of metrics.jsonl, the weights, and the last checkpoint."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    parts = sorted(run.glob("checkpoint*/step-*/block-*/tensors.safetensors"))
+    assert parts
+    kept = [{name: tensor.tolist() for name, tensor in load_file(part).items()} for part in parts]
+    weights = {name: tensor.tolist() for name, tensor in load_file(run / "model.safetensors").items()}
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines], weights, kept
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(replace(TINY, out=str(run)))
+    return results(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["cpu", "disk", "disk:FOLDER"])
+def test_an_offloaded_run_is_the_same(tmp_path: Path, undisturbed: tuple, offload: str) -> None:
+    train(replace(TINY, out=str(tmp_path / "run"), offload=offload.replace("FOLDER", str(tmp_path / "elsewhere"))))
+    assert results(tmp_path / "run") == undisturbed
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not (tmp_path / "run/blocks").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["disk", "none"])
+def test_an_interrupted_run_goes_on_the_same(
+    tmp_path: Path, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    whole = OffloadedTrainer.train
+
+    def broken(self, epoch, *, begin):
+        for step, losses in enumerate(whole(self, epoch, begin=begin)):
+            if epoch == 2 and step == 2:  # there is a checkpoint of the step before
+                raise KeyboardInterrupt
+            yield losses
+
+    monkeypatch.setattr(OffloadedTrainer, "train", broken)
+    settings = replace(TINY, out=str(tmp_path / "run"), offload="disk")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings)
+    monkeypatch.undo()
+    train(replace(settings, resume=True, offload=then))
+    assert results(tmp_path / "run") == undisturbed
+
+
+def test_blocks_over_processes_are_not_offloaded(capsys: pytest.CaptureFixture) -> None:
+    assert main(["launch", "digits", "--offload", "cpu"]) == 2
+    assert "--offload is for a run in one process" in capsys.readouterr().err
+
+
+REFUSED = {
+    "schedule-free": (
+        ["--offload", "cpu", "--optimizer", "schedulefree", "--schedule", "constant"],
+        "--optimizer schedulefree does not allow",
+    ),
+    "unknown": (["--offload", "gpu"], "--offload 'gpu' is unknown: choose none, cpu, disk or disk:FOLDER"),
+    "no folder": (["--offload", "disk:"], "is unknown"),
+    "a folder of memory": (["--offload", "cpu:here"], "is unknown"),
+    "accumulation": (["--offload", "cpu", "--accumulate", "2"], "leave it out, or --accumulate"),
+    "compilation": (["--offload", "cpu", "--compile"], "leave it out, or --compile"),
+    "lookahead": (["--offload", "cpu", "--lookahead", "both"], "leave it out, or --lookahead"),
+    "a rule for the whole": (["--offload", "cpu", "--rule", "dfa"], "--rule dfa trains the model whole"),
+    "one block": (["--offload", "cpu", "--rule", "bp"], "two blocks or more"),
+    "another's folder": (["--offload", "disk:."], "pass a folder of its own"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_go_together_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options, said = REFUSED[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("notes")
+    assert main(["train", "digits", "--train-size", "128", "--out", str(tmp_path / "run"), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
