@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from blocklocal import recompute, split
 from blocklocal.lab.errors import UserError, blame, lacks_memory
@@ -54,7 +54,7 @@ class Baseline:
 
     rule: str
     module: nn.Module
-    optimizers: Sequence[SGD]
+    optimizers: Sequence[Optimizer]
     step: Callable[[], None]
     parts: Sequence[nn.Module]
     compile: Callable[[], None]

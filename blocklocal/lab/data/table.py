@@ -83,9 +83,9 @@ def _classes(column: pd.Series, *, name: str) -> tuple[tuple[str, ...], torch.Te
 
 def _features(table: pd.DataFrame, *, name: str) -> torch.Tensor:
     """(N, F) in double precision, nan where a value is missing."""
-    words = [column for column in table if not pd.api.types.is_numeric_dtype(table[column])]
+    words = [str(column) for column in table if not pd.api.types.is_numeric_dtype(table[column])]
     for column in words:
-        count = table[column].nunique()
+        count = len(set(table[column].dropna()))
         if count > WORDS:
             raise UserError(
                 f"data 'table:{name}', column {column!r} holds {count} different words, more than {WORDS}: remove it"

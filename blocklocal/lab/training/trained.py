@@ -55,7 +55,7 @@ def load_tested(experiment: Experiment, checkpoints: Checkpoints, *, minibatch: 
     learner = experiment.learner
     for k in blocks:
         optimizer = experiment.optimizer(learner.block_parameters(k))
-        averaging = averages(optimizer)
+        averaging = optimizer if averages(optimizer) else None
         load_block_state(learner, k, optimizer if averaging else None, checkpoints.load(minibatch, k))
         if averaging:
-            optimizer.eval()
+            averaging.eval()
