@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -74,24 +74,24 @@ def averaged(optimizers: Sequence[Optimizer | None]) -> Iterator[None]:
     Afterwards they are what they were to the bit, so that it does not matter when a run is tested. Of other optimizers
     nothing changes.
     """
-    averaging = [one for one in optimizers if averages(one)]
-    parameters = [parameter for one in averaging for group in one.param_groups for parameter in group["params"]]
+    shown = [one for one in map(averaging, optimizers) if one is not None]
+    parameters = [parameter for one in shown for group in one.param_groups for parameter in group["params"]]
     kept = [parameter.detach().clone() for parameter in parameters]
-    for one in averaging:
+    for one in shown:
         one.eval()
     try:
         yield
     finally:
-        for one in averaging:
+        for one in shown:
             one.train()
         with torch.no_grad():
             for parameter, before in zip(parameters, kept, strict=True):
                 parameter.copy_(before)
 
 
-def averages(optimizer: Optimizer | None) -> TypeGuard[Averaging]:
-    """Whether an optimizer shows the averages of its parameters in eval(), as a schedule-free one does."""
-    return hasattr(optimizer, "eval")
+def averaging(optimizer: Any) -> Averaging | None:
+    """The optimizer itself if it shows the averages of its parameters in eval(), as a schedule-free one does."""
+    return optimizer if hasattr(optimizer, "eval") else None
 
 
 def _decaying(parameters: list[nn.Parameter], settings: Settings) -> list[dict[str, Any]]:

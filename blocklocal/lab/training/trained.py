@@ -11,7 +11,7 @@ from blocklocal.lab.runs.block_state import load_block_state
 from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.training.experiment import Experiment, check_facts, prepare
-from blocklocal.lab.training.optim import averages
+from blocklocal.lab.training.optim import averaging
 from blocklocal.lab.training.recipes import refuse_code
 
 
@@ -55,7 +55,7 @@ def load_tested(experiment: Experiment, checkpoints: Checkpoints, *, minibatch: 
     learner = experiment.learner
     for k in blocks:
         optimizer = experiment.optimizer(learner.block_parameters(k))
-        averaging = optimizer if averages(optimizer) else None
-        load_block_state(learner, k, optimizer if averaging else None, checkpoints.load(minibatch, k))
-        if averaging:
-            averaging.eval()
+        shown = averaging(optimizer)
+        load_block_state(learner, k, optimizer if shown else None, checkpoints.load(minibatch, k))
+        if shown:
+            shown.eval()
