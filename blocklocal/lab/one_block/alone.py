@@ -36,7 +36,7 @@ def prepare_first(settings: Settings) -> Experiment:
     """
     experiment = prepare(settings)
     if not settings.at:
-        cuts = tuple(experiment.task.cuts() or _cuts(experiment.learner))
+        cuts = tuple(experiment.task.cuts() or cuts_of(experiment.learner))
         experiment = prepare(replace(settings, at=cuts, blocks=Settings.blocks))
     _leave(experiment.learner, 0, device=experiment.device)
     return experiment
@@ -72,7 +72,7 @@ def _leave(learner: BlockLocal, k: int, *, device: torch.device) -> None:
     learner.convert(place)
 
 
-def _cuts(learner: BlockLocal) -> list[str]:
+def cuts_of(learner: BlockLocal) -> list[str]:
     """The submodules after which the library has cut. UserError: a border stands behind none."""
     names: list[str] = []
     for k, block in enumerate(learner.blocks[:-1]):
