@@ -20,6 +20,11 @@ def parameters() -> list[nn.Parameter]:
     return found
 
 
+def gradient(parameter: nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def test_adamw_decays_matrices_and_kernels_alone():
     ours, theirs = parameters(), parameters()
     make_optimizer(ours, SETTINGS).step()
@@ -34,17 +39,17 @@ def test_gradients_are_clipped_together(name):
     found = parameters()
     make_optimizer(found, replace(SETTINGS, optimizer=name, clip=0.1, weight_decay=0.0)).step()
     if name != "schedulefree":  # which divides the gradients in place
-        assert torch.cat([p.grad.flatten() for p in found]).norm() == pytest.approx(0.1, rel=1e-5)
+        assert torch.cat([gradient(p).flatten() for p in found]).norm() == pytest.approx(0.1, rel=1e-5)
     assert all(not torch.equal(one, other) for one, other in zip(found, parameters(), strict=True))
 
 
 def test_schedule_free_averages_are_shown_and_taken_back():
     found = parameters()
     optimizer = make_optimizer(found, replace(SETTINGS, optimizer="schedulefree"))
-    gradients = [p.grad.clone() for p in found]
+    gradients = [gradient(p).clone() for p in found]
     for _ in range(3):
-        for parameter, gradient in zip(found, gradients, strict=True):
-            parameter.grad = gradient.clone()
+        for parameter, kept in zip(found, gradients, strict=True):
+            parameter.grad = kept.clone()
         optimizer.step()
     before = [p.detach().clone() for p in found]
     with averaged([optimizer, None]):

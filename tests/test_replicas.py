@@ -31,7 +31,7 @@ def batch(step: int, *, labels: bool, samples: int) -> tuple[Tensor, Tensor]:
     return x, y if labels else nn.functional.one_hot(y, CLASSES) + 0.1 * x[:, :4]
 
 
-def result(one: bll.BlockLocal) -> dict[str, Tensor]:
+def result(one: nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in one.named_parameters() if p.grad is not None}
     return found | {name: buffer.clone() for name, buffer in one.named_buffers()}
 
@@ -89,6 +89,41 @@ def test_uneven_shares_have_the_feedback_of_the_whole_batch(tmp_path: Path) -> N
     for name, value in result(alone).items():
         assert torch.equal(first[name], second[name]), name
         # the second block's feedback is fitted to what the first gives, which is the same in both ways
+        assert_close(first[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def hooked() -> bll.Hooked:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    loss = bll.Variational() + bll.Predictive()
+    return bll.Hooked(model, at=["1", "3"], classes=CLASSES, example=torch.randn(2, 6), loss=loss)
+
+
+def train_hooked(rank: int) -> dict[str, Tensor]:
+    one = hooked()
+    one.share_feedback()
+    wrapped = DistributedDataParallel(one)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    for step in range(3):
+        x, y = (whole.chunk(2)[rank] for whole in batch(step, labels=True, samples=16))
+        torch.stack(wrapped(x, y)).sum().backward()
+        if step < 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    return result(one)
+
+
+def test_replicas_of_a_hooked_model_learn_as_one_process(tmp_path: Path) -> None:
+    first, second = processes.run(train_hooked, processes=2, folder=tmp_path)
+    alone = hooked()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for step in range(3):
+        alone.backward(*batch(step, labels=True, samples=16))
+        if step < 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, value in result(alone).items():
+        assert torch.equal(first[name], second[name]), name
         assert_close(first[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 

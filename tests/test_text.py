@@ -139,9 +139,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, text, monkeypatch, cha
         assert (one["train_loss"], one["test_loss"]) == (other["train_loss"], other["test_loss"])
 
 
-@pytest.mark.slow
-def test_a_pipeline_gives_the_same_weights(tmp_path, text):
+@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree"])
+def test_a_pipeline_gives_the_same_weights(tmp_path, text, optimizer):
     options = ["--model=gpt-tiny", "--context=16", "--windows=48", "--epochs=1", "--test-size=10", "--blocks=2"]
+    options += [f"--optimizer={optimizer}", "--schedule=constant"]
     assert main(["train", f"text:{text}", *options, "--validation=4", f"--out={tmp_path / 'one'}"]) == 0
     launch = ["launch", "--processes=2", f"text:{text}", *options, "--validation=4", f"--out={tmp_path / 'two'}"]
     assert main(launch) == 0
@@ -176,8 +177,9 @@ def test_samples_are_drawn_from_the_model(tmp_path, text, capsys):
 def test_a_sample_has_the_frequencies_of_its_distribution():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
 
-    def drawn(**options: float) -> torch.Tensor:
-        found = tokens(lambda _: logits.clone(), torch.zeros(1, 1, dtype=torch.int64), context=4, seed=0, **options)
+    def drawn(*, temperature: float, top: int) -> torch.Tensor:
+        begin = torch.zeros(1, 1, dtype=torch.int64)
+        found = tokens(lambda _: logits.clone(), begin, context=4, temperature=temperature, top=top, seed=0)
         return torch.tensor([next(found) for _ in range(4000)]).bincount(minlength=4) / 4000
 
     torch.testing.assert_close(drawn(temperature=1.0, top=0), logits.softmax(0), atol=0.03, rtol=0)

@@ -25,7 +25,6 @@ from blocklocal import BlockLocal, SpatialGrid, SpatialMoments, spatial_mean
 from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.models import build
-from blocklocal.lab.runs.block_state import load_weights
 from blocklocal.lab.runs.checkpoint_part import Part
 from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
@@ -35,6 +34,7 @@ from blocklocal.lab.training.optim import SCHEDULES, cosine, onecycle
 from blocklocal.lab.training.recipes import DIGITS, recipe, settings_from
 from blocklocal.lab.training.rules import RULES
 from blocklocal.lab.training.run import train
+from blocklocal.lab.training.trained import load_tested
 from blocklocal.lab.training.trainer import SingleTrainer
 
 TINY = Settings(model="mlp", epochs=3, train_size=256, test_size=100, threads=1)
@@ -383,7 +383,7 @@ def test_exits_are_the_learners(tmp_path):
     train(settings)
     experiment = prepare(settings)
     checkpoints = Checkpoints(Run(tmp_path).checkpoints, blocks=4)
-    load_weights(experiment.learner, checkpoints, minibatch=3 * experiment.steps, blocks=range(4))
+    load_tested(experiment, checkpoints, minibatch=3 * experiment.steps, blocks=range(4))
     exits, learner, test = experiment.test(), experiment.learner.eval(), experiment.dataset.test
     x = experiment.task.prepared(test.inputs)
 

@@ -182,5 +182,6 @@ def test_an_evaluation_that_cannot_be_is_one_line(here, capsys, monkeypatch, opt
 
 def test_nan_is_not_counted_as_a_class():
     confidence = torch.tensor([[0.5, 0.6], [0.7, torch.nan]])
-    with pytest.raises(UserError, match="exit 1 gives nan for test image 1"):
-        Exits(torch.ones(2, 2, dtype=torch.bool), confidence, torch.ones(2, dtype=torch.bool))
+    right = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(UserError, match="exit 1 gives nan for test sample 1"):
+        Exits(right, confidence, torch.zeros(2, 2), right[0], torch.zeros(2))

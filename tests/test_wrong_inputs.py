@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from run_folders import write_run
 
 from blocklocal.lab import ranges
 from blocklocal.lab.bench.options import Options as BenchOptions
 from blocklocal.lab.cli import COMMANDS, main
 from blocklocal.lab.commands.launch import Options as LaunchOptions
-from blocklocal.lab.data.load import load
 from blocklocal.lab.pipeline_bench.options import Options as PipelineOptions
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.images import Images
 from blocklocal.lab.training.rules import RULES
 
 IN_ONE_PROCESS = [name for name, rule in RULES.items() if not rule.over_processes]
@@ -446,7 +447,7 @@ CASES = {each.args: each for each in (*wrong_numbers(), *no_text(), *BY_HAND)}
 @functools.cache
 def facts() -> dict[str, object]:
     """Of the digits, which are read once."""
-    return load("digits").facts
+    return Images.load(Settings(), device=torch.device("cpu")).facts
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,9 @@ from typing import Annotated
 from blocklocal.lab import outputs
 from blocklocal.lab.arguments import parse_known
 from blocklocal.lab.distributed.elastic_agent import ElasticAgent, Terminated, describe_failure
+from blocklocal.lab.distributed.meeting import meet
 from blocklocal.lab.distributed.process_group import loopback
 from blocklocal.lab.distributed.rank_log import diverted
-from blocklocal.lab.distributed.rendezvous import Alone, Endpoint, Rendezvous
 from blocklocal.lab.environment import find_interface
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.ranges import Needs, Range
@@ -109,7 +108,7 @@ def main(args: Sequence[str]) -> None:
         folder = Path(name)
         try:
             with diverted(folder / "below.log") as console:
-                rendezvous = _rendezvous(options, processes=processes, folder=folder)
+                rendezvous = meet(options.rdzv_endpoint, machines=options.machines, processes=processes, folder=folder)
                 failure = ElasticAgent(
                     command,
                     processes=processes,
@@ -152,39 +151,3 @@ def _set_environment(options: Options, *, processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = options.interface or loopback()
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # a process ends when another is gone
-
-
-def _rendezvous(options: Options, *, processes: int, folder: Path) -> Rendezvous:
-    """Where the processes meet. UserError: nobody answers at the endpoint."""
-    if options.machines == (1, 1):
-        return Alone(processes=processes, folder=folder)
-    address, hosts = _address(options.rdzv_endpoint)
-    print(f"bll: meeting at {options.rdzv_endpoint}, {options.nnodes} machines", file=sys.stderr)
-    try:
-        return Endpoint(
-            options.rdzv_endpoint, processes=processes, machines=options.machines, address=address, hosts=hosts
-        )
-    except OSError as error:
-        raise UserError(f"--rdzv-endpoint {options.rdzv_endpoint}: {error}") from error
-
-
-def _address(endpoint: str) -> tuple[str, bool]:
-    """The address at which the endpoint reaches this machine, and whether the endpoint is on this machine.
-
-    UserError: not HOST:PORT, or an unknown host.
-    """
-    host, _, port = endpoint.rpartition(":")
-    if not host or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or not 1 <= int(port) <= 65535:
-        raise UserError(f"--rdzv-endpoint {endpoint}: write HOST:PORT, with a port from 1 to 65535")
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-            way.connect((host, int(port)))
-            address = way.getsockname()[0]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--rdzv-endpoint {endpoint}: the host cannot be reached ({error})") from error
-    with socket.socket() as place:
-        try:
-            place.bind((host, int(port)))
-        except OSError:  # the address of another machine, or in use by another launcher on this one
-            return address, False
-    return address, True

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -50,21 +50,20 @@ class Options:
 
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll sample")
-    if isinstance(find_exit(options.exit), float):
-        raise UserError(f"--exit {options.exit}: choose last, all, or a block")
+    chosen_exit(options.exit)
     run = Run(options.run)
     if run.settings().kind != "text":
         raise UserError(f"the run in {str(run.path)!r} learns from {run.settings().data!r}: only a text can be sampled")
     trained = load_trained(run, data=options.data, device=options.device, trust=options.trust)
     experiment, learner, task = trained.experiment, trained.learner, trained.experiment.task
     assert isinstance(task, LanguageModelling)
-    exit = find_exit(options.exit, blocks=len(learner.blocks))
+    exit = chosen_exit(options.exit, blocks=len(learner.blocks))
     experiment.validate()
     ids = torch.tensor([task.vocabulary.encode(options.prompt)], device=experiment.device)
 
     def predict(window: Tensor) -> Tensor:
         with experiment.autocast():
-            return learner.predict(window, exit="all" if options.exit == "all" else exit)[0, -1].float()
+            return learner.predict(window, exit=exit)[0, -1].float()
 
     sys.stdout.write(options.prompt)
     drawn = tokens(
@@ -86,6 +85,16 @@ def main(args: Sequence[str]) -> None:
                 sys.stdout.flush()
                 shown = text
     sys.stdout.write("\n")
+
+
+def chosen_exit(exit: str, *, blocks: int | None = None) -> int | Literal["all"] | None:
+    """What `--exit` names, as `BlockLocal.predict` takes it. UserError: no exit, or one of more than these blocks."""
+    if exit == "all":
+        return "all"
+    found = find_exit(exit, blocks=blocks)
+    if isinstance(found, float):
+        raise UserError(f"--exit {exit}: choose last, all, or a block")
+    return found
 
 
 def tokens(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -28,7 +29,9 @@ def load_table(name: str, *, target: str | None, train_size: int = 0, test_size:
     target = table.columns[-1] if target is None else target
     if target not in table.columns:
         raise UserError(f"data 'table:{name}' has no column {target!r}: --target is one of {', '.join(table.columns)}")
-    classes, labels = _classes(table[target], name=name)
+    column = table[target]
+    assert isinstance(column, pd.Series)  # the names of columns differ
+    classes, labels = _classes(column, name=name)
     features = _features(table.drop(columns=target), name=name)
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(len(classes)):
@@ -70,7 +73,7 @@ def _classes(column: pd.Series, *, name: str) -> tuple[tuple[str, ...], torch.Te
     where = f"data 'table:{name}', column {column.name!r}"
     if column.isna().any():
         raise UserError(f"{where}: row {int(column.isna().to_numpy().argmax())} has no class")
-    if pd.api.types.is_float_dtype(column) and (column % 1 != 0).any():
+    if pd.api.types.is_float_dtype(column) and np.any(column.to_numpy() % 1 != 0):
         raise UserError(f"{where} holds numbers, not classes: choose another with --target")
     codes, names = pd.factorize(column, sort=True)
     if len(names) < 2 or len(names) > len(column) // 2:

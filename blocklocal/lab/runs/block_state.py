@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from blocklocal import BlockLocal
 from blocklocal.alignment import Alignment
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.checkpoint_part import State
-from blocklocal.lab.runs.checkpoints import Checkpoints
 
 OPTIMIZER, ALIGNMENT, FEEDBACK = "optimizer.", "alignment.", "feedback."
 GROUP = "group."  # what an optimizer counts for all parameters of a group
@@ -98,12 +97,6 @@ def load_random_state(state: State) -> None:
                 torch.cuda.set_rng_state(tensors[f"{GPU}{i}"], i)
     except (RuntimeError, TypeError) as error:
         raise misfit(str(error)) from error
-
-
-def load_weights(learner: BlockLocal, checkpoints: Checkpoints, *, minibatch: int, blocks: Iterable[int]) -> None:
-    """Give these blocks the weights that they had after `minibatch` minibatches. UserError: see `Checkpoints.load`."""
-    for k in blocks:
-        load_block_state(learner, k, None, checkpoints.load(minibatch, k))
 
 
 def unshard(learner: BlockLocal) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -57,6 +57,16 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Settings], Optimizer]] = {
 }
 
 
+class Averaging(Protocol):
+    """An optimizer that shows the averages of its parameters between eval() and train()."""
+
+    param_groups: list[dict[str, Any]]
+
+    def eval(self) -> None: ...
+
+    def train(self) -> None: ...
+
+
 @contextmanager
 def averaged(optimizers: Sequence[Optimizer | None]) -> Iterator[None]:
     """A context in which the parameters of a schedule-free optimizer are its averages, by which it is judged.
@@ -64,11 +74,11 @@ def averaged(optimizers: Sequence[Optimizer | None]) -> Iterator[None]:
     Afterwards they are what they were to the bit, so that it does not matter when a run is tested. Of other optimizers
     nothing changes.
     """
-    averaging: list[Any] = [one for one in optimizers if hasattr(one, "eval")]
+    averaging = [one for one in optimizers if averages(one)]
     parameters = [parameter for one in averaging for group in one.param_groups for parameter in group["params"]]
     kept = [parameter.detach().clone() for parameter in parameters]
     for one in averaging:
-        average(one)
+        one.eval()
     try:
         yield
     finally:
@@ -79,10 +89,9 @@ def averaged(optimizers: Sequence[Optimizer | None]) -> Iterator[None]:
                 parameter.copy_(before)
 
 
-def average(optimizer: Any) -> None:
-    """Give the parameters of a schedule-free optimizer their averages; of another optimizer nothing changes."""
-    if hasattr(optimizer, "eval"):
-        optimizer.eval()
+def averages(optimizer: Optimizer | None) -> TypeGuard[Averaging]:
+    """Whether an optimizer shows the averages of its parameters in eval(), as a schedule-free one does."""
+    return hasattr(optimizer, "eval")
 
 
 def _decaying(parameters: list[nn.Parameter], settings: Settings) -> list[dict[str, Any]]:

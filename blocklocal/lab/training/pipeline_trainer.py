@@ -112,9 +112,9 @@ class PipelineTrainer:
             for kept, part in zip((correct, confidence, nats), grade(found, test.labels[rows]), strict=True):
                 kept[self.blocks, rows] = part.unflatten(1, (found.shape[1], -1)).to(kept.dtype)
             scores[rows] = (weights.view(-1, *[1] * (found.dim() - 1)) * found).sum(0)
-        whole = [self.processes.sum(part).flatten(1) for part in (correct, confidence, nats)]
+        correct, confidence, nats = (self.processes.sum(part).flatten(1) for part in (correct, confidence, nats))
         combined, _, combined_nats = grade(self.processes.sum(scores).log_softmax(-1), test.labels)
-        return Exits(whole[0].bool(), *whole[1:], combined, combined_nats)
+        return Exits(correct.bool(), confidence, nats, combined, combined_nats)
 
     def averaged(self) -> AbstractContextManager[None]:
         return averaged([stage.optimizer for stage in self.pipeline.stages])

@@ -91,7 +91,7 @@ class Problem:
     """What a model learns, and where it is cut: at submodules, or else into this number of blocks; a list of modules is
     cut between them.
 
-    example: a batch of images as the model gets them. balance: see `split`; memory, unlike time, is the same at every
+    example: a batch of samples as the model gets them. balance: see `split`; memory, unlike time, is the same at every
     measurement. seed: of what a rule draws besides the model's weights.
     add_beliefs: see `BlockLocal`.
     """

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from blocklocal.lab import subcommand
 from blocklocal.lab.distributed.process_group import Processes, environment, joined
-from blocklocal.lab.environment import describe, peak_memory
+from blocklocal.lab.environment import describe
 from blocklocal.lab.errors import UserError, blame, of_machine, place
-from blocklocal.lab.runs.block_state import load_weights, unshard
+from blocklocal.lab.runs.block_state import unshard
 from blocklocal.lab.runs.checkpoints import Checkpoints, resume_hint
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.runs.lock import MOMENT
@@ -23,8 +22,10 @@ from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.experiment import Experiment, check_facts, prepare
 from blocklocal.lab.training.loop import TrainingLoop
-from blocklocal.lab.training.progress import Display, Plan, display
+from blocklocal.lab.training.progress import Plan, display
 from blocklocal.lab.training.recipes import settings_from
+from blocklocal.lab.training.record import headline, summary, train_epoch
+from blocklocal.lab.training.trained import load_tested
 from blocklocal.lab.training.trainer import SingleTrainer, Trainer
 
 RESTART = 30.0  # seconds
@@ -91,12 +92,12 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         judged_by=experiment.task.judged_by,
     )
     console = Terminal(stderr=True)
-    console.print(_headline(experiment, plan, trainer, processes), soft_wrap=True)
+    console.print(headline(trainer, plan, processes), soft_wrap=True)
     with _resumable(run, checkpoints, processes):
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
-                    record = _epoch(epoch, loop, processes, shown=shown)
+                    record = train_epoch(epoch, loop, processes, shown=shown)
                 if processes.rank == 0:
                     run.append(record)
                 records.append(record)
@@ -107,18 +108,7 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
             return {}
         with trainer.averaged():
             _save(run, experiment, checkpoints, own=trainer.blocks)
-    last = records[-1]
-    losses = {"loss": last["test_loss"][-1], "loss_all": last["test_loss_all"]} if plan.judged_by == "loss" else {}
-    return {
-        "rule": settings.rule,
-        "blocks": checkpoints.blocks,
-        "accuracy": last["test_accuracy"][-1],
-        "accuracy_all": last["test_accuracy_all"],
-        **losses,
-        "seconds": round(sum(record["seconds"] for record in records), 3),
-        "epochs": settings.epochs,
-        "out": str(run.path),
-    }
+    return {**summary(records, experiment), "out": str(run.path)}
 
 
 def _open(run: Run, *, resume: bool) -> None:
@@ -205,42 +195,6 @@ def _begin(run: Run, experiment: Experiment, processes: Processes) -> None:
     run.create(experiment.settings, facts=facts | describe(processes.device))
 
 
-def _epoch(epoch: int, loop: TrainingLoop, processes: Processes, *, shown: Display) -> dict[str, Any]:
-    """Train and test through one epoch, together with the other processes; its line of metrics.jsonl."""
-    trainer, experiment = loop.trainer, loop.experiment
-    blocks = len(experiment.learner.blocks)
-
-    def watch(step: int, losses: Sequence[float]) -> None:
-        own = dict(zip(trainer.blocks, losses, strict=True))
-        shown.step(epoch, step, [own.get(k) for k in range(blocks)])
-
-    losses = torch.zeros(blocks, dtype=torch.float64)
-    losses[list(trainer.blocks)] = loop.epoch(epoch, watch=watch).cpu()
-    with trainer.averaged():
-        held_out, exits, borders = trainer.validate(), trainer.test(), trainer.diagnose(epoch)
-    record = {
-        "epoch": epoch,
-        "train_loss": (processes.sum(losses) / experiment.settings.replicas).tolist(),
-        "test_accuracy": exits.accuracies,
-        "test_accuracy_all": exits.combined_accuracy,
-        "test_loss": exits.losses,
-        "test_loss_all": exits.combined_loss,
-        "seconds": round(loop.seconds, 3),
-        "peak_memory_mib": round(processes.largest(peak_memory(processes.device)), 1),
-        "borders": borders,
-    }
-    if held_out is not None:
-        record |= {
-            "validation_accuracy": held_out.accuracies,
-            "validation_accuracy_all": held_out.combined_accuracy,
-            "exit_weights": list(experiment.learner.pool.weights),
-        }
-    if angles := experiment.angles(epoch):
-        record["angles"] = angles
-    shown.epoch(record)
-    return record
-
-
 def _gather(experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[int]) -> None:
     """The blocks that other processes have trained, from the checkpoint of the end. OSError: it is not there."""
     end = experiment.settings.epochs * experiment.steps
@@ -250,21 +204,4 @@ def _gather(experiment: Experiment, checkpoints: Checkpoints, *, own: Sequence[i
     others = [k for k in range(len(experiment.learner.blocks)) if k not in own]
     if others and checkpoints.latest() != end:
         raise OSError("the last checkpoint is not whole, and with it the other processes' blocks: --resume tries again")
-    load_weights(experiment.learner, checkpoints, minibatch=end, blocks=others)
-
-
-def _headline(experiment: Experiment, plan: Plan, trainer: Trainer, processes: Processes) -> str:
-    settings, dataset, task = experiment.settings, experiment.dataset, experiment.task
-    model = f"{settings.model} in {plan.blocks} blocks" if plan.blocks > 1 else f"{settings.model} whole"
-    here = ", ".join(map(str, trainer.blocks))
-    part = f" over {processes.size} processes, here {here}" if processes.size > 1 else ""
-    progress = ""
-    if plan.done or plan.rest:
-        inside = f" and {plan.rest} of {plan.steps} steps" if plan.rest else ""
-        rest = "nothing is left to train" if plan.done == plan.epochs else "going on"
-        progress = f"; {plan.done} of {plan.epochs} epochs{inside} are done, {rest}"
-    return (
-        f"{subcommand.title()}{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test "
-        f"{task.unit} of {task.shape}; "
-        f"{model}{part}, rule {settings.rule}, on {processes.device}{progress}"
-    )
+    load_tested(experiment, checkpoints, minibatch=end, blocks=others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from blocklocal import BlockLocal
@@ -10,7 +11,7 @@ from blocklocal.lab.runs.block_state import load_block_state
 from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.training.experiment import Experiment, check_facts, prepare
-from blocklocal.lab.training.optim import average
+from blocklocal.lab.training.optim import averages
 from blocklocal.lab.training.recipes import refuse_code
 
 
@@ -45,8 +46,16 @@ def load_trained(run: Run, *, data: str | None, device: str, trust: bool) -> Tra
     minibatch = checkpoints.latest()
     if minibatch is None:
         raise UserError(f"{str(run.path)!r} has no checkpoint: the run was stopped before the first")
-    for k in range(len(learner.blocks)):
-        optimizer = experiment.optimizer(learner.block_parameters(k))
-        load_block_state(learner, k, optimizer, checkpoints.load(minibatch, k))
-        average(optimizer)
+    load_tested(experiment, checkpoints, minibatch=minibatch, blocks=range(len(learner.blocks)))
     return Trained(experiment, minibatch)
+
+
+def load_tested(experiment: Experiment, checkpoints: Checkpoints, *, minibatch: int, blocks: Iterable[int]) -> None:
+    """Give these blocks the weights with which they were tested after `minibatch` minibatches: see `optim.averaged`."""
+    learner = experiment.learner
+    for k in blocks:
+        optimizer = experiment.optimizer(learner.block_parameters(k))
+        averaging = averages(optimizer)
+        load_block_state(learner, k, optimizer if averaging else None, checkpoints.load(minibatch, k))
+        if averaging:
+            optimizer.eval()
