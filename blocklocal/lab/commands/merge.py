@@ -14,6 +14,7 @@ from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.one_block.merging import chain_of, load_chain, save_chain
 from blocklocal.lab.training.recipes import refuse_code
+from blocklocal.lab.training.record import summary
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,5 @@ def main(args: Sequence[str]) -> None:
     if not options.trust:
         refuse_code(chain.settings, run=chain.runs[0].path)
     experiment = load_chain(chain, data=options.data, device=options.device)
-    last = save_chain(chain, experiment, options.out)
-    by_loss = experiment.task.judged_by == "loss"
-    losses = {"loss": last["test_loss"][-1], "loss_all": last["test_loss_all"]} if by_loss else {}
-    print(
-        json.dumps(
-            {
-                "rule": chain.settings.rule,
-                "blocks": len(chain.runs),
-                "accuracy": last["test_accuracy"][-1],
-                "accuracy_all": last["test_accuracy_all"],
-                **losses,
-                "out": str(options.out),
-            }
-        )
-    )
+    records = save_chain(chain, experiment, options.out)
+    print(json.dumps({**summary(records, experiment), "out": str(options.out)}))

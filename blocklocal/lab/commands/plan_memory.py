@@ -82,7 +82,10 @@ def main(args: Sequence[str]) -> None:
         device = find_device(options.device)
         with blame(f"model {options.model!r} fails in a step"):
             measured = needs(_work(task, accumulate=options.accumulate, device=device))
-    Terminal().print(_table(predicted, measured, title=f"{options.model}, {options.batch_size} {task.unit} per step"))
+    console = Terminal()
+    if not console.is_terminal:
+        console.width = 140
+    console.print(_table(predicted, measured, title=f"{options.model}, {options.batch_size} {task.unit} per step"))
     result = {"model": options.model, "batch_size": options.batch_size, "optimizer": options.optimizer}
     result |= {"predicted": [need.plain() for need in predicted]}
     if measured:

@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blocklocal import BlockLocal
 from blocklocal.lab import outputs
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs import schema
+from blocklocal.lab.runs.block_state import block_state
 from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings, encode
@@ -102,6 +104,11 @@ class BlockRun(Run):
             raise UserError(
                 f"{str(self.path)!r} holds {what}: a folder of bll train --only is needed, which has a {outputs.BLOCK}"
             )
+
+
+def weights_of(learner: BlockLocal, k: int) -> dict[str, Tensor]:
+    """Parameters and buffers of block k and its border, by their names in the learner."""
+    return {name: kept for name, kept in block_state(learner, k, None).items() if isinstance(kept, Tensor)}
 
 
 def digest_of(weights: dict[str, Tensor]) -> str:

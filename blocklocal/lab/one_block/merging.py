@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,13 +13,11 @@ from typing import Any
 from blocklocal.lab import outputs
 from blocklocal.lab.environment import describe
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.one_block.folder import ELSEWHERE, BlockRun, digest_of, trained_on
-from blocklocal.lab.runs.block_state import block_state, load_block_state
-from blocklocal.lab.runs.checkpoint_part import Part
+from blocklocal.lab.one_block.folder import ELSEWHERE, BlockRun, digest_of, trained_on, weights_of
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings, flag
 from blocklocal.lab.training.experiment import Experiment, check_data, prepare
-from blocklocal.lab.training.optim import average
+from blocklocal.lab.training.trained import load_tested
 
 
 @dataclass(frozen=True)
@@ -73,34 +70,31 @@ def load_chain(chain: Chain, *, data: str | None, device: str) -> Experiment:
     if len(experiment.learner.blocks) != len(chain.runs):
         raise UserError(f"the model as it is built now has {len(experiment.learner.blocks)} blocks: restore its code")
     for k, run in enumerate(chain.runs):
-        optimizer = experiment.optimizer(experiment.learner.block_parameters(k))
-        load_block_state(experiment.learner, k, optimizer, _part(run, k).read())
-        average(optimizer)
-        own = {name: kept for name, kept in block_state(experiment.learner, k, None).items()}
-        if digest_of(own) != chain.digests[k]:  # pyright: ignore[reportArgumentType] (tensors alone)
+        load_tested(experiment, run.kept(), minibatch=_end(run), blocks=(k,))
+        if digest_of(weights_of(experiment.learner, k)) != chain.digests[k]:
             raise UserError(f"{str(run.checkpoints)!r} is not the checkpoint of {str(run.model)!r}: restore the folder")
     return experiment
 
 
-def save_chain(chain: Chain, experiment: Experiment, out: Path) -> dict[str, Any]:
-    """Write the folder of the run, after a test of all exits; returns the record of its last epoch.
+def save_chain(chain: Chain, experiment: Experiment, out: Path) -> list[dict[str, Any]]:
+    """Write the folder of the run, after a test of all exits; returns the records of its epochs.
 
     UserError: there is something in that place. OSError: the folder was not written, and nothing is left.
     """
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {str(out)!r} is not empty: choose another folder")
     records = _records(chain, experiment)
-    with outputs.room(out.absolute().parent, flag="--out"), _beside(out) as part:
-        run = Run(Path(part, "run"))
+    with outputs.room(out.absolute().parent, flag="--out"), _beside(out) as beside:
+        run = Run(Path(beside, "run"))
         run.create(replace(chain.settings, data=experiment.settings.data), facts=_facts(chain, experiment))
         for k, block in enumerate(chain.runs):
-            source = _part(block, k).path
-            shutil.copytree(source, run.checkpoints / source.parent.name / source.name)
+            part = Path(f"step-{_end(block)}", f"block-{k}")
+            shutil.copytree(block.checkpoints / part, run.checkpoints / part)
         for record in records:
             run.append(record)
         run.save_model(experiment.learner.model)
         run.path.replace(out)
-    return records[-1]
+    return records
 
 
 def _beside(out: Path) -> tempfile.TemporaryDirectory[str]:
@@ -118,14 +112,13 @@ def _check_one(run: BlockRun, first: Settings, facts: dict[str, Any]) -> None:
             raise UserError(f"{str(run.path)!r} was trained with other {name} than block 0")
     if own["trained_on"] != trained_on(settings, own["data"], own["upstream"]):
         raise UserError(f"{str(run.config)!r} was changed after the training: restore it from a copy")
-    end = settings.epochs * own["steps"]
-    if run.kept().latest() != end or len(run.records()) != settings.epochs:
+    if run.kept().latest() != _end(run) or len(run.records()) != settings.epochs:
         raise UserError(f"{str(run.path)!r} lacks the checkpoint or the record of its end: restore it from a copy")
 
 
-def _part(run: BlockRun, k: int) -> Part:
-    step = run.settings().epochs * run.facts()["steps"]
-    return Part(run.checkpoints / f"step-{step}" / f"block-{k}", step, k)
+def _end(run: BlockRun) -> int:
+    """The number of minibatches of the whole training."""
+    return run.settings().epochs * run.facts()["steps"]
 
 
 def _facts(chain: Chain, experiment: Experiment) -> dict[str, Any]:

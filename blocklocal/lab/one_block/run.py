@@ -12,7 +12,7 @@ from blocklocal.lab.environment import describe, find_device, peak_memory
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.one_block.activations import Activations
 from blocklocal.lab.one_block.alone import prepare_first, prepare_later
-from blocklocal.lab.one_block.folder import BlockRun, Upstream, trained_on
+from blocklocal.lab.one_block.folder import BlockRun, Upstream, trained_on, weights_of
 from blocklocal.lab.one_block.options import Request, request_from
 from blocklocal.lab.one_block.source import Data, Source
 from blocklocal.lab.one_block.trainer import BlockTrainer
@@ -90,7 +90,7 @@ def _train(run: BlockRun, request: Request) -> dict[str, Any]:
         checkpoints.wait()
         checkpoints.discard_others(checkpoints.latest())
         with trainer.averaged():
-            run.save_weights(trainer.weights())
+            run.save_weights(weights_of(experiment.learner, k))
     last = records[-1]
     return {
         "block": k,

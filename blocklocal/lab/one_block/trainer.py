@@ -51,11 +51,6 @@ class BlockTrainer:
         load_block_state(self.learner, self.k, self.optimizer, states[self.k])
         load_random_state(states[self.k])
 
-    def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the block and its border, by their names in the learner."""
-        state = block_state(self.learner, self.k, None)
-        return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
     def validate(self) -> Exits | None:
         return self._exit("validation") if self.source.has("validation") else None
 
