@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-SHARD = 2**26  # bytes of a file, about
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FEATURES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes of activations that can be stored."""
@@ -54,8 +53,8 @@ class Contents:
     """The activations behind block `border`, with their targets.
 
     dtype: in which they are stored. features: in which the block gives them. shape, targets: of one sample. parts: see
-    `Part`; the training samples come as view-1, view-2, ..., in the batches of epoch 1, 2, ... settings, data: of the
-    run, see config.json. blocks: digests of the weights of blocks 0 to `border`. upstream: digest of the cache that
+    `Part`; the training samples come as view-1, view-2, ..., in the batches of epoch 1, 2, ... file_bytes: the size of
+    a file, at most, unless a batch is larger. settings, data: of the run, see config.json. blocks: digests of the weights of blocks 0 to `border`. upstream: digest of the cache that
     block `border` has read.
     """
 
@@ -65,6 +64,7 @@ class Contents:
     shape: tuple[int, ...]
     targets: tuple[int, ...]
     parts: tuple[Part, ...]
+    file_bytes: int
     settings: dict[str, Any]
     data: dict[str, Any]
     blocks: tuple[str, ...]
@@ -88,7 +88,7 @@ class Contents:
 
     def shards(self, part: Part) -> Iterator[Shard]:
         """The files of a part, in order."""
-        step = max(1, SHARD // max(self.sample_bytes * part.batch, 1))
+        step = max(1, self.file_bytes // max(self.sample_bytes * part.batch, 1))
         for i, first in enumerate(range(0, part.batches, step)):
             yield Shard(f"{part.name}-{i:05}.safetensors", part, first, min(step, part.batches - first))
 

@@ -21,6 +21,8 @@ from blocklocal.lab.settings import encode
 from blocklocal.lab.training.experiment import Experiment, check_data
 from blocklocal.lab.training.recipes import refuse_code
 
+FILE_BYTES = 2**26
+
 
 @dataclass(frozen=True)
 class TrainedBlock:
@@ -94,6 +96,7 @@ def plan_contents(block: TrainedBlock, *, dtype: Literal["fp32", "bf16"], views:
             ),
             *(Part(name, len(split), task.evaluated_at_once) for name, split in ordered.items()),
         ),
+        file_bytes=FILE_BYTES,
         settings={name: value for name, value in encode(settings).items() if name not in ELSEWHERE}
         | {name: encode(block.run.settings())[name] for name in ELSEWHERE},
         data=block.run.facts()["data"],
