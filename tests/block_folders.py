@@ -45,7 +45,7 @@ def options(settings: Settings) -> list[str]:
 def train_chain(
     folder: Path, settings: Settings, *, blocks: int = 3, views: int = 0, dtype: str = "fp32"
 ) -> list[BlockRun]:
-    """The folders b0, b1, ... of all blocks, each trained on the cache b0-cache, b1-cache, ... behind the one before."""
+    """The folders b0, b1, ... of blocks, each trained on the cache b0-cache, b1-cache, ... behind the one before."""
     for k in range(blocks):
         source = options(settings) if k == 0 else ["--from", str(folder / f"b{k - 1}-cache")]
         assert main(["train", "--only", str(k), *source, "--out", str(folder / f"b{k}")]) == 0

@@ -11,7 +11,20 @@ import blocklocal
 
 PACKAGE = Path(blocklocal.__file__).parent
 # From the lowest to the highest. "" is the lab's own folder: messages, names, options, settings.
-LAYERS = ["", "data", "models", "tasks", "runs", "distributed", "training", "one_block", "bench", "report", "pipeline_bench", "sweeps"]
+LAYERS = [
+    "",
+    "data",
+    "models",
+    "tasks",
+    "runs",
+    "distributed",
+    "training",
+    "one_block",
+    "bench",
+    "report",
+    "pipeline_bench",
+    "sweeps",
+]
 TOP = ["commands", "cli"]
 
 

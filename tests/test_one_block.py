@@ -118,7 +118,9 @@ def test_the_first_block_learns_the_same_as_among_all(tmp_path, kind):
     train(replace(settings, out=str(tmp_path / "all")))
     assert main(["train", "--only", "0", *options(settings), "--out", str(tmp_path / "b0")]) == 0
     (step,) = (tmp_path / "all" / "checkpoint").iterdir()
-    for name, tensor in load_file(tmp_path / "b0" / "checkpoint" / step.name / "block-0" / "tensors.safetensors").items():
+    for name, tensor in load_file(
+        tmp_path / "b0" / "checkpoint" / step.name / "block-0" / "tensors.safetensors"
+    ).items():
         if not name.startswith("random"):
             assert torch.equal(load_file(step / "block-0" / "tensors.safetensors")[name], tensor), name
     for alone, together in zip(lines(tmp_path / "b0"), lines(tmp_path / "all"), strict=True):
@@ -145,7 +147,10 @@ def test_without_data_the_block_begins_as_in_the_whole_model(tmp_path, kind):
     outline = task_without_data(settings, task.facts)
     assert outline.epoch_size == task.epoch_size
     assert outline.evaluated_at_once == task.evaluated_at_once
-    for own, other in ((outline.dataset.test, task.dataset.test), (outline.dataset.validation, task.dataset.validation)):
+    for own, other in (
+        (outline.dataset.test, task.dataset.test),
+        (outline.dataset.validation, task.dataset.validation),
+    ):
         assert own is not None
         assert other is not None
         assert (own.inputs.shape, own.labels.shape) == (other.inputs.shape, other.labels.shape)

@@ -137,7 +137,10 @@ def test_another_cache_is_not_taken_for_the_one_before(own, capsys):
 
 def test_a_block_that_is_not_trained_to_its_end(own, capsys):
     BlockRun(own / "b0").model.unlink()
-    for command in (["cache", str(own / "b0"), "--yes"], ["merge", *(f"{own}/b{k}" for k in range(3)), f"--out={own}/x"]):
+    for command in (
+        ["cache", str(own / "b0"), "--yes"],
+        ["merge", *(f"{own}/b{k}" for k in range(3)), f"--out={own}/x"],
+    ):
         refused(capsys, command, "is not trained to its end", "--resume")
 
 
@@ -156,7 +159,9 @@ def test_blocks_that_do_not_belong_together(own, capsys):
     run.config.write_text(json.dumps(changed))
     refused(capsys, merge, "was trained with other --lr than block 0")
     assert not (own / "new").exists()
-    run.config.write_text(json.dumps({name: json.loads(written)[name] for name in json.loads(written) if name != "block"}))
+    run.config.write_text(
+        json.dumps({name: json.loads(written)[name] for name in json.loads(written) if name != "block"})
+    )
     refused(capsys, merge, "block.json' is not the record of a block")
 
 
@@ -238,7 +243,7 @@ def test_a_full_disk_leaves_nothing_half_written(chain, tmp_path, monkeypatch, c
     for (h, y), (g, z) in zip(resumed.training(1), before.training(1), strict=True):
         assert torch.equal(h, g)
         assert torch.equal(y, z)
-    (h, y), (g, z) = list(resumed.training(1, begin=3))[0], list(before.training(1))[3]
+    (h, y), (g, z) = next(resumed.training(1, begin=3)), list(before.training(1))[3]
     assert torch.equal(h, g)
     assert torch.equal(y, z)
 

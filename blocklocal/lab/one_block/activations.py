@@ -160,4 +160,6 @@ def _read_index(path: Path) -> Any:
 
 
 def _damaged(file: Path, why: str) -> UserError:
-    return UserError(f"{str(file)!r} is damaged ({why}): restore it from a copy, or remove the cache and write it again")
+    return UserError(
+        f"{str(file)!r} is damaged ({why}): restore it from a copy, or remove the cache and write it again"
+    )

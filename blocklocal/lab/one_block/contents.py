@@ -54,8 +54,8 @@ class Contents:
 
     dtype: in which they are stored. features: in which the block gives them. shape, targets: of one sample. parts: see
     `Part`; the training samples come as view-1, view-2, ..., in the batches of epoch 1, 2, ... file_bytes: the size of
-    a file, at most, unless a batch is larger. settings, data: of the run, see config.json. blocks: digests of the weights of blocks 0 to `border`. upstream: digest of the cache that
-    block `border` has read.
+    a file, at most, unless a batch is larger. settings, data: of the run, see config.json. blocks: digests of the
+    weights of blocks 0 to `border`. upstream: digest of the cache that block `border` has read.
     """
 
     border: int

@@ -92,7 +92,9 @@ class BlockRun(Run):
     def weights(self) -> dict[str, Tensor]:
         """What `save_weights` has saved. UserError: the block is not trained to its end, or the file is damaged."""
         if not self.model.exists():
-            raise UserError(f"{str(self.path)!r} is not trained to its end: continue with bll train --only ... --resume")
+            raise UserError(
+                f"{str(self.path)!r} is not trained to its end: continue with bll train --only ... --resume"
+            )
         try:
             return load_file(self.model)
         except (SafetensorError, OSError) as error:

@@ -160,10 +160,7 @@ def _together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The record of an epoch of all blocks, one after another."""
     return {
         "epoch": parts[0]["epoch"],
-        **{
-            name: [part[name][0] for part in parts]
-            for name in ("train_loss", "test_accuracy", "test_loss")
-        },
+        **{name: [part[name][0] for part in parts] for name in ("train_loss", "test_accuracy", "test_loss")},
         "seconds": round(sum(part["seconds"] for part in parts), 3),
         "peak_memory_mib": max(part["peak_memory_mib"] for part in parts),
         "borders": [part["border"] for part in parts[:-1]],

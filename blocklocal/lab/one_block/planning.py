@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.one_block.activations import Activations
 from blocklocal.lab.one_block.contents import FEATURES, Contents, Part

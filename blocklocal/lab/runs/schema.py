@@ -100,7 +100,8 @@ def settings_of(found: dict[str, Any], *, file: Path) -> Settings:
 def read_epochs(file: Path, *, blocks: int, epochs: int, merged: bool = False) -> list[dict[str, Any]]:
     """The records in a metrics.jsonl, without a partial line at the end, which a kill may leave.
 
-    merged: whether the blocks were trained one at a time. UserError: a line that a run with this number of blocks and epochs would not write.
+    merged: whether the blocks were trained one at a time. UserError: a line that a run with this number of blocks and
+    epochs would not write.
     """
     found = []
     for number, line in enumerate(read(file).split(b"\n")[:-1], start=1):
