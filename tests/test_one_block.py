@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from blocklocal.lab.cli import main
 from blocklocal.lab.one_block.activations import Activations
-from blocklocal.lab.one_block.alone import prepare_later
+from blocklocal.lab.one_block.alone import prepare_alone
 from blocklocal.lab.one_block.folder import BlockRun
 from blocklocal.lab.one_block.trainer import BlockTrainer
 from blocklocal.lab.runs.block_state import block_state
@@ -156,7 +156,7 @@ def test_without_data_the_block_begins_as_in_the_whole_model(tmp_path, kind):
         assert (own.inputs.shape, own.labels.shape) == (other.inputs.shape, other.labels.shape)
     whole = prepare(settings).learner
     for k in (1, 2):
-        alone = prepare_later(settings, k, task=outline, device=torch.device("cpu")).learner
+        alone = prepare_alone(settings, k, task=outline, device=torch.device("cpu")).learner
         assert_same(block_state(alone, k, None), block_state(whole, k, None))  # type: ignore[arg-type]
         own = {id(t) for t in alone.block_parameters(k)}
         assert all(parameter.is_meta != (id(parameter) in own) for parameter in alone.parameters())

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from blocklocal.border import Border
 from blocklocal.lab.distributed.process_group import Processes, environment
 from blocklocal.lab.environment import describe, find_device, peak_memory
-from blocklocal.lab.errors import UserError
+from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.one_block.activations import Activations
-from blocklocal.lab.one_block.alone import prepare_first, prepare_later
+from blocklocal.lab.one_block.alone import prepare_first, prepare_alone
 from blocklocal.lab.one_block.folder import BlockRun, Upstream, trained_on, weights_of
 from blocklocal.lab.one_block.options import Request, request_from
 from blocklocal.lab.one_block.source import Data, Source
@@ -81,8 +82,9 @@ def _train(run: BlockRun, request: Request) -> dict[str, Any]:
     with _resumable(run, checkpoints):
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
-                mean = loop.epoch(epoch, watch=lambda step, losses, epoch=epoch: shown.step(epoch, step, losses))
-                record = _record(epoch, mean.tolist(), trainer, seconds=loop.seconds)
+                with blame(f"model {settings.model!r} fails in training", unless=lambda _: ":" not in settings.model):
+                    mean = loop.epoch(epoch, watch=lambda step, losses, epoch=epoch: shown.step(epoch, step, losses))
+                    record = _record(epoch, mean.tolist(), trainer, seconds=loop.seconds)
                 shown.epoch(record)
                 run.append(record)
                 records.append(record)
@@ -114,7 +116,7 @@ def opened(request: Request) -> tuple[Experiment, Source]:
         task = task_without_data(settings, cache.contents.data)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(cache.path)!r} does not say what its data are ({error}): write it again") from error
-    experiment = prepare_later(settings, request.block, task=task, device=cache.device)
+    experiment = prepare_alone(settings, request.block, task=task, device=cache.device)
     _check_fit(experiment, cache, k=request.block)
     return experiment, cache
 
@@ -128,11 +130,12 @@ def upstream_of(cache: Activations | None) -> Upstream | None:
 
 def _check_fit(experiment: Experiment, cache: Activations, *, k: int) -> None:
     """UserError: the model, as it is built now, does not have such a border."""
-    spec = experiment.learner.borders[k - 1].spec
-    if tuple(spec.shape) != cache.contents.shape or experiment.steps != cache.steps:
+    border = experiment.learner.borders[k - 1]
+    assert isinstance(border, Border)
+    if tuple(border.spec.shape) != cache.contents.shape or experiment.steps != cache.steps:
         raise UserError(
             f"{str(cache.path)!r} holds {cache.steps} batches of activations of shape {cache.contents.shape}, and the "
-            f"model as it is built now has {experiment.steps} of {tuple(spec.shape)} there: write the cache again"
+            f"model as it is built now has {experiment.steps} of {tuple(border.spec.shape)} there: write the cache again"
         )
 
 

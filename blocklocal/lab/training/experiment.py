@@ -138,10 +138,7 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = load_task(settings, device=device)
-    if task.epoch_size < settings.batch_size * settings.accumulate:
-        times = f" times --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
-        have = f"the {task.epoch_size} training {task.unit}"
-        raise UserError(f"--batch-size {settings.batch_size}{times} is more than {have}")
+    check_size(task)
     torch.manual_seed(settings.seed)
     model = task.build()
     with blame(f"model {settings.model!r} cannot be put on {device}"):
@@ -157,6 +154,15 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     try_learning(learning, x, y, name=settings.model, context=context)
     try_checkpoint(learning.learner, name=settings.model)
     return Experiment(settings, device, task, learning)
+
+
+def check_size(task: Task) -> None:
+    """UserError: too few training samples for one step."""
+    settings = task.settings
+    if task.epoch_size < settings.batch_size * settings.accumulate:
+        times = f" times --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
+        have = f"the {task.epoch_size} training {task.unit}"
+        raise UserError(f"--batch-size {settings.batch_size}{times} is more than {have}")
 
 
 def learning_of(task: Task, model: nn.Module, *, example: Tensor) -> rules.Learning:
