@@ -12,7 +12,7 @@ from blocklocal.lab.distributed.process_group import Processes, environment
 from blocklocal.lab.environment import describe, find_device, peak_memory
 from blocklocal.lab.errors import UserError, blame
 from blocklocal.lab.one_block.activations import Activations
-from blocklocal.lab.one_block.alone import prepare_first, prepare_alone
+from blocklocal.lab.one_block.alone import prepare_alone, prepare_first
 from blocklocal.lab.one_block.folder import BlockRun, Upstream, trained_on, weights_of
 from blocklocal.lab.one_block.options import Request, request_from
 from blocklocal.lab.one_block.source import Data, Source
@@ -134,8 +134,8 @@ def _check_fit(experiment: Experiment, cache: Activations, *, k: int) -> None:
     assert isinstance(border, Border)
     if tuple(border.spec.shape) != cache.contents.shape or experiment.steps != cache.steps:
         raise UserError(
-            f"{str(cache.path)!r} holds {cache.steps} batches of activations of shape {cache.contents.shape}, and the "
-            f"model as it is built now has {experiment.steps} of {tuple(border.spec.shape)} there: write the cache again"
+            f"{str(cache.path)!r} holds {cache.steps} batches of activations of shape {cache.contents.shape}, the "
+            f"model as it is built now has {experiment.steps} of {tuple(border.spec.shape)} there: write it anew"
         )
 
 
