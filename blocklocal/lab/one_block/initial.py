@@ -67,7 +67,8 @@ class Numbering(OperationMode):
         return output
 
     def _spared(self, value: object) -> list[Tensor]:
-        return [tensor for tensor in _tensors(value) if self.number(tensor) in self.spared]
+        numbers = ((tensor, self.number(tensor)) for tensor in _tensors(value))
+        return [tensor for tensor, number in numbers if number is not None and number in self.spared]
 
     def _there(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage() is self._present and self._valid
