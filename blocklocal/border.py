@@ -13,6 +13,7 @@ from blocklocal.feedback import ClosedFormFeedback, Feedback
 from blocklocal.graph import mode
 from blocklocal.losses import LocalLoss
 from blocklocal.messages import BorderInput, BorderSpec, Statistic
+from blocklocal.recompute import NORMS
 
 
 class Border(nn.Module):
@@ -35,7 +36,10 @@ class Border(nn.Module):
                 f"{spec.shape} ({spec.layout}): pass another statistic, such as bll.SpatialMoments()"
             )
         self.weights = [weight for weight, _ in loss.terms]
-        self.terms = nn.ModuleList(term.build(spec) for _, term in loss.terms)
+        built = [term.build(spec) for _, term in loss.terms]
+        for module, (_, term) in zip(built, loss.terms, strict=True):
+            require_module(module, name=f"the return value of {type(term).__name__}.build()")
+        self.terms = nn.ModuleList(built)
         reads_feedback = any(getattr(module, "reads_feedback", False) for module in self.terms.modules())
         self.feedback = feedback.build(spec.targets, channels=spec.statistics) if reads_feedback else None
         if reads_feedback:
@@ -58,7 +62,11 @@ class Border(nn.Module):
         fit = getattr(self.feedback, "fit", None)
         if fit is not None and self.training and torch.is_grad_enabled():
             fit(y, border_input.alpha.detach())
-        parts = [term(border_input, y) for term in self.terms]
+        try:
+            parts = [term(border_input, y) for term in self.terms]
+        except ValueError as error:
+            self._explain(error, samples=len(y))
+            raise
         for term, part in zip(self.terms, parts, strict=True):
             require_scalar(part, name=type(term).__name__)
         return parts
@@ -88,6 +96,15 @@ class Border(nn.Module):
     def message(self, h: Tensor, belief: Tensor | None = None) -> BorderInput:
         """The input of this border: the block's output h and, if there is one, the belief of the earlier exits."""
         return BorderInput(h, spec=self.spec, statistic=self.statistic, feedback=self.feedback, belief=belief)
+
+    def _explain(self, error: ValueError, *, samples: int) -> None:
+        """ValueError: a head that normalises over the batch was given one sample."""
+        normalises = any(isinstance(module, NORMS) for module in self.terms.modules())
+        if samples == 1 and self.training and normalises:
+            raise ValueError(
+                "the head at a border normalises over the batch, which has one sample: pass at least two (drop_last="
+                'True of a DataLoader), or use another head, such as bll.Predictive(head="linear")'
+            ) from error
 
     @property
     def predictive(self) -> Any:

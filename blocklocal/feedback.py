@@ -95,8 +95,10 @@ class Targets:
                 raise ValueError(f"y has dtype {y.dtype}: dense targets are real numbers, pass y.float()")
             return
         if y.dtype != torch.int64:
+            one_hot = y.is_floating_point() and y.dim() > 1 and y.shape[-1] == self.size
+            remedy = "y.argmax(-1), if it is one-hot" if one_hot else "y.long()"
             raise ValueError(
-                f"y has dtype {y.dtype}: labels are integers, pass y.long(); for dense targets pass outputs= instead"
+                f"y has dtype {y.dtype}: labels are integers, pass {remedy}; for dense targets pass outputs= instead"
             )
 
     def match(self, y: Tensor, h: Tensor, *, what: str) -> None:

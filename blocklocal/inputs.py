@@ -16,6 +16,11 @@ from blocklocal.arguments import describe, passes, require, require_factor, requ
 from blocklocal.feedback import Targets
 from blocklocal.losses import LocalLoss
 
+LOSS = (
+    "pass weighted terms, such as 0.1 * bll.Variational() + bll.Predictive(), or your own bll.Term; the loss of the "
+    "last block is criterion="
+)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -54,7 +59,7 @@ class Example:
 
 def check_settings(*, loss: Any, feedback: Any, statistic: Any, criterion: Any, example: Any) -> None:
     """TypeError, ValueError: an invalid setting of a learner."""
-    require(loss, LocalLoss, name="loss", needed="pass weighted terms, such as 0.1 * bll.Variational()")
+    require(loss, LocalLoss, name="loss", needed=LOSS)
     if isinstance(feedback, type) or not callable(getattr(feedback, "build", None)):
         raise TypeError(f"feedback is {describe(feedback)}: pass settings, such as bll.ClosedFormFeedback()")
     require_function(statistic, name="statistic", needed="pass a function (B, C, P) -> (B, C), such as spatial_mean")

@@ -26,7 +26,7 @@ from blocklocal.arguments import (
 )
 from blocklocal.border_factory import BorderFactory
 from blocklocal.collapse import warn_of_collapse
-from blocklocal.exits import Exit, ExitPool, Predictor
+from blocklocal.exits import ExitPool, Predictor
 from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
 from blocklocal.graph import mode
 from blocklocal.inputs import (
@@ -42,7 +42,7 @@ from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import BorderInput, Criterion, Statistic, add_belief, dense, spatial_mean
 from blocklocal.outline import Outline, adopt, share
 from blocklocal.shape_probe import check_prediction, probe_shapes
-from blocklocal.split import split
+from blocklocal.split import divide
 
 Features = Tensor | tuple[Tensor, Tensor]
 """What a block reads: features and, with add_beliefs, the belief of the exits before it."""
@@ -101,9 +101,8 @@ class BlockLocal(LocalLearner, Convertible):
             raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
 
         borders = BorderFactory(self.targets, criterion, loss, feedback, statistic, layout)
-        self.blocks = nn.ModuleList(
-            split(model, at=at, blocks=blocks, example=example, balance=balance, border=borders.trial)
-        )
+        chain, self.cuts = divide(model, at=at, blocks=blocks, example=example, balance=balance, border=borders.trial)
+        self.blocks = nn.ModuleList(chain)
         self._outline = Outline(model, self.blocks)
         seen = probe_shapes(model, self.blocks, example, size=self.targets.size, count=borders.counts_operations)
         self._writes_input = seen.writes_input
@@ -258,16 +257,16 @@ class BlockLocal(LocalLearner, Convertible):
     def predictor(self, *, exit: int | Literal["all"] | None = None) -> Predictor:
         """`predict` as a module without the learner, to save, compile or export; it shares the learner's weights.
 
-        exit=None: the blocks alone. exit=k: blocks 0 to k and the head of exit k. exit="all": blocks, heads, weights.
+        exit=None: the blocks alone. exit=k: blocks 0 to k and the head of exit k, without the later blocks. exit="all":
+        blocks, heads, weights.
+
+        >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
+        >>> early = learner.predictor(exit=0).eval()
+        >>> sorted(early.blocks.state_dict())
+        ['0.bias', '0.weight']
         """
-        if isinstance(exit, str) and exit == "all":
-            k, pool = len(self.borders), self.pool
-        else:
-            k, pool = self._exit(exit), None
-        counts = [j == k or pool is not None or self.adds_beliefs for j in range(k + 1)]
-        borders = [self._border(j) if j < len(self.borders) else None for j in range(k + 1)]
-        exits = [Exit(border) if border and counts else None for border, counts in zip(borders, counts, strict=True)]
-        return Predictor(self.blocks[: k + 1], exits, pool=pool, add_beliefs=self.adds_beliefs)
+        exits, pool = self._read(exit)
+        return Predictor(self.blocks[: len(exits)], exits, pool=pool, add_beliefs=self.adds_beliefs)
 
     @torch.no_grad()
     def diagnose(self, x: Tensor, y: Tensor) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from blocklocal.arguments import require, require_whole
 from blocklocal.border import Border
-from blocklocal.exits import ExitPool
+from blocklocal.exits import Exit, ExitPool
 from blocklocal.feedback import Targets, share_feedback
 from blocklocal.graph import mode
 from blocklocal.inputs import check_frozen, check_owners, check_steps
@@ -34,6 +34,9 @@ class LocalLearner(nn.Module):
     criterion: Criterion
     borders: nn.ModuleList
     pool: ExitPool
+    adds_beliefs: bool
+    cuts: list[str]
+    """The submodules after which the borders stand, in the order of the forward pass: the `at` of the same learner."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,6 +139,14 @@ class LocalLearner(nn.Module):
         border = self.borders[k]
         assert isinstance(border, Border)
         return border
+
+    def _read(self, exit: int | Literal["all"] | None) -> tuple[list[Exit | None], ExitPool | None]:
+        """The exits 0 to `exit` that its prediction reads, None for the others, and what combines them."""
+        combined = isinstance(exit, str) and exit == "all"
+        k = len(self.borders) if combined else self._exit(exit)
+        read = [j < len(self.borders) and (j == k or combined or self.adds_beliefs) for j in range(k + 1)]
+        exits = [Exit(self._border(j)) if is_read else None for j, is_read in enumerate(read)]
+        return exits, self.pool if combined else None
 
     def _exit(self, exit: object) -> int:
         last = len(self.borders)

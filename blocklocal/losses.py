@@ -7,6 +7,7 @@ A term's settings are frozen and independent of a model; `build(spec)` makes the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +74,9 @@ class Term(LocalLoss):
 
     def build(self, spec: BorderSpec) -> nn.Module:
         """The term's module at one border: forward(border_input, y) -> scalar."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no build(spec): define it, to return the nn.Module of this term at a border"
+        )
 
 
 @dataclass(frozen=True)
@@ -187,17 +190,31 @@ class Predictive(Term):
 
 
 class PredictiveTerm(nn.Module):
-    """A prediction head and its criterion."""
+    """A prediction head and its criterion, which all borders share: the state dict of a learner has it once."""
 
     def __init__(self, head: nn.Module, *, spec: BorderSpec) -> None:
         super().__init__()
         self.head, self.criterion = head, spec.criterion
+        if isinstance(self.criterion, nn.Module):
+            self.register_state_dict_post_hook(_without_criterion)
+            self.register_load_state_dict_pre_hook(_with_criterion)
 
     def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
         return loss_of(self.criterion, self.predict(border_input), y)
 
     def predict(self, border_input: BorderInput) -> Tensor:
         return border_input.predict(self.head)
+
+
+def _without_criterion(term: PredictiveTerm, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}criterion.")]:
+        del state[name]
+
+
+def _with_criterion(term: PredictiveTerm, state: dict[str, Any], prefix: str, *_: object) -> None:
+    assert isinstance(term.criterion, nn.Module)
+    for name, value in term.criterion.state_dict(prefix=f"{prefix}criterion.").items():
+        state.setdefault(name, value)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,19 @@ def split(
     >>> [name for name, _ in chain[1].named_parameters()]
     ['2.weight', '2.bias']
     """
+    return divide(model, at=at, blocks=blocks, example=example, balance=balance, border=border)[0]
+
+
+def divide(
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    at: Sequence[str] | None,
+    blocks: int | None,
+    example: Tensor | None,
+    balance: Literal["time", "memory"],
+    border: BorderLoss | None,
+) -> tuple[nn.Sequential, list[str]]:
+    """What `split` returns, and the submodules after which its borders stand, in the order of the forward pass."""
     model = module_of(model)
     if at is not None and blocks is not None:
         raise ValueError("at= and blocks= both say where to cut: pass one of them")
@@ -49,16 +62,16 @@ def split(
     if example is not None:
         require_tensor(example, name="example")
     if at is not None:
-        return cut(model, at=at)
+        return _cut(model, at=at)
     if blocks is None:
         if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
             if found := obstacle(model):
                 raise ValueError(f"{type(model).__name__} {found}: pass a list of modules")
-            return _checked(model)
+            return _checked(model), [name for name, _ in model.named_children()][:-1]
         raise ValueError(f"where to cut {type(model).__name__}? Pass at=[submodules] or blocks=K")
     blocks = require_whole(blocks, name="blocks", least=1)
     if blocks == 1:
-        return nn.Sequential(model)
+        return nn.Sequential(model), []
     if example is None:
         raise ValueError("blocks=K measures the model: pass example=, a batch of its input")
     if any(tensor.is_meta for tensor in (example, *model.parameters(), *model.buffers())):
@@ -70,7 +83,7 @@ def split(
             f"so {len(places) + 1} blocks at most"
         )
     profile = measure(list(cut(model, at=places)), example, border=border)
-    return cut(model, at=[places[start - 1] for start in starts(profile, blocks=blocks, balance=balance)])
+    return _cut(model, at=[places[start - 1] for start in starts(profile, blocks=blocks, balance=balance)])
 
 
 def candidates(model: nn.Module) -> list[str]:
@@ -99,6 +112,11 @@ def _places(model: nn.Module) -> tuple[Trace, list[str]]:
 
 def cut(model: nn.Module, *, at: Sequence[str]) -> nn.Sequential:
     """Cut `model` after each of the submodules `at`."""
+    return _cut(model, at=at)[0]
+
+
+def _cut(model: nn.Module, *, at: Sequence[str]) -> tuple[nn.Sequential, list[str]]:
+    """The chain, and the submodules in the order of the forward pass."""
     modules = dict(model.named_modules())
     for name in at:
         if name not in modules or not name:
@@ -108,11 +126,12 @@ def cut(model: nn.Module, *, at: Sequence[str]) -> nn.Sequential:
     inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise ValueError(f"{type(model).__name__} takes {len(inputs)} inputs ({', '.join(inputs)}): a chain has one")
-    return _checked(_segments(model, traced, borders=_borders(traced, at=at)))
+    borders = _borders(traced, at=at)
+    return _checked(_segments(model, traced, borders=list(borders))), list(borders.values())
 
 
-def _borders(traced: Trace, *, at: Sequence[str]) -> list[fx.Node]:
-    """The nodes whose values cross the borders, in the order of the forward pass."""
+def _borders(traced: Trace, *, at: Sequence[str]) -> dict[fx.Node, str]:
+    """The nodes whose values cross the borders, with their submodules, in the order of the forward pass."""
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
     nodes: dict[fx.Node, str] = {}
     for name in at:
@@ -133,7 +152,7 @@ def _borders(traced: Trace, *, at: Sequence[str]) -> list[fx.Node]:
         if not node.users or order[node] >= len(order) - 2:
             raise ValueError(f"at={name!r}: no computation follows this submodule, so there would be no block after it")
         nodes[node] = name
-    return sorted(nodes, key=order.__getitem__)
+    return {node: nodes[node] for node in sorted(nodes, key=order.__getitem__)}
 
 
 def _segments(model: nn.Module, traced: Trace, *, borders: list[fx.Node]) -> nn.Sequential:

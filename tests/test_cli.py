@@ -80,12 +80,12 @@ def test_the_help_shows_the_recipe_of_the_data(capsys):
 
 GROUPS = {
     "data": "train_size test_size validation flip crop cutout context windows vocabulary target",
-    "model and rule": "model blocks at rule head budget lookahead refresh statistic variational estimate_variance "
-    "softness power add_beliefs",
+    "model and rule": "model model_args weights blocks at rule head budget lookahead refresh statistic variational "
+    "estimate_variance softness power add_beliefs",
     "optimisation": "epochs batch_size accumulate optimizer lr momentum beta2 weight_decay clip schedule warmup "
     "label_smoothing seed",
     "execution": "dtype channels_last device threads compile replicas shard message_dtype timeout",
-    "output": "out save_every trace resume trust",
+    "output": "out save_every trace tensorboard resume trust",
 }
 
 
@@ -111,7 +111,7 @@ def test_other_commands_show_the_settings_they_take_in_the_same_groups(capsys):
         main(["compare", "--help"])
     boxes = help_boxes(capsys.readouterr().out)
     assert boxes["options"] == ["--out", "--rules", "--seeds"]
-    assert boxes["output options"] == ["--save-every", "--trace"]
+    assert boxes["output options"] == ["--save-every", "--trace", "--tensorboard"]
     assert "--rule" not in boxes["model and rule options"]
 
 

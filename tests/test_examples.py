@@ -12,12 +12,6 @@ def test_own_loop() -> None:
     assert runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"](epochs=6) > 0.9
 
 
-@pytest.mark.filterwarnings("default")  # Lightning's own
-def test_lightning_module(tmp_path: Path) -> None:
-    pytest.importorskip("lightning", reason="Lightning is no dependency of blocklocal, not even of its tests")
-    assert runpy.run_path(str(EXAMPLES / "lightning_module.py"))["main"](root=tmp_path) > 0.9
-
-
 @pytest.mark.parametrize("name", ["own_term_and_head", "own_family", "own_feedback"])
 def test_parts_of_ones_own(name: str) -> None:
     assert runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]() > 0.85

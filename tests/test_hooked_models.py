@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -208,7 +209,8 @@ def named():
 
 
 def check(model: nn.Module, x, *, classes: int = 4, **where) -> Hooked:
-    """The model's output is the same with borders, every parameter learns, and each from its own block's loss."""
+    """The model's output is the same with borders, every parameter learns, and each from its own block's loss; the
+    predictor of the first exit predicts the same with the parameters that learn from the first loss."""
     parameters = dict(model.named_parameters())
     model.eval()
     before = prediction_of(call(model, x)).detach()  # with gradients recorded, without which an LSTM computes otherwise
@@ -233,7 +235,12 @@ def check(model: nn.Module, x, *, classes: int = 4, **where) -> Hooked:
         assert not reached & learnt
         learnt |= reached
         learner.zero_grad(set_to_none=True)
+        kept = {name for name, _ in learner.predictor(exit=k).model.named_parameters()}
+        assert learnt <= kept  # and what is read, but not used
     assert learnt == {*parameters}
+    with torch.no_grad():
+        early: Any = call(learner.eval().predictor(exit=0), x)
+        assert torch.equal(early, learner.predict(x, exit=0))
     return learner
 
 

@@ -132,8 +132,10 @@ def test_models_that_cannot_be_built_say_why():
         build("vit", channels=3, size=(31, 31), classes=10)
 
 
-@pytest.mark.parametrize("package", ["timm", "torchvision"])
-def test_a_missing_package_is_named(monkeypatch, package):
+@pytest.mark.parametrize(
+    ("source", "package"), [("timm", "timm"), ("torchvision", "torchvision"), ("hf", "transformers")]
+)
+def test_a_missing_package_is_named(monkeypatch, source, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
-        build(f"{package}:resnet18", channels=3, size=(32, 32), classes=10)
+        build(f"{source}:resnet18", channels=3, size=(32, 32), classes=10)

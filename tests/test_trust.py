@@ -111,7 +111,7 @@ def test_code_that_is_trusted_is_run(here, capsys, args):
 
 
 def test_models_of_known_packages_need_no_trust():
-    for name in [*MODELS, "timm:net", "torchvision:net", "resnet19"]:
+    for name in [*MODELS, "timm:net", "torchvision:net", "hf:net", "resnet19"]:
         refuse_code(Settings(model=name), run=Path("run"))
     for name in ("mine:net", "timm.evil:net", "Timm:net", ":", "os:system"):
         with pytest.raises(UserError, match="'run' has the model"):

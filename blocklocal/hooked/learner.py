@@ -18,7 +18,8 @@ from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
 from blocklocal.graph import mode
 from blocklocal.hooked.operations import segment_operations
 from blocklocal.hooked.places import balanced
-from blocklocal.hooked.probe import Output, probe
+from blocklocal.hooked.predictor import HookedPredictor, Left, copied
+from blocklocal.hooked.probe import Output, nearest, probe
 from blocklocal.hooked.taps import Taps, Visit
 from blocklocal.hooked.values import Inputs, call, check_inputs, prediction_of, tensors
 from blocklocal.inputs import check_parameters, check_settings
@@ -106,7 +107,6 @@ class Hooked(LocalLearner):
             raise ValueError(f"at={at!r}: pass a list of submodules, at=[{at!r}]")
         seen = probe(model, at, example, output=output, size=self.targets.size, tied=tied)
         self.cuts = seen.names
-        """The submodules after which a border stands, in the order of the forward pass."""
         layouts = given_layouts(layout, borders=len(self.cuts))
         operations: list[float] | list[None] = [None] * len(self.cuts)
         if borders.counts_operations:
@@ -123,7 +123,8 @@ class Hooked(LocalLearner):
             borders.check_criterion()
         self.adds_beliefs = add_beliefs
         self.pool = ExitPool(len(self.cuts) + 1, labels=self.targets.labels)
-        self._owned, self._tied, self._writes_input = seen.parameters, seen.tied, seen.writes_input
+        self._owned, self._tied, self._reads = seen.parameters, seen.tied, seen.reads
+        self._writes_input = seen.writes_input
         self._dimensions = seen.outputs[-1].dim()
         self._taps = Taps(model, self.cuts)
 
@@ -211,14 +212,30 @@ class Hooked(LocalLearner):
 
         def at_exit(k: int, prediction: Tensor) -> None:
             if k == last:
-                raise _Left(prediction)
+                raise Left(prediction)
 
         if last == len(self.borders) and not self.adds_beliefs:
             return self._predicted(call(self.model, x))
         try:
             return self._predictions(x, at_exit, only=None if self.adds_beliefs else last)
-        except _Left as left:
+        except Left as left:
             return left.prediction
+
+    def predictor(self, *, exit: int | Literal["all"] | None = None) -> HookedPredictor:
+        """`predict` as a module without the learner, to save or export, which takes what the model takes.
+
+        exit=None: the model alone. exit=k: the model up to exit k, and its head. exit="all": all exits, as combined. It
+        is a copy of the model that shares its weights; below `exit=k` those that only later blocks read are left out.
+
+        >>> learner = Hooked(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 3)), at=["0"], classes=3,
+        ...     example=torch.randn(4, 8))
+        >>> early = learner.predictor(exit=0).eval()
+        >>> sorted(early.model.state_dict())
+        ['0.bias', '0.weight']
+        """
+        exits, pool = self._read(exit)
+        model, taps = copied(self.model, self._taps, without=self._later(len(exits) - 1))
+        return HookedPredictor(model, taps, exits, output=self.output, pool=pool, add_beliefs=self.adds_beliefs)
 
     @torch.no_grad()
     def diagnose(self, x: Inputs, y: Tensor) -> list[dict[str, float]]:
@@ -242,6 +259,19 @@ class Hooked(LocalLearner):
     def remove(self) -> None:
         """Remove the hooks from the model, which is then as it was passed in, but trained; this learner ends."""
         self._taps.remove()
+
+    def _later(self, k: int) -> list[str]:
+        """The names of the parameters and buffers that only blocks after block k read."""
+        readers = {name: j for j, names in reversed([*enumerate(self._reads)]) for name in names}
+        owners = {name: j for j, names in reversed([*enumerate(self._owned)]) for name in names}
+        found: list[str] = []
+        for named in (self.model.named_parameters, self.model.named_buffers):
+            first = {tensor: name for name, tensor in named()}  # of several names of one tensor
+            for name, tensor in named(remove_duplicate=False):
+                known = [of[first[tensor]] for of in (owners, readers) if first[tensor] in of]
+                block = min(known) if known else nearest(name, owners)
+                found += [name] if block is not None and block > k else []
+        return found
 
     def _learn(self, x: Inputs, y: Tensor, learn: Callable[[int, Tensor], None]) -> None:
         """A forward pass in which learn(k, loss) is called with local loss k as soon as there is one."""
@@ -293,11 +323,11 @@ class Hooked(LocalLearner):
             surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
             waiting = waiting & (surest.flatten(1).amin(1) < confidence)
             if not waiting.any():
-                raise _Left(decided)
+                raise Left(decided)
 
         try:
             seen(len(self.borders), self._predictions(x, seen))
-        except _Left as left:
+        except Left as left:
             return left.prediction
         assert decided is not None
         return decided
@@ -338,11 +368,3 @@ class Hooked(LocalLearner):
                 "gradients: step one optimizer of learner.parameters() after backward()"
             )
         return super()._stepper(scale=scale, optimizers=optimizers, scaler=scaler)
-
-
-class _Left(Exception):
-    """Ends a forward pass at an early exit."""
-
-    def __init__(self, prediction: Tensor) -> None:
-        super().__init__()
-        self.prediction = prediction

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blocklocal.arguments import describe, first_line
 from blocklocal.graph import mode
 from blocklocal.hooked.autograd_graph import parameters, reachable, shared
+from blocklocal.hooked.reads import Reads
 from blocklocal.hooked.values import Inputs, call, features, map_tensors, tensors
 from blocklocal.internals import version_of
 from blocklocal.layout import Layout, Readings, find_layouts
@@ -32,6 +33,7 @@ class Probe:
     layouts: list[Layout | None]
     parameters: list[list[str]]
     tied: list[str]
+    reads: list[set[str]]
     writes_input: list[bool]
 
 
@@ -51,7 +53,7 @@ def probe(
     """
     check_names(model, names)
     order, outputs, handed_on, versions = [], [], [], []
-    with one_pass(model, example), Readings(next(tensors(example))) as readings:
+    with one_pass(model, example), Readings(next(tensors(example))) as readings, Reads(model) as reads:
 
         def at_border(name: str, returned: object) -> object:
             found = features(returned)
@@ -65,6 +67,7 @@ def probe(
             handed_on.append(h.detach())
             versions.append(version_of(h))
             readings.begin(handed_on[-1])
+            reads.begin()
             return rebuild(handed_on[-1])
 
         prediction = run(model, example, names=names, at_border=at_border, output=output)
@@ -82,7 +85,7 @@ def probe(
     _check_batch(model, example, values, names=order, output=output)
     drops = drops_in_place(model)
     writes = [drops or version_of(h) != version for h, version in zip(handed_on, versions, strict=True)]
-    return Probe(order, values, find_layouts(values[:-1], readings.all), found, several, writes)
+    return Probe(order, values, find_layouts(values[:-1], readings.all), found, several, reads.all, writes)
 
 
 def check_names(model: nn.Module, names: Sequence[str]) -> None:
@@ -172,17 +175,21 @@ def _complete(names: Sequence[str], found: list[list[str]]) -> list[list[str]]:
     owner = {name: k for k, own in enumerate(found) for name in own}
     blocks = [list(own) for own in found]
     for name in names:
-        place = name
-        while name not in owner and place:
-            place = place.rpartition(".")[0]
-            near = {k for other, k in owner.items() if other.startswith(f"{place}.")}
-            if len(near) == 1:
-                blocks[near.pop()].append(name)
-                break
-        else:
-            if name not in owner:
-                blocks[-1].append(name)
+        if name not in owner:
+            block = nearest(name, owner)
+            blocks[-1 if block is None else block].append(name)
     return blocks
+
+
+def nearest(name: str, owner: Mapping[str, int]) -> int | None:
+    """The block that owns the parameters nearest to a parameter or buffer in the model; None where several do."""
+    place = name
+    while place:
+        place = place.rpartition(".")[0]
+        near = {k for other, k in owner.items() if other.startswith(f"{place}.")}
+        if len(near) == 1:
+            return near.pop()
+    return None
 
 
 def _check_batch(

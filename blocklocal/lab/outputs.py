@@ -14,7 +14,7 @@ from blocklocal.lab.errors import UserError
 
 PROBE = 2**16  # bytes for which there must be room
 PICTURES = (".svg", ".png")
-CHECKPOINTS, TRACES = "checkpoint", "trace"  # folders in that of a run
+CHECKPOINTS, TRACES, EVENTS = "checkpoint", "trace", "tensorboard"  # folders in that of a run
 CONFIG, METRICS, MODEL = "config.json", "metrics.jsonl", "model.safetensors"  # in the folder of a run
 BLOCK = "block.json"  # instead of config.json, in the folder of a block that was trained alone
 
@@ -45,7 +45,7 @@ def check_file(file: Path, *, flag: str) -> None:
     if file.name in (CONFIG, METRICS, MODEL) and os.path.exists(file.parent / CONFIG):
         raise UserError(f"{flag} {str(file)!r} would overwrite a file of the run: choose another name")
     for folder in file.parents:
-        if folder.name in (CHECKPOINTS, TRACES) and os.path.exists(folder.parent / CONFIG):
+        if folder.name in (CHECKPOINTS, TRACES, EVENTS) and os.path.exists(folder.parent / CONFIG):
             raise UserError(f"{flag} {str(file)!r} is among the {folder.name} files of a run: choose another place")
     with room(file.parent, flag=flag):
         try:

@@ -29,7 +29,10 @@ OUTPUT = Group("output")
 @dataclass(frozen=True)
 class Settings:
     """Train a network on images, text or a table, as a whole or in blocks with local losses, and keep everything in one
-    folder."""
+    folder.
+
+    The defaults depend on the data: bll train DATA --help shows those for DATA.
+    """
 
     data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"
     """images: digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images; text:
@@ -55,8 +58,12 @@ class Settings:
     target: Annotated[str | None, DATA] = None
     """table: the column of classes (default: the last one)"""
     model: Annotated[str, MODEL] = "cnn"
-    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function; for
-    text gpt-tiny, gpt-small, gpt-medium"""
+    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME, hf:CONFIG (transformers: a
+    folder, a JSON file or a kind such as vit) or package.module:function; for text gpt-tiny, gpt-small, gpt-medium"""
+    model_args: Annotated[tuple[str, ...], MODEL] = ()
+    """more arguments of the function that makes the model, or fields of CONFIG: NAME=VALUE, such as img_size=32"""
+    weights: Annotated[str | None, MODEL] = None
+    """initial weights: a file with the model's state dict, .safetensors or of torch.save"""
     blocks: Annotated[int, MODEL, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: Annotated[tuple[str, ...], MODEL] = ()
@@ -140,6 +147,8 @@ class Settings:
     """minibatches between checkpoints; there is always one at the end of an epoch"""
     trace: Annotated[bool, OUTPUT] = False
     """over processes: record what each process does and when, for bll timeline"""
+    tensorboard: Annotated[bool, OUTPUT] = False
+    """write metrics.jsonl as event files for TensorBoard too, in the run's folder tensorboard"""
     resume: Annotated[bool, OUTPUT] = False
     """continue from the last checkpoint in --out, with the settings kept there"""
     trust: Annotated[bool, OUTPUT] = False
@@ -221,7 +230,7 @@ OF_KIND = {
 NEEDED = {"images": "images", "text": "text", "table": "a table"}
 
 # Where a run is kept and how it is started and watched, not what it computes.
-NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace")
+NOT_STORED = ("out", "resume", "trust", "save_every", "timeout", "trace", "tensorboard")
 
 LONGEST = 60  # characters of one name within a folder name
 

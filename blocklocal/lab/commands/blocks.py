@@ -27,7 +27,10 @@ class Options:
     """Show the blocks of a model: their submodules, parameters, activation memory and time."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]
-    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME or package.module:function"""
+    """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME, hf:CONFIG (transformers: a
+    folder, a JSON file or a kind such as vit) or package.module:function"""
+    model_args: tuple[str, ...] = ()
+    """more arguments of the function that makes the model, or fields of CONFIG: NAME=VALUE, such as img_size=32"""
     blocks: Annotated[int, Range(least=1), Needs("at", ((),))] = 4
     """number of blocks"""
     at: tuple[str, ...] = ()
@@ -64,7 +67,13 @@ def main(args: Sequence[str]) -> None:
         blocks = len(options.at) + 1 if options.at else options.blocks
         plan.check(blocks=blocks, ranks=options.plan, speeds=options.speeds, link=options.link)
     size = (options.size, options.size)
-    model = models.build(options.model, channels=options.channels, size=size, classes=options.classes)
+    model = models.build(
+        options.model,
+        channels=options.channels,
+        size=size,
+        classes=options.classes,
+        arguments=models.read_arguments(options.model_args),
+    )
     x = torch.randn(options.batch_size, options.channels, *size)
     shape = (len(x[:FEW]), options.classes)
     try_model(model, x[:FEW], name=options.model, shape=shape, context=nullcontext())

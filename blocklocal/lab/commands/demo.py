@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -53,4 +55,5 @@ def main(args: Sequence[str]) -> None:
     console = Terminal()
     console.print(table)
     console.print("memory: the most that a step keeps alive, without weights", style="dim")
-    console.print(f"The runs are in {folder}. Next: bll eval {folder}/bll --exit 0.9", soft_wrap=True)
+    bll = "bll" if shutil.which("bll") else sys.argv[0]  # as it was called
+    console.print(f"The runs are in {folder}. Next: {bll} eval {folder}/bll --exit 0.9", soft_wrap=True)

@@ -45,9 +45,10 @@ class Options:
 def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll eval")
     find_exit(options.exit)
-    trained = load_trained(Run(options.run), data=options.data, device=options.device, trust=options.trust)
+    run = Run(options.run)
+    find_exit(options.exit, blocks=run.facts()["blocks"])
+    trained = load_trained(run, data=options.data, device=options.device, trust=options.trust)
     experiment, learner = trained.experiment, trained.learner
-    find_exit(options.exit, blocks=len(learner.blocks))
     experiment.validate()
     exits, costs = experiment.test(), prediction_costs(learner, experiment.sample)
     accuracy = choose(exits, options.exit)

@@ -54,10 +54,10 @@ def main(args: Sequence[str]) -> None:
     run = Run(options.run)
     if run.settings().kind != "text":
         raise UserError(f"the run in {str(run.path)!r} learns from {run.settings().data!r}: only a text can be sampled")
+    exit = chosen_exit(options.exit, blocks=run.facts()["blocks"])
     trained = load_trained(run, data=options.data, device=options.device, trust=options.trust)
     experiment, learner, task = trained.experiment, trained.learner, trained.experiment.task
     assert isinstance(task, LanguageModelling)
-    exit = chosen_exit(options.exit, blocks=len(learner.blocks))
     experiment.validate()
     ids = torch.tensor([task.vocabulary.encode(options.prompt)], device=experiment.device)
 

@@ -1,16 +1,18 @@
-"""Models by name: built in, from timm or torchvision, or any function."""
+"""Models by name: built in, of another library, or any function."""
 
 from __future__ import annotations
 
-import importlib
+import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir
-from types import ModuleType
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.models.libraries import LIBRARIES
 from blocklocal.lab.models.resnet import BasicBlock, Bottleneck, ResNet
 from blocklocal.lab.models.small import cnn, mlp
 from blocklocal.lab.models.vgg import vgg8
@@ -52,29 +54,52 @@ CUTS: dict[tuple[str, int], tuple[str, ...]] = {
 }
 
 
-def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+def build(
+    name: str,
+    *,
+    channels: int,
+    size: tuple[int, int],
+    classes: int,
+    arguments: Mapping[str, Any] = {},
+) -> nn.Module:
     """Build a new model for images with `channels` and `size` (height, width) in pixels, with `classes` logits.
 
-    name: one of `MODELS`, `timm:NAME`, `torchvision:NAME`, or `package.module:function`, a function that is called with
-    channels=, size=, classes= and returns the module. UserError: no such model, package or function, or one that fails.
+    name: one of `MODELS`, `timm:NAME`, `torchvision:NAME`, `hf:CONFIG`, or `package.module:function`, a function that
+    is called with channels=, size=, classes= and returns the module. arguments: more for the function that makes it.
+    UserError: no such model, package or function, or one that fails.
     """
     source, colon, function = name.partition(":")
     if name not in MODELS and not colon:
+        if name.startswith("gpt-"):
+            raise UserError(f"model {name!r} is for text, and the data are not: name them text:FILE")
         raise UserError(
             f"unknown model {name!r}: choose {', '.join(MODELS)}, "
-            "timm:NAME, torchvision:NAME or package.module:function"
+            "timm:NAME, torchvision:NAME, hf:CONFIG or package.module:function"
         )
+    known = MODELS | ({name: partial(LIBRARIES[source], function)} if source in LIBRARIES else {})
+    return make(name, known, {"channels": channels, "size": size, "classes": classes}, arguments)
+
+
+def make(
+    name: str,
+    known: Mapping[str, Callable[..., nn.Module]],
+    shape: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> nn.Module:
+    """Make a model with one of the known functions of that name, or with the user's own package.module:function.
+
+    shape: the arguments that follow from the data. UserError: the function fails, or returns no module; an argument
+    that follows from the data.
+    """
+    if taken := [argument for argument in arguments if argument in shape]:
+        raise UserError(f"model {name!r}: {taken[0]!r} follows from the data and is no further argument")
     with blame(f"model {name!r} cannot be made"):
-        if name in MODELS:
-            model = MODELS[name](channels=channels, size=size, classes=classes)
-        elif source == "timm":
-            model = _timm(function, channels=channels, classes=classes)
-        elif source == "torchvision":
-            model = _torchvision(function, channels=channels, classes=classes)
+        if name in known:
+            model = known[name](**shape, **arguments)
         else:
             with chdir("."):  # restores the folder to which the relative paths of the command line refer
-                function = own_function(name, kind="model", keywords=("channels", "size", "classes"))
-                model = function(channels=channels, size=size, classes=classes)
+                function = own_function(name, kind="model", keywords=tuple(shape))
+                model = function(**shape, **arguments)
     if inspect.iscoroutine(model):
         model.close()
         raise UserError(f"model {name!r}: its function is async and returns no module: define it with def alone")
@@ -84,32 +109,26 @@ def build(name: str, *, channels: int, size: tuple[int, int], classes: int) -> n
     return model
 
 
+def read_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """Arguments from the command line, NAME=VALUE: a value is a Python literal, and otherwise text.
+
+    UserError: one without a name or a value, or a name that is given twice.
+    """
+    found: dict[str, Any] = {}
+    for one in given:
+        name, equals, text = one.partition("=")
+        if not name.isidentifier() or not equals or not text:
+            raise UserError(f"--model-args {one!r} is not NAME=VALUE, such as img_size=32")
+        if name in found:
+            raise UserError(f"--model-args has {name} twice")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            found[name] = text
+    return found
+
+
 def is_own(name: str) -> bool:
     """Whether the name is that of the user's own function, package.module:function."""
     source, colon, _ = name.partition(":")
-    return name not in MODELS and bool(colon) and source not in ("timm", "torchvision")
-
-
-def _timm(name: str, *, channels: int, classes: int) -> nn.Module:
-    timm = _package("timm", model=f"timm:{name}")
-    if not timm.is_model(name):
-        raise UserError(f"unknown model 'timm:{name}': choose one of timm.list_models()")
-    return timm.create_model(name, in_chans=channels, num_classes=classes)
-
-
-def _torchvision(name: str, *, channels: int, classes: int) -> nn.Module:
-    torchvision = _package("torchvision", model=f"torchvision:{name}")
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"unknown model 'torchvision:{name}': choose one of torchvision.models.list_models()")
-    if channels != 3:
-        raise UserError(f"model 'torchvision:{name}' takes colour images, but these have {channels} channel(s)")
-    return torchvision.models.get_model(name, weights=None, num_classes=classes)
-
-
-def _package(name: str, *, model: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise UserError(f"model {model!r} needs the package {name}: pip install {name}") from error
+    return name not in MODELS and bool(colon) and source not in LIBRARIES

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import chdir
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 from torch import nn
 
-from blocklocal.lab.errors import UserError, blame
-from blocklocal.lab.models import is_own
+from blocklocal.lab.errors import UserError
+from blocklocal.lab.models import is_own, make
 from blocklocal.lab.models.gpt import GPT
-from blocklocal.lab.own_code import own_function
 
 MODELS = {
     "gpt-tiny": partial(GPT, width=64, depth=4, heads=4),
@@ -19,20 +19,17 @@ MODELS = {
 }
 
 
-def build(name: str, *, tokens: int, context: int) -> nn.Module:
+def build(name: str, *, tokens: int, context: int, arguments: Mapping[str, Any]) -> nn.Module:
     """Build a new model that gives logits (B, T, tokens) of the next token from ids (B, T), T at most `context`.
 
     name: one of `MODELS`, or `package.module:function`, a function that is called with tokens= and context= and returns
-    the module. UserError: no such model or function, or one that fails.
+    the module. arguments: more for the function that makes it. UserError: no such model or function, or one that fails.
     """
-    with blame(f"model {name!r} cannot be made"):
-        if name in MODELS:
-            return MODELS[name](tokens=tokens, context=context)
-        if not is_own(name):
-            raise UserError(f"unknown model {name!r} for text: choose {', '.join(MODELS)}, or package.module:function")
-        with chdir("."):  # restores the folder to which the relative paths of the command line refer
-            function = own_function(name, kind="model", keywords=("tokens", "context"))
-            model = function(tokens=tokens, context=context)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model {name!r}: its function returns a {type(model).__name__}, not a torch.nn.Module")
-    return model
+    if name not in MODELS and not is_own(name):
+        raise UserError(f"unknown model {name!r} for text: choose {', '.join(MODELS)}, or package.module:function")
+    return make(name, MODELS, {"tokens": tokens, "context": context}, arguments)
+
+
+def depth(name: str, arguments: Mapping[str, Any]) -> int:
+    """The number of blocks of a built-in model; 0 for others."""
+    return int({**MODELS[name].keywords, **arguments}["depth"]) if name in MODELS else 0

@@ -48,6 +48,10 @@ class Run:
         return self.path / "trace"
 
     @property
+    def events(self) -> Path:
+        return self.path / outputs.EVENTS
+
+    @property
     def exists(self) -> bool:
         return os.path.exists(self.config)  # where a path cannot be, there is none
 

@@ -20,7 +20,7 @@ Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 RENAMED = {"message": "message_dtype"}  # since version 0.1.0
 # Settings added after version 0.1.0. A run without one was trained with its default.
 LATER = {
-    *("clip", "accumulate", "validation", "add_beliefs", "optimizer", "beta2"),
+    *("clip", "accumulate", "validation", "add_beliefs", "optimizer", "beta2", "model_args", "weights"),
     *("context", "windows", "vocabulary", "target"),
     *CHANGES,
 }

@@ -69,7 +69,13 @@ class Images(Task):
 
     def build(self) -> nn.Module:
         data = self.dataset
-        return models.build(self.settings.model, channels=data.channels, size=data.size, classes=len(data.classes))
+        return models.build(
+            self.settings.model,
+            channels=data.channels,
+            size=data.size,
+            classes=len(data.classes),
+            arguments=models.read_arguments(self.settings.model_args),
+        )
 
     def cuts(self) -> Sequence[str] | None:
         return models.CUTS.get((self.settings.model, self.settings.blocks))

@@ -36,5 +36,10 @@ class Table(Task):
         return super().facts | {"features": data.train.inputs.shape[1], "classes": list(data.classes)}
 
     def build(self) -> nn.Module:
-        features = self.dataset.train.inputs.shape[1]
-        return models.build(self.settings.model, channels=features, size=(1, 1), classes=len(self.dataset.classes))
+        return models.build(
+            self.settings.model,
+            channels=self.dataset.train.inputs.shape[1],
+            size=(1, 1),
+            classes=len(self.dataset.classes),
+            arguments=models.read_arguments(self.settings.model_args),
+        )

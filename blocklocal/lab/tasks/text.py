@@ -15,7 +15,7 @@ from blocklocal.lab.data.dataset import Dataset
 from blocklocal.lab.data.text import read_text, windows
 from blocklocal.lab.data.vocabulary import Vocabulary
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.models import text as models
+from blocklocal.lab.models import read_arguments, text
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.tasks.task import Batch, Task
 
@@ -43,9 +43,9 @@ class LanguageModelling(Task):
     @staticmethod
     def load(settings: Settings, *, device: torch.device) -> LanguageModelling:
         """UserError: a file that is no text, or too short for its windows."""
-        text = read_text(Path(settings.data.partition(":")[2]), vocabulary=settings.vocabulary)
+        content = read_text(Path(settings.data.partition(":")[2]), vocabulary=settings.vocabulary)
         context = settings.context
-        tokens, held_out = text.train, None
+        tokens, held_out = content.train, None
         if settings.validation:
             begin = len(tokens) - settings.validation * context - 1
             if begin <= context:
@@ -53,7 +53,7 @@ class LanguageModelling(Task):
             tokens, held_out = tokens[:begin], windows(tokens[begin:], context=context)
         if settings.train_size:
             tokens = tokens[: settings.train_size * context + 1]
-        train, test = windows(tokens, context=context), windows(text.test, context=context)
+        train, test = windows(tokens, context=context), windows(content.test, context=context)
         for use, split, size in (("train", train, settings.train_size), ("test", test, settings.test_size)):
             if len(split) < max(size, 1):
                 raise UserError(
@@ -61,8 +61,8 @@ class LanguageModelling(Task):
                     f"--{use}-size or --context"
                 )
         test = test.of(torch.arange(settings.test_size or len(test)))
-        dataset = Dataset(settings.data, text.vocabulary.tokens, train, test, held_out)
-        return LanguageModelling(dataset.to(device), settings, vocabulary=text.vocabulary, tokens=tokens.to(device))
+        dataset = Dataset(settings.data, content.vocabulary.tokens, train, test, held_out)
+        return LanguageModelling(dataset.to(device), settings, vocabulary=content.vocabulary, tokens=tokens.to(device))
 
     @property
     def shape(self) -> str:
@@ -93,13 +93,16 @@ class LanguageModelling(Task):
             yield self.tokens[places + 1]
 
     def build(self) -> nn.Module:
-        return models.build(self.settings.model, tokens=len(self.dataset.classes), context=self.settings.context)
+        return text.build(
+            self.settings.model,
+            tokens=len(self.dataset.classes),
+            context=self.settings.context,
+            arguments=read_arguments(self.settings.model_args),
+        )
 
     def cuts(self) -> Sequence[str] | None:
         """The built-in decoders are cut between blocks of equal depth, the embeddings going with the first."""
-        built_in = models.MODELS.get(self.settings.model)
-        depth = built_in.keywords["depth"] if built_in else 0
-        blocks = self.settings.blocks
+        depth, blocks = text.depth(self.settings.model, read_arguments(self.settings.model_args)), self.settings.blocks
         if not depth or blocks > depth:
             return None
         return [f"blocks.{depth * k // blocks - 1}" for k in range(1, blocks)]

@@ -15,6 +15,7 @@ from blocklocal import BlockLocal
 from blocklocal.lab.data.dataset import Dataset
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.models.weights import load_weights
 from blocklocal.lab.names import WORD, short
 from blocklocal.lab.settings import CHANGES, Settings
 from blocklocal.lab.tasks.find import load_task
@@ -141,6 +142,8 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     check_size(task)
     torch.manual_seed(settings.seed)
     model = task.build()
+    if settings.weights is not None:
+        load_weights(model, settings.weights)
     with blame(f"model {settings.model!r} cannot be put on {device}"):
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

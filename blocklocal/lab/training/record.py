@@ -20,6 +20,7 @@ def headline(trainer: Trainer, plan: Plan, processes: Processes) -> str:
     """What a run says of itself when it begins."""
     experiment = trainer.experiment
     settings, dataset, task = experiment.settings, experiment.dataset, experiment.task
+    drawn = f"{task.epoch_size:,} of " if task.epoch_size < len(dataset.train) else ""
     model = f"{settings.model} in {plan.blocks} blocks" if plan.blocks > 1 else f"{settings.model} whole"
     here = ", ".join(map(str, trainer.blocks))
     part = f" over {processes.size} processes, here {here}" if processes.size > 1 else ""
@@ -29,7 +30,7 @@ def headline(trainer: Trainer, plan: Plan, processes: Processes) -> str:
         rest = "nothing is left to train" if plan.done == plan.epochs else "going on"
         progress = f"; {plan.done} of {plan.epochs} epochs{inside} are done, {rest}"
     return (
-        f"{subcommand.title()}{settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} test "
+        f"{subcommand.title()}{settings.data}: {drawn}{len(dataset.train):,} training and {len(dataset.test):,} test "
         f"{task.unit} of {task.shape}; "
         f"{model}{part}, rule {settings.rule}, on {processes.device}{progress}"
     )

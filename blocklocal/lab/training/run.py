@@ -15,6 +15,7 @@ from blocklocal.lab.environment import describe
 from blocklocal.lab.errors import UserError, blame, of_machine, place
 from blocklocal.lab.runs.block_state import unshard
 from blocklocal.lab.runs.checkpoints import Checkpoints, resume_hint
+from blocklocal.lab.runs.event_log import event_log, require_tensorboard
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.runs.lock import MOMENT
 from blocklocal.lab.settings import Settings
@@ -45,6 +46,8 @@ def train(settings: Settings) -> dict[str, Any]:
     at the end. UserError: settings, data or a folder that cannot be used; a loss that is no number.
     """
     settings.check()
+    if settings.tensorboard:
+        require_tensorboard()
     if environment() is None:
         settings.check_alone()
     else:
@@ -93,13 +96,15 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     )
     console = Terminal(stderr=True)
     console.print(headline(trainer, plan, processes), soft_wrap=True)
+    events = event_log(run.events, records, wanted=settings.tensorboard and processes.rank == 0)
     with _resumable(run, checkpoints, processes):
-        with display(console, plan) as shown:
+        with display(console, plan) as shown, events as log_event:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
                     record = train_epoch(epoch, loop, processes, shown=shown)
                 if processes.rank == 0:
                     run.append(record)
+                    log_event(record)
                 records.append(record)
                 loop.end_epoch(epoch)
         checkpoints.wait()

@@ -39,7 +39,7 @@ def load_trained(run: Run, *, data: str | None, device: str, trust: bool) -> Tra
     settings = run.settings()
     if not trust:
         refuse_code(settings, run=run.path)
-    experiment = prepare(replace(settings, device=device, data=data or settings.data))
+    experiment = prepare(replace(settings, device=device, data=data or settings.data, weights=None))
     check_facts(experiment, run.facts())
     learner = experiment.learner
     checkpoints = Checkpoints(run.checkpoints, blocks=len(learner.blocks))
