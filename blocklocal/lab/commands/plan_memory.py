@@ -15,7 +15,6 @@ from blocklocal.lab.arguments import parse
 from blocklocal.lab.bench.memory_plan import Need, Work, needs
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
-from blocklocal.lab.one_block.alone import cuts_of
 from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.tasks.outline import task_without_data
@@ -74,7 +73,7 @@ def main(args: Sequence[str]) -> None:
         model = task.build()
         shape = task.few(EXAMPLE)[0]
         learner = learning_of(task, model, example=torch.zeros(shape.shape, dtype=shape.dtype)).learner
-        task.settings = replace(settings, at=tuple(cuts_of(learner)))
+        task.settings = replace(settings, at=tuple(learner.cuts))
     with blame(f"model {options.model!r} cannot be built on the meta device"):
         predicted = needs(_work(task, accumulate=options.accumulate, device=torch.device("meta")))
     measured = None

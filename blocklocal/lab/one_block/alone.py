@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from blocklocal import BlockLocal
 from blocklocal.graph import mode
@@ -46,7 +46,7 @@ def prepare_first(settings: Settings) -> Experiment:
     task = load_task(settings, device=device)
     check_size(task)
     if not settings.at:
-        cuts = tuple(task.cuts() or cuts_of(prepare(settings).learner))
+        cuts = tuple(task.cuts() or prepare(settings).learner.cuts)
         settings = task.settings = replace(settings, at=cuts, blocks=Settings.blocks)
     alone = prepare_alone(settings, 0, task=task_without_data(settings, task.facts), device=device)
     return replace(alone, task=task)
@@ -127,15 +127,3 @@ def _leave(learner: BlockLocal, k: int, *, device: torch.device) -> None:
         return tensor.to(device if id(tensor) in own else "meta")
 
     learner.convert(place)
-
-
-def cuts_of(learner: BlockLocal) -> list[str]:
-    """The submodules after which the library has cut. UserError: a border stands behind none."""
-    names: list[str] = []
-    for k, block in enumerate(learner.blocks[:-1]):
-        graph = block.graph if isinstance(block, fx.GraphModule) else None
-        output = next(iter(reversed(graph.nodes))).args[0] if graph else None
-        if not isinstance(output, fx.Node) or output.op != "call_module":
-            raise UserError(f"the border of block {k} stands behind no submodule: name the cuts with --at")
-        names.append(str(output.target))
-    return names
