@@ -5,7 +5,7 @@
 OPTIONS are those of bll train, the same for both. For each seed the commands `bll train`, and `bll train --only`,
 `bll cache` and `bll merge`, run one after another; a cache is removed as soon as the next block has been trained on it.
 The last lines are one JSON object for each seed and way: seconds is the time of training, cache_seconds that of writing
-the activations, bytes the size of the largest cache.
+the activations with the start of the command, bytes the size of the largest cache.
 
     python benchmarks/greedy.py ../shared/data/cifar10 --model resnet20 --blocks 4 --epochs 15
     python benchmarks/greedy.py text:../shared/data/tinyshakespeare.txt --model gpt-small --blocks 4

@@ -15,6 +15,7 @@ from blocklocal.lab.arguments import parse
 from blocklocal.lab.bench.memory_plan import Need, Work, needs
 from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError, blame
+from blocklocal.lab.models.text import MODELS
 from blocklocal.lab.ranges import Needs, Range
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.tasks.outline import task_without_data
@@ -67,6 +68,8 @@ def main(args: Sequence[str]) -> None:
     options = parse(Options, args, prog="bll plan-memory")
     if options.batch_size % options.accumulate:
         raise UserError(f"--accumulate {options.accumulate} does not divide --batch-size {options.batch_size}")
+    if options.model in MODELS and not options.tokens:
+        raise UserError(f"model {options.model!r} is for text: add --tokens, the number of different ones")
     task = _task(options)
     settings = task.settings
     if not settings.at and not task.cuts():
