@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from blocklocal.lab import models
+from blocklocal.lab.errors import UserError
 from blocklocal.lab.one_block import alone
 from blocklocal.lab.one_block.folder import weights_of
 from blocklocal.lab.one_block.initial import Unsuited, on_meta, values_of
@@ -151,3 +153,22 @@ def test_the_other_blocks_are_never_in_memory(tmp_path):
     own, grown = map(float, done.stdout.split())
     assert 30 < own < 40  # two layers of 16 MiB, of 12
     assert grown < own + 60  # one layer at a time while it is drawn, and code that is loaded
+
+
+def test_a_model_that_is_not_suited_begins_the_same(monkeypatch):
+    def reading(*, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        first, second = nn.Linear(channels * size[0] * size[1], 8), nn.Linear(8, 8)
+        second.weight.data.mul_(first.weight[0, 0].item())
+        return nn.Sequential(
+            nn.Sequential(nn.Flatten(), first), nn.Sequential(nn.ReLU(), second), nn.Linear(8, classes)
+        )
+
+    monkeypatch.setitem(models.MODELS, "reading", reading)
+    task = task_of("reading")
+    with pytest.raises(UserError, match="meta tensors"):
+        alone._begin_alone(task, 1, device=CPU)
+    learner = alone.prepare_alone(task.settings, 1, task=task, device=CPU).learner
+    torch.manual_seed(task.settings.seed)
+    expected = reading(channels=3, size=(32, 32), classes=7).get_submodule("1.1").state_dict()
+    assert torch.equal(weights_of(learner, 1)["blocks.1.1.1.weight"], expected["weight"])
+    assert sum(not parameter.is_meta for parameter in learner.parameters()) == len(learner.block_parameters(1))
