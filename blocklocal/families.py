@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from blocklocal.arguments import require_number, require_tensor, require_whole
+from blocklocal.precision import full_precision
 
 CHUNK = 2**20  # numbers, 4 MiB in single precision
 
@@ -144,7 +145,7 @@ class Gaussian(GaussianNatural):
 
     def evidence_matrix(self, alpha: Tensor, beta: Tensor) -> Tensor:
         """-|alpha - beta|^2 / 4 s2 and a constant; centring both on the mean of beta reduces cancellation."""
-        with torch.autocast(alpha.device.type, enabled=False):
+        with full_precision(alpha):
             centre = beta.mean(0)
             alpha, beta = alpha - centre, beta - centre
             squares = alpha.square().sum(-1, keepdim=True) + beta.square().sum(-1)
@@ -237,7 +238,7 @@ class Poisson(Family):
 
     def evidence_matrix(self, alpha: Tensor, beta: Tensor) -> Tensor:
         """The sum of e^(alpha + beta) - e^alpha - e^beta; the exponents are balanced, so that no factor overflows."""
-        with torch.autocast(alpha.device.type, enabled=False):
+        with full_precision(alpha):
             centre = beta.mean(0)
             joint = torch.exp(alpha + centre) @ torch.exp(beta - centre).T
             return joint - alpha.exp().sum(-1, keepdim=True) - beta.exp().sum(-1)

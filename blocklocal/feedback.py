@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from blocklocal.arguments import require_dense, require_number, require_whole
 from blocklocal.internals import Convertible
+from blocklocal.precision import full_precision
 from blocklocal.replicas import Group, Replicas
 
 
@@ -164,14 +165,14 @@ class LinearFeedback(Convertible):
     def forward(self, y: Tensor) -> Tensor:
         if self.targets.labels:
             return F.embedding(self.targets.classes(y), self.weight)
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with full_precision(self.weight):
             return y.to(self.weight.dtype) @ self.weight
 
     @torch.no_grad()
     def fit(self, y: Tensor, alpha: Tensor) -> None:
         """Fit the weight to a batch of targets y and alpha (..., C), at least in single precision."""
         dtype = torch.promote_types(alpha.dtype, self.weight.dtype)
-        with torch.autocast(alpha.device.type, enabled=False):
+        with full_precision(alpha):
             second, cross = self._statistics(y, alpha.flatten(0, -2).to(dtype))
             if self.replicas is not None:
                 self.replicas.sum(second, cross)

@@ -19,6 +19,7 @@ LAYERS = [
     "runs",
     "distributed",
     "training",
+    "one_block",
     "bench",
     "report",
     "pipeline_bench",

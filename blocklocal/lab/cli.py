@@ -20,11 +20,14 @@ from blocklocal.lab.names import sentence
 
 # name: (module with main(args), what it does). The module is imported only when its command is called.
 COMMANDS = {
-    "train": ("blocklocal.lab.training.run", "train a network, in blocks or as a whole"),
+    "train": ("blocklocal.lab.commands.train", "train a network, in blocks or as a whole"),
     "launch": ("blocklocal.lab.commands.launch", "the same over several processes or machines"),
     "eval": ("blocklocal.lab.commands.eval", "test a trained network: last exit, an earlier one, all combined"),
     "sample": ("blocklocal.lab.commands.sample", "continue a text with a trained language model, at any of its exits"),
     "blocks": ("blocklocal.lab.commands.blocks", "show where a model is cut, and what each block costs"),
+    "cache": ("blocklocal.lab.commands.cache", "store the activations behind a block, for training the next one alone"),
+    "merge": ("blocklocal.lab.commands.merge", "put blocks that were trained alone together into a run"),
+    "plan-memory": ("blocklocal.lab.commands.plan_memory", "predict the memory of each way to train a model"),
     "compare": ("blocklocal.lab.commands.compare", "compare several rules, each with several seeds"),
     "study": ("blocklocal.lab.commands.study", "measure accuracy against cost over a grid of settings"),
     "table1": ("blocklocal.lab.commands.table1", "measure the paper's Table 1, or a smaller version of it"),

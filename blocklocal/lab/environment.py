@@ -79,6 +79,13 @@ def keep_freed_memory(*, largest: int = 2**25) -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back the end of the heap
 
 
+def give_back_freed_memory() -> None:
+    """Give memory that this process has freed back to the system, pages between used ones too; only with glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _commit() -> str | None:
     """The commit of this code, with "-dirty" if files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

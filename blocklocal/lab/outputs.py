@@ -16,6 +16,7 @@ PROBE = 2**16  # bytes for which there must be room
 PICTURES = (".svg", ".png")
 CHECKPOINTS, TRACES, EVENTS = "checkpoint", "trace", "tensorboard"  # folders in that of a run
 CONFIG, METRICS, MODEL = "config.json", "metrics.jsonl", "model.safetensors"  # in the folder of a run
+BLOCK = "block.json"  # instead of config.json, in the folder of a block that was trained alone
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def _given(options: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 def called(name: str, beside: tuple[Any, ...] = ()) -> str:
     """The name of a field on the command line: BATCH_SIZE if it is positional, else --batch-size."""
-    return name.upper() if get_args(Positional[int])[1] in beside else f"--{name.replace('_', '-')}"
+    return name.upper() if get_args(Positional[int])[1] in beside else f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def _default(field: Field[Any]) -> Any:

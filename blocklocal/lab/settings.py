@@ -31,7 +31,8 @@ class Settings:
     """Train a network on images, text or a table, as a whole or in blocks with local losses, and keep everything in one
     folder.
 
-    The defaults depend on the data: bll train DATA --help shows those for DATA.
+    The defaults depend on the data: bll train DATA --help shows those for DATA. bll train --only K trains one block
+    alone: see bll train --only 0 --help.
     """
 
     data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"

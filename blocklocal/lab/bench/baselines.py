@@ -97,7 +97,7 @@ def backpropagation(rule: str, work: Workload, blocks: int) -> Baseline:
 
 
 def checkpointing(rule: str, work: Workload, blocks: int) -> Baseline:
-    return _whole(rule, work, _checkpointed(work.model))
+    return _whole(rule, work, checkpointed(work.model))
 
 
 def accumulation(rule: str, work: Workload, blocks: int) -> Baseline:
@@ -113,7 +113,7 @@ def ruled(rule: str, work: Workload, blocks: int) -> Baseline:
 
 def checkpointed_blocks(rule: str, work: Workload, blocks: int) -> Baseline:
     """The default rule, with checkpointing inside blocks."""
-    return _in_turn(rule, work, _learning("bll", work, _checkpointed(work.model), blocks=blocks))
+    return _in_turn(rule, work, _learning("bll", work, checkpointed(work.model), blocks=blocks))
 
 
 def summed(rule: str, work: Workload, blocks: int) -> Baseline:
@@ -191,7 +191,7 @@ def _in_turn(rule: str, work: Workload, learning: rules.Learning) -> Baseline:
     return Baseline(rule, learner, optimizers, step, list(learner.blocks), learner.compile)
 
 
-def _checkpointed(model: nn.Module) -> nn.Sequential:
+def checkpointed(model: nn.Module) -> nn.Sequential:
     """The model as a chain of its smallest segments, such as residual units, each of which keeps only its input."""
     chain = split(model, at=candidates(model))
     for segment in chain:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from blocklocal.lab.environment import give_back_freed_memory
 from blocklocal.memory import MemoryTracker, Timeline
 
 
@@ -85,9 +85,7 @@ def _resident(step: Callable[[], None]) -> tuple[int | None, int | None]:
         step()
         return None, None
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)  # otherwise memory freed by an earlier step still counts as resident
+    give_back_freed_memory()  # otherwise memory freed by an earlier step still counts as resident
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
     before = _status("VmRSS")
     step()

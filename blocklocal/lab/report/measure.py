@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ class Measure:
         return self.scale * record[f"test_{self.name}"][k]
 
     def combined(self, record: Mapping[str, Any]) -> float:
-        """The value of all exits combined."""
-        return self.scale * record[f"test_{self.name}_all"]
+        """The value of all exits combined; nan where the blocks were not yet together."""
+        return self.scale * record.get(f"test_{self.name}_all", math.nan)
 
 
 ACCURACY, LOSS = Measure("accuracy", "%", 100.0), Measure("loss", "nats")

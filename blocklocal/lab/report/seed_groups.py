@@ -63,7 +63,8 @@ def gather(runs: Sequence[History]) -> list[Group]:
     """The groups, in the order of their first runs. Warns of a run that is left out, see `_one`."""
     found: dict[tuple[Any, ...], dict[int, list[History]]] = {}
     for run in runs:
-        seeds = found.setdefault(tuple(_without(run.settings, ("seed",)).items()), {})
+        key = (*_without(run.settings, ("seed",)).items(), "merged" in run.facts)
+        seeds = found.setdefault(key, {})
         seeds.setdefault(run.settings.seed, []).append(run)
     groups = [Group(tuple(map(_one, seeds.values()))) for seeds in found.values()]
     for group in groups:
@@ -100,7 +101,8 @@ def _variant(group: Group, groups: Sequence[Group]) -> str:
     ]
     own = _without(group.settings, ("seed",))
     differing = [name for name in own if any(getattr(rival, name) != own[name] for rival in rivals)]
-    return ", ".join(f"{name.replace('_', ' ')} {own[name]}" for name in differing)
+    in_turn = ["one block at a time"] if "merged" in group.runs[0].facts else []
+    return ", ".join([*in_turn, *(f"{name.replace('_', ' ')} {own[name]}" for name in differing)])
 
 
 def _without(settings: Settings, left_out: Sequence[str]) -> Mapping[str, Any]:

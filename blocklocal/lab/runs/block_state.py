@@ -48,7 +48,12 @@ def load_block_state(learner: BlockLocal, k: int, optimizer: Optimizer | None, s
     parameters, tensors = dict(learner.named_parameters()), _tensors(state)
     weights = {name: tensor for name, tensor in tensors.items() if _belongs(name, k)}
     _check_fit(weights, {name: tensor for name, tensor in learner.state_dict().items() if _belongs(name, k)})
-    learner.load_state_dict({name: _share(weights[name], parameters.get(name)) for name in weights}, strict=False)
+    for kind, modules in (("blocks", learner.blocks), ("borders", learner.borders)):  # the others may be on meta
+        own, prefix = modules[k : k + 1], f"{kind}.{k}."
+        shares = {
+            n.removeprefix(prefix): _share(t, parameters.get(n)) for n, t in weights.items() if n.startswith(prefix)
+        }
+        own.load_state_dict({f"0.{name}": tensor for name, tensor in shares.items()})
     for name, tensor in tensors.items():
         if optimizer is not None and name.startswith(OPTIMIZER):
             key, _, owner = name.removeprefix(OPTIMIZER).partition(".")

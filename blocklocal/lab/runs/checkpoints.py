@@ -42,10 +42,12 @@ class Checkpoints:
 
     Step N is a consistent cut once the parts of all blocks are complete: a block needs only messages from another, and
     these follow from the data. So no process waits for another to save. The last complete cut is kept.
+
+    only: the block that is trained, if it is alone.
     """
 
-    def __init__(self, path: Path, *, blocks: int) -> None:
-        self.path, self.blocks = path, blocks
+    def __init__(self, path: Path, *, blocks: int, only: int | None = None) -> None:
+        self.path, self.blocks, self.only = path, blocks, only
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -112,7 +114,8 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def _whole(self, step: int) -> bool:
-        return all(self._part(step, k).whole for k in range(self.blocks))
+        needed = range(self.blocks) if self.only is None else (self.only,)
+        return all(self._part(step, k).whole for k in needed)
 
     def _part(self, step: int, k: int) -> Part:
         return Part(self.path / f"step-{step}" / f"block-{k}", step, k)
@@ -121,7 +124,8 @@ class Checkpoints:
 def resume_hint(run: Run) -> str:
     """From where a stopped run can be resumed, in words."""
     facts = run.facts()
-    latest, steps = Checkpoints(run.checkpoints, blocks=facts["blocks"]).latest(), facts["steps"]
+    checkpoints, steps = Checkpoints(run.checkpoints, blocks=facts["blocks"], only=facts.get("block")), facts["steps"]
+    latest = checkpoints.latest()
     if latest is None:
         return "no checkpoint has been written yet"
     epoch, rest = divmod(latest, steps)

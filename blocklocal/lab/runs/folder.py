@@ -94,7 +94,8 @@ class Run:
         """The record of each epoch in metrics.jsonl. UserError: the file is invalid."""
         epochs, blocks = self.settings().epochs, self.facts()["blocks"]
         if os.path.lexists(self.metrics) or self.model.exists():
-            return schema.read_epochs(self.metrics, blocks=blocks, epochs=epochs)
+            merged = "merged" in self.facts()
+            return schema.read_epochs(self.metrics, blocks=blocks, epochs=epochs, merged=merged)
         return []
 
     def append(self, record: dict[str, Any]) -> None:
@@ -135,4 +136,6 @@ class Run:
 
     def _check(self) -> None:
         if not self.exists:
-            raise UserError(f"{str(self.path)!r} holds no run: it has no config.json")
+            alone = os.path.exists(self.path / outputs.BLOCK)
+            held = "a block that was trained alone: bll merge puts blocks together" if alone else "no run"
+            raise UserError(f"{str(self.path)!r} holds {held}" + (": it has no config.json" if not alone else ""))

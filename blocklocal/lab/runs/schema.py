@@ -50,12 +50,12 @@ class Border(TypedDict):
 class Epoch(TypedDict):
     """A line of metrics.jsonl. train_loss, test_accuracy: of each block. angles: of each layer, some of them nan.
     test_loss: in nats. validation_accuracy: where samples were held out, and exit_weights, by which all exits are
-    combined."""
+    combined. test_accuracy_all: left out before the last epoch where blocks were trained one at a time and merged."""
 
     epoch: Count
     train_loss: list[Finite]
     test_accuracy: list[Share]
-    test_accuracy_all: Share
+    test_accuracy_all: NotRequired[Share]
     seconds: Amount
     peak_memory_mib: Amount
     borders: list[Border]
@@ -78,7 +78,11 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def read_settings(file: Path) -> Settings:
     """The settings in a config.json. UserError: not as a run writes it; settings of another version or out of range."""
-    found: dict[str, Any] = read_config(file)["settings"]
+    return settings_of(read_config(file)["settings"], file=file)
+
+
+def settings_of(found: dict[str, Any], *, file: Path) -> Settings:
+    """The settings that a file holds. UserError: settings of another version or out of range."""
     stored = {RENAMED.get(name, name): value for name, value in found.items()}
     known = {field.name for field in fields(Settings)} - set(NOT_STORED)
     try:
@@ -93,10 +97,11 @@ def read_settings(file: Path) -> Settings:
     return settings
 
 
-def read_epochs(file: Path, *, blocks: int, epochs: int) -> list[dict[str, Any]]:
+def read_epochs(file: Path, *, blocks: int, epochs: int, merged: bool = False) -> list[dict[str, Any]]:
     """The records in a metrics.jsonl, without a partial line at the end, which a kill may leave.
 
-    UserError: a line that a run with this number of blocks and epochs would not write.
+    merged: whether the blocks were trained one at a time. UserError: a line that a run with this number of blocks and
+    epochs would not write.
     """
     found = []
     for number, line in enumerate(read(file).split(b"\n")[:-1], start=1):
@@ -104,6 +109,8 @@ def read_epochs(file: Path, *, blocks: int, epochs: int) -> list[dict[str, Any]]
             record = _parse(line, Epoch)
             if record["epoch"] != number or number > epochs:
                 raise ValueError(f"epoch: expected {min(number, epochs)}, got {record['epoch']}")
+            if "test_accuracy_all" not in record and not (merged and number < epochs):
+                raise ValueError("missing required field test_accuracy_all")
             for name, length in (("train_loss", blocks), ("test_accuracy", blocks), ("borders", blocks - 1)):
                 if len(record[name]) != length:
                     raise ValueError(f"{name}: expected {length} for {blocks} blocks, got {len(record[name])}")

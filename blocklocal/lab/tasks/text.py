@@ -31,9 +31,14 @@ class LanguageModelling(Task):
 
     unit, judged_by = "windows", "loss"
 
-    def __init__(self, dataset: Dataset, settings: Settings, *, vocabulary: Vocabulary, tokens: Tensor) -> None:
+    def __init__(self, dataset: Dataset, settings: Settings, *, vocabulary: Vocabulary | None, tokens: Tensor) -> None:
         super().__init__(dataset, settings)
-        self.vocabulary, self.tokens = vocabulary, tokens
+        self._vocabulary, self.tokens = vocabulary, tokens
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        assert self._vocabulary is not None, "a task without data has no words"
+        return self._vocabulary
 
     @staticmethod
     def load(settings: Settings, *, device: torch.device) -> LanguageModelling:

@@ -139,10 +139,7 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     if settings.threads:
         torch.set_num_threads(settings.threads)
     task = load_task(settings, device=device)
-    if task.epoch_size < settings.batch_size * settings.accumulate:
-        times = f" times --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
-        have = f"the {task.epoch_size} training {task.unit}"
-        raise UserError(f"--batch-size {settings.batch_size}{times} is more than {have}")
+    check_size(task)
     torch.manual_seed(settings.seed)
     model = task.build()
     if settings.weights is not None:
@@ -154,9 +151,32 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     x, y = task.few(min(FEW, settings.batch_size // settings.replicas))
     context, classes = autocast(settings, device=device), len(task.dataset.classes)
     try_model(model, x, name=settings.model, shape=(*y.shape, classes), unit=task.unit, context=context)
+    learning = learning_of(task, model, example=task.prepared(task.dataset.train.inputs[:EXAMPLE]))
+    if settings.channels_last:  # the heads at the borders too
+        learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    try_learning(learning, x, y, name=settings.model, context=context)
+    try_checkpoint(learning.learner, name=settings.model)
+    return Experiment(settings, device, task, learning)
+
+
+def check_size(task: Task) -> None:
+    """UserError: too few training samples for one step."""
+    settings = task.settings
+    if task.epoch_size < settings.batch_size * settings.accumulate:
+        times = f" times --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
+        have = f"the {task.epoch_size} training {task.unit}"
+        raise UserError(f"--batch-size {settings.batch_size}{times} is more than {have}")
+
+
+def learning_of(task: Task, model: nn.Module, *, example: Tensor) -> rules.Learning:
+    """The model under the rule of the task's settings. example: samples as they enter it.
+
+    UserError: the model does not fit the rule.
+    """
+    settings = task.settings
     problem = rules.Problem(
-        classes=classes,
-        example=task.prepared(task.dataset.train.inputs[:EXAMPLE]),
+        classes=len(task.dataset.classes),
+        example=example,
         blocks=settings.blocks,
         at=settings.at or task.cuts(),
         criterion=task.criterion,
@@ -167,8 +187,4 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
     with blame(f"model {settings.model!r} does not fit rule {settings.rule!r}"):
         learning = rules.apply(settings.rule, model, problem)
     learning.learner.share_feedback(False)  # a pipeline of several processes says itself what its blocks share
-    if settings.channels_last:  # the heads at the borders too
-        learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    try_learning(learning, x, y, name=settings.model, context=context)
-    try_checkpoint(learning.learner, name=settings.model)
-    return Experiment(settings, device, task, learning)
+    return learning
