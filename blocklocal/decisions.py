@@ -15,7 +15,11 @@ def decided(value: Any, answer: Any, asked: str) -> None:
         return
     if isinstance(value, Tensor):
         value, answer = (value.shape, value.dtype), (answer.shape, answer.dtype)
-    if (type(answer)(value) if isinstance(answer, bool | int | float) else value) != answer:
+    if isinstance(answer, bool):
+        same = answer if value else not answer  # a branch, which torch.compile may take too
+    else:
+        same = (type(answer)(value) if isinstance(answer, int | float) else value) == answer
+    if not same:
         raise ValueError(
             f"the forward pass was traced with {asked} = {answer}, as for example=, and a block cannot follow another "
             f"course, but this batch has {value}: build the learner with such a batch, or use bll.Hooked"

@@ -43,8 +43,7 @@ def trace(
     context or sets attributes, which tracing would lose, if the two modes call different functions, since a traced
     block could follow only one of them, or if it decides on what is in a tensor or on the size of the batch.
     """
-    if found := obstacle(model):
-        raise ValueError(f"{type(model).__name__} {found}: cut outside it")
+    _check_traceable(model)
     outermost = sorted(name for name in containers if name.rpartition(".")[0] not in containers)
     where = " or ".join([type(model).__name__, *map(repr, outermost[:3])]) + " or others" * (len(outermost) > 3)
     modules = {name: model.get_submodule(name) for name in ("", *sorted(containers))}
@@ -130,8 +129,14 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
+def _check_traceable(model: nn.Module) -> None:
+    if found := obstacle(model):
+        raise ValueError(f"{type(model).__name__} {found}: cut outside it")
+
+
 def deepest(model: nn.Module, *, arguments: Arguments | None = None) -> Trace:
-    """The trace through all containers that can be traced through."""
+    """The trace through all containers that can be traced through. ValueError: see `trace`."""
+    _check_traceable(model)
     containers = expand(model, arguments=arguments)
     while True:
         try:

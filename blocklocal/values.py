@@ -61,17 +61,18 @@ class Arguments:
     def _walk(
         self, function: Callable[[str, Tensor], Any], *, constant: Callable[[str, Any], Any] = lambda name, value: value
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def walk(name: str, value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return function(name, value)
-            if isinstance(value, Mapping):
-                return {key: walk(f"{name}_{key}", part) for key, part in value.items()}
-            if type(value) in (tuple, list):
-                return type(value)(walk(f"{name}_{i}", part) for i, part in enumerate(value))
-            return constant(name, value)
+        args = tuple(_walk(name, value, function, constant) for name, value in zip(self.names, self.args, strict=True))
+        return args, {name: _walk(name, value, function, constant) for name, value in self.kwargs.items()}
 
-        args = tuple(walk(name, value) for name, value in zip(self.names, self.args, strict=True))
-        return args, {name: walk(name, value) for name, value in self.kwargs.items()}
+
+def _walk(name: str, value: Any, function: Callable[[str, Tensor], Any], constant: Callable[[str, Any], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return function(name, value)
+    if isinstance(value, Mapping):
+        return {key: _walk(f"{name}_{key}", part, function, constant) for key, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_walk(f"{name}_{i}", part, function, constant) for i, part in enumerate(value))
+    return constant(name, value)
 
 
 def positional(module: nn.Module, count: int) -> tuple[str, ...]:

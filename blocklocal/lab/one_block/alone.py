@@ -20,7 +20,10 @@ from blocklocal.lab.tasks.task import Task
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.experiment import EXAMPLE, Experiment, check_size, learning_of, prepare
 
-UNCHECKED = ("weights", "tensorboard", "lookahead", "add_beliefs", "compile", "channels_last", "shard", "replicas")
+UNCHECKED = (
+    *("weights", "tensorboard", "lookahead", "add_beliefs", "compile", "channels_last", "shard", "replicas"),
+    "offload",  # nothing else is there anyway
+)
 """Options that need another block too, or with which a block alone has not been compared with all together."""
 
 
