@@ -160,7 +160,13 @@ train(learner, offloaded, rates, begin=3, end=5, save_at=4)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("where", "left", "step"), [("tensor", 20, 3), ("replace", 1, 3), ("flush", 9, 3), ("flush", 10, 4)]
+    ("where", "left", "step"),
+    [
+        ("tensor", 20, 3),
+        pytest.param("replace", 1, 3, marks=pytest.mark.long),
+        ("flush", 9, 3),
+        pytest.param("flush", 10, 4, marks=pytest.mark.long),
+    ],
 )
 def test_a_process_killed_while_it_writes_loses_nothing(tmp_path: Path, where: str, left: int, step: int) -> None:
     command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(tmp_path / "cut"), where, str(left)]

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_decoder_learns_in_a_fifth_of_its_memory(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("a rose is a rose is a rose. " * 50)
     command = [sys.executable, ROOT / "benchmarks/offload.py", tmp_path / "text", "--ways", "files,backprop"]

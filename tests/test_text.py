@@ -139,7 +139,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, text, monkeypatch, cha
         assert (one["train_loss"], one["test_loss"]) == (other["train_loss"], other["test_loss"])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "schedulefree"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("schedulefree", marks=pytest.mark.long)])
 def test_a_pipeline_gives_the_same_weights(tmp_path, text, optimizer):
     options = ["--model=gpt-tiny", "--context=16", "--windows=48", "--epochs=1", "--test-size=10", "--blocks=2"]
     options += [f"--optimizer={optimizer}", "--schedule=constant"]
