@@ -4,7 +4,10 @@ import signal
 import sys
 from importlib.util import find_spec
 
-LAB = ("datasets", "matplotlib", "msgspec", "numpy", "PIL", "pyarrow", "rich", "safetensors", "sklearn", "tyro")
+LAB = (
+    *("datasets", "matplotlib", "msgspec", "numpy", "pandas", "PIL", "pyarrow", "rich", "safetensors", "schedulefree"),
+    *("sklearn", "tokenizers", "tyro"),
+)
 
 
 def main() -> int:

@@ -63,9 +63,31 @@ SLOW = {
     "test_the_demo_compares_two_runs",
 }
 
+# Left to `make faults`, since a cheaper test makes the same claim for another case.
+LONG = {
+    "test_a_compiled_region_holds_block_border_and_loss[True]",
+    "test_a_bench_keeps_its_command",
+    "test_a_process_killed_while_it_writes_loses_nothing[flush-9-3]",
+    "test_a_process_may_start_later_than_others_have_patience",
+    "test_a_process_that_never_comes_is_not_waited_for_for_ever",
+    "test_a_report_on_wild_names",
+    "test_blocks_take_less_memory",
+    "test_control_c_ends_all_and_another_number_of_processes_goes_on[numbers0]",
+    "test_killed_series_goes_on_where_it_was",
+    "test_memory_grows_with_the_batch_and_with_depth",
+    "test_page_in_a_browser[500]",
+    "test_resuming_restores_what_is_random[changes2]",
+    "test_resuming_restores_what_is_random[changes3]",
+    "test_resuming_restores_what_is_random[changes4]",
+    "test_rows_are_kept_and_done_once_and_what_was_cut_off_goes_on",
+    "test_training_needs_nobody_who_listens[>&- 2>&-]",
+}
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {item.path.stem, getattr(item, "originalname", item.name)} & SLOW:
             item.add_marker("slow")
+        if {getattr(item, "originalname", item.name), item.name} & LONG:
+            item.add_marker("long")

@@ -97,6 +97,8 @@ def help_text(*command: str) -> str:
 def test_options_of_the_shown_commands_exist(command: list[str]) -> None:
     pipeline = ["--pipeline"] if "--pipeline" in command else []
     text = help_text(command[1], *pipeline)
+    if "--only" in command:
+        text += help_text(command[1], "--only", "0")
     for option in command:
         known = option in pipeline or option in text
         assert not option.startswith("--") or known, f"{option} is not an option of bll {command[1]}"
