@@ -21,7 +21,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# What `make test` leaves out, in a short form and then at length: some 15 minutes.
+# What `make test` leaves out: the long tests, and then failures of runs over processes at length.
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m long
 	$(BIN)/python tests/faults.py
