@@ -63,8 +63,14 @@ SLOW = {
     "test_the_demo_compares_two_runs",
 }
 
-# Left to `make faults`, since a cheaper test makes the same claim for another case.
+# Left to `make faults`: modules of what is seldom changed, and tests of which a cheaper one makes the same claim for
+# another case.
 LONG = {
+    "test_environment",
+    "test_gpu_script",
+    "test_lock",
+    "test_pipeline_bench",
+    "test_terminal",
     "test_a_bench_keeps_its_command",
     "test_a_compiled_region_holds_block_border_and_loss[True]",
     "test_a_first_run_that_cannot_begin_is_one_line_and_leaves_nothing",
@@ -106,5 +112,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {item.path.stem, getattr(item, "originalname", item.name)} & SLOW:
             item.add_marker("slow")
-        if {getattr(item, "originalname", item.name), item.name} & LONG:
+        if {item.path.stem, getattr(item, "originalname", item.name), item.name} & LONG:
             item.add_marker("long")
