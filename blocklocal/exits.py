@@ -80,22 +80,38 @@ class ExitPool(nn.Module):
         return prediction.log_softmax(-1) if self.labels else prediction
 
 
+class Leaving:
+    """Samples that leave at the first exit whose largest class probability reaches `confidence`, see `most_confident`.
+
+    logits: of each sample from the exit where it left, or else from the last one seen.
+    """
+
+    logits: Tensor
+
+    def __init__(self, confidence: float) -> None:
+        self.confidence = confidence
+        self._waiting: Tensor | None = None
+
+    def all_left(self, logits: Tensor) -> bool:
+        """Take the logits of the next exit; returns whether every sample has left now."""
+        if self._waiting is None:
+            self.logits = logits.clone()
+            self._waiting = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        else:
+            self.logits[self._waiting] = logits[self._waiting].to(self.logits.dtype)
+        surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
+        self._waiting = self._waiting & (surest.flatten(1).amin(1) < self.confidence)
+        return not self._waiting.any()
+
+
 def most_confident(exits: Iterable[Tensor], *, confidence: float) -> Tensor:
     """Each sample's logits from the first exit whose largest class probability reaches `confidence`, of its least sure
     token; later exits are not asked for once every sample has left."""
-    decided: Tensor | None = None
-    waiting = torch.ones(0, dtype=torch.bool)
+    leaving = Leaving(confidence)
     for logits in exits:
-        if decided is None:
-            decided, waiting = logits.clone(), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        else:
-            decided[waiting] = logits[waiting].to(decided.dtype)
-        surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
-        waiting = waiting & (surest.flatten(1).amin(1) < confidence)
-        if not waiting.any():
+        if leaving.all_left(logits):
             break
-    assert decided is not None
-    return decided
+    return leaving.logits
 
 
 class Exit(nn.Module):

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from blocklocal.arguments import loss_of, require, require_function, require_gradients, require_number, require_tensor
 from blocklocal.border_factory import BorderFactory
 from blocklocal.collapse import warn_of_collapse
-from blocklocal.exits import ExitPool
-from blocklocal.feedback import ClosedFormFeedback, Feedback, at_least_single
+from blocklocal.exits import ExitPool, Leaving
+from blocklocal.feedback import ClosedFormFeedback, Feedback
 from blocklocal.graph import mode
 from blocklocal.hooked.operations import segment_operations
 from blocklocal.hooked.places import balanced
@@ -311,26 +311,17 @@ class Hooked(LocalLearner):
         return add_belief(belief, prediction)
 
     def _predict_confident(self, x: Inputs, *, confidence: float) -> Tensor:
-        decided: Tensor | None = None
-        waiting: Tensor | None = None
+        leaving = Leaving(confidence)
 
         def seen(k: int, logits: Tensor) -> None:
-            nonlocal decided, waiting
-            if decided is None or waiting is None:
-                decided, waiting = logits.clone(), torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-            else:
-                decided[waiting] = logits[waiting].to(decided.dtype)
-            surest = logits.to(at_least_single(logits.dtype)).softmax(-1).amax(-1, keepdim=True)
-            waiting = waiting & (surest.flatten(1).amin(1) < confidence)
-            if not waiting.any():
-                raise Left(decided)
+            if leaving.all_left(logits):
+                raise Left(leaving.logits)
 
         try:
             seen(len(self.borders), self._predictions(x, seen))
         except Left as left:
             return left.prediction
-        assert decided is not None
-        return decided
+        return leaving.logits
 
     def _pass(self, x: Inputs, visit: Visit) -> Tensor:
         """The prediction of one forward pass of the model, in which `visit` takes the features at each border."""

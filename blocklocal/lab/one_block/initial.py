@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from blocklocal.internals import OperationMode
 from blocklocal.lab.environment import give_back_freed_memory
+from blocklocal.values import tensors
 
 KINDS = ("empty", "zeros", "ones", "full", "rand", "randn")
 SHAPE_ALONE = {*(f"{kind}_like" for kind in KINDS), *(f"new_{kind}" for kind in KINDS)}
@@ -55,7 +56,7 @@ class Numbering(OperationMode):
         for tensor in lost:
             self._give(tensor)
         output = func(*args, **(kwargs or {}))
-        made = list(_tensors(output))
+        made = list(tensors(output))
         for tensor in made:
             self._count_in(tensor.untyped_storage())
         spared = self._spared(made)
@@ -67,7 +68,7 @@ class Numbering(OperationMode):
         return output
 
     def _spared(self, value: object) -> list[Tensor]:
-        numbers = ((tensor, self.number(tensor)) for tensor in _tensors(value))
+        numbers = ((tensor, self.number(tensor)) for tensor in tensors(value))
         return [tensor for tensor, number in numbers if number is not None and number in self.spared]
 
     def _there(self, tensor: Tensor) -> bool:
@@ -146,11 +147,3 @@ def _numbers(model: nn.Module, numbering: Numbering) -> dict[str, int]:
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)

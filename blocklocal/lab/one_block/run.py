@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from blocklocal.border import Border
@@ -17,7 +16,7 @@ from blocklocal.lab.one_block.folder import BlockRun, Upstream, trained_on, weig
 from blocklocal.lab.one_block.options import Request, request_from
 from blocklocal.lab.one_block.source import Data, Source
 from blocklocal.lab.one_block.trainer import BlockTrainer
-from blocklocal.lab.runs.checkpoints import Checkpoints, resume_hint
+from blocklocal.lab.runs.checkpoints import Checkpoints, resumable
 from blocklocal.lab.tasks.outline import task_without_data
 from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training.experiment import Experiment, check_data
@@ -79,7 +78,7 @@ def _train(run: BlockRun, request: Request) -> dict[str, Any]:
         f"{task.unit} per epoch, rule {settings.rule}, on {experiment.device}{begun}",
         soft_wrap=True,
     )
-    with _resumable(run, checkpoints):
+    with resumable(run, checkpoints):
         with display(console, plan) as shown:
             for epoch in range(done + 1, settings.epochs + 1):
                 with blame(f"model {settings.model!r} fails in training", unless=lambda _: ":" not in settings.model):
@@ -162,10 +161,7 @@ def _record(epoch: int, losses: list[float], trainer: BlockTrainer, *, seconds: 
     record = {
         "epoch": epoch,
         "train_loss": losses,
-        "test_accuracy": exit.accuracies,
-        "test_accuracy_all": exit.combined_accuracy,
-        "test_loss": exit.losses,
-        "test_loss_all": exit.combined_loss,
+        **exit.record,
         "seconds": round(seconds, 3),
         "peak_memory_mib": round(peak_memory(trainer.experiment.device), 1),
         "borders": [],
@@ -175,16 +171,3 @@ def _record(epoch: int, losses: list[float], trainer: BlockTrainer, *, seconds: 
     if held_out is not None:
         record["validation_accuracy"] = held_out.accuracies
     return record
-
-
-@contextmanager
-def _resumable(run: BlockRun, checkpoints: Checkpoints) -> Iterator[None]:
-    """What stops a run says how to resume it, once the last checkpoint is written."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        checkpoints.wait()
-        raise KeyboardInterrupt(resume_hint(run)) from None
-    except (UserError, OSError) as error:
-        checkpoints.wait()
-        raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {resume_hint(run)}") from error

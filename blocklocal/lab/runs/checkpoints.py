@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -131,6 +131,24 @@ def resume_hint(run: Run) -> str:
     epoch, rest = divmod(latest, steps)
     place = f"epoch {epoch + 1}, step {rest} of {steps}" if rest else f"epoch {epoch}"
     return f"{str(run.path)!r} keeps the checkpoint of {place}"
+
+
+@contextmanager
+def resumable(run: Run, checkpoints: Checkpoints, *, launched: bool = False) -> Iterator[None]:
+    """What stops a run says how to resume it, once the last checkpoint is written.
+
+    launched: by `bll launch`, which says so itself where the machine fails.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        checkpoints.wait()
+        raise KeyboardInterrupt(resume_hint(run)) from None
+    except (UserError, OSError) as error:
+        checkpoints.wait()
+        if launched and not isinstance(error, UserError):
+            raise
+        raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {resume_hint(run)}") from error
 
 
 def _copy(value: Value) -> Value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,16 @@ class Exits:
     @property
     def combined_loss(self) -> float:
         return self.combined_nats.double().mean().item()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a line of metrics.jsonl says of a test."""
+        return {
+            "test_accuracy": self.accuracies,
+            "test_accuracy_all": self.combined_accuracy,
+            "test_loss": self.losses,
+            "test_loss_all": self.combined_loss,
+        }
 
     def leaving(self, threshold: float) -> Tensor:
         """(N,): the first exit whose confidence reaches the threshold, or the last if none does."""

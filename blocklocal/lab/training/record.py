@@ -52,10 +52,7 @@ def train_epoch(epoch: int, loop: TrainingLoop, processes: Processes, *, shown: 
     record = {
         "epoch": epoch,
         "train_loss": (processes.sum(losses) / experiment.settings.replicas).tolist(),
-        "test_accuracy": exits.accuracies,
-        "test_accuracy_all": exits.combined_accuracy,
-        "test_loss": exits.losses,
-        "test_loss_all": exits.combined_loss,
+        **exits.record,
         "seconds": round(loop.seconds, 3),
         "peak_memory_mib": round(processes.largest(peak_memory(processes.device)), 1),
         "borders": borders,

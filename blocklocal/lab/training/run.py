@@ -14,7 +14,7 @@ from blocklocal.lab.distributed.process_group import Processes, environment, joi
 from blocklocal.lab.environment import describe
 from blocklocal.lab.errors import UserError, blame, of_machine, place
 from blocklocal.lab.runs.block_state import unshard
-from blocklocal.lab.runs.checkpoints import Checkpoints, resume_hint
+from blocklocal.lab.runs.checkpoints import Checkpoints, resumable
 from blocklocal.lab.runs.event_log import event_log, require_tensorboard
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.runs.lock import MOMENT
@@ -101,7 +101,7 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     console = Terminal(stderr=True)
     console.print(headline(trainer, plan, processes), soft_wrap=True)
     events = event_log(run.events, records, wanted=settings.tensorboard and processes.rank == 0)
-    with _resumable(run, checkpoints, processes), _closed(trainer):
+    with resumable(run, checkpoints, launched=processes.distributed), _closed(trainer):
         with display(console, plan) as shown, events as log_event:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
@@ -137,21 +137,6 @@ def _prepare_folder(
         _begin(run, experiment, processes)
     if experiment.settings.trace:
         run.forget_traces()
-
-
-@contextmanager
-def _resumable(run: Run, checkpoints: Checkpoints, processes: Processes) -> Iterator[None]:
-    """What stops a run says how to resume it, once the last checkpoint is written."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        checkpoints.wait()
-        raise KeyboardInterrupt(resume_hint(run)) from None
-    except (UserError, OSError) as error:
-        checkpoints.wait()
-        if processes.distributed and not isinstance(error, UserError):
-            raise  # bll launch says the rest
-        raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {resume_hint(run)}") from error
 
 
 @contextmanager
