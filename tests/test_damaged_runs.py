@@ -59,7 +59,7 @@ def files(folder: Path) -> dict[Path, object]:
 
 def refused(run: Path, file: str, *words: str, capsys: pytest.CaptureFixture[str], every: bool = True) -> None:
     """The command ends with 2 and one line that has these words, and leaves all files as they are: every command that
-    reads the file, or, where one function reads it for all and many values are tried, one of them, by the test's name."""
+    reads the file, or one of them by the test's name, since one function reads it for all."""
     before = files(run.parent)
     capsys.readouterr()
     found = commands(run, file)
