@@ -73,8 +73,8 @@ def case(text: str | Sequence[str], *words: str, code: int = 2, long: bool = Fal
 
 def wrong_numbers() -> Iterator[Case]:
     """Of every number of every command: no number, and one on each side of its range; below it alone where another
-    command takes its settings from `bll train`. Text that is no number is long, but for one int and one float of each
-    command."""
+    command takes its settings from `bll train`. Long, but for one int and one float of each command: text that is no
+    number, and, except for `bll train`, a number that is not finite or not whole."""
     for command, kind in OPTIONS.items():
         seen: set[bool] = set()
         for name, (hint, beside) in ranges.declared(kind).items():
@@ -83,13 +83,14 @@ def wrong_numbers() -> Iterator[Case]:
                 continue
             option = ranges.called(name, beside)
             below = bounds.least - 1 if bounds.least > float("-inf") else bounds.above
+            above = f"{max(bounds.most, ranges.LARGEST) + 1:.0f}"
             texts = ["x", "0x10", "1_0"]
             values = ["nan", *texts, f"{below:g}"]
-            above = f"{max(bounds.most, ranges.LARGEST) + 1:.0f}"
             values += ["1.5", above] if "int" in str(hint) else ["1e400", "-inf"]
+            again = texts if command == "train" else [*texts, "nan", "1.5", "1e400"]
             inherited = kind is not Settings and name in ranges.declared(Settings) and issubclass(kind, Settings)
             for value in [f"{below:g}"] if inherited else values:
-                yield case(f"{command} {option}={value}", option, long=value in texts and ("int" in str(hint)) in seen)
+                yield case(f"{command} {option}={value}", option, long=value in again and ("int" in str(hint)) in seen)
             if not inherited:
                 seen.add("int" in str(hint))
 
@@ -101,7 +102,8 @@ def no_text() -> Iterator[Case]:
             option = ranges.called(name, beside)
             if "str" in str(hint) and "--" in option and (command, name) != ("compare", "rule"):  # which has --rules
                 for value in ("\udcff", "a\0b"):
-                    yield case([*shlex.split(command), f"{option}={value}"], option, "is not text")
+                    args = [*shlex.split(command), f"{option}={value}"]
+                    yield case(args, option, "is not text", long=command != "train" and "\0" in value)
 
 
 LONG = "x" * 5000
