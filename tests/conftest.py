@@ -1,10 +1,13 @@
 """One thread, the same property tests in every run, and the tests that `make test-fast` leaves out."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read once in a process, by whichever test profiles first
 settings.register_profile("blocklocal", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("blocklocal")
 
@@ -14,16 +17,23 @@ SLOW = {
     "test_agent",
     "test_alignment",
     "test_alignment_weights",
+    "test_balance",
     "test_bench",
     "test_compare",
     "test_damaged_runs",
     "test_environment",
+    "test_examples",
     "test_gpu_script",
-    "test_internals",
+    "test_hooked_models",
     "test_initial",
+    "test_internals",
     "test_launch",
+    "test_learner_state",
     "test_lock",
     "test_memory_plan",
+    "test_offload",
+    "test_offload_files",
+    "test_offload_train",
     "test_one_block",
     "test_one_block_refusals",
     "test_own_rule",
@@ -36,12 +46,15 @@ SLOW = {
     "test_pipeline_random",
     "test_pipeline_simulator",
     "test_pipeline_wrong_calls",
-    "test_readme_figure",
     "test_plan",
+    "test_predictor",
+    "test_readme_figure",
     "test_recompute",
     "test_replicas",
     "test_report",
+    "test_side_inputs",
     "test_study",
+    "test_tasks",
     "test_terminal",
     "test_text",
     "test_train",
@@ -53,8 +66,8 @@ SLOW = {
     "test_built_in_models",
     "test_compiled_blocks_learn_the_same",
     "test_evidence_never_holds_all_pairs",
-    "test_no_private_name_of_torch_is_used",
     "test_names_of_things_do_not_lead_out_of_a_folder",
+    "test_no_private_name_of_torch_is_used",
     "test_nothing_is_left_after_a_thousand_steps",
     "test_one_line_says_it_and_nothing_is_left",
     "test_python_runs_and_prints_about_what_stands_beside_it",

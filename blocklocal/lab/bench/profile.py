@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+
+
+def profiler(**options: Any) -> profile:
+    """A torch.profiler.profile that does not report each start and stop on standard error."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when the first profiler of a process starts
+    return profile(acc_events=True, **options)
 
 
 def most_expensive(step: Callable[[], None], *, device: torch.device, count: int = 10) -> list[dict[str, Any]]:
@@ -17,11 +24,11 @@ def most_expensive(step: Callable[[], None], *, device: torch.device, count: int
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities, acc_events=True) as profiler:
+    with profiler(activities=activities) as profiled:
         step()
         if cuda:
             torch.cuda.synchronize(device)
-    events = profiler.key_averages()
+    events = profiled.key_averages()
     seconds = {
         event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6 for event in events
     }

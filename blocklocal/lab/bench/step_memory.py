@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
 
+from blocklocal.lab.bench.profile import profiler
 from blocklocal.lab.environment import give_back_freed_memory
 from blocklocal.memory import MemoryTracker, Timeline
 
@@ -69,12 +69,11 @@ def allocated(step: Callable[[], None], *, device: torch.device) -> int:
 
 def _allocations(step: Callable[[], None]) -> list[int]:
     """Bytes allocated (positive) and freed (negative) on the CPU, in order."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports each start and stop on standard error
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(file))
+        profiled.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     changes = [event for event in events if event["name"] == "[memory]"]
     return [event["args"]["Bytes"] for event in sorted(changes, key=lambda event: event["ts"])]
