@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import zipfile
 
 import pytest
 import torch
@@ -70,25 +71,22 @@ def heads(learner: nn.Module) -> list[UnembeddingHead]:
 def test_loss_and_gradients_are_those_of_the_formula_with_the_copied_weights(kind: type, bias: bool) -> None:
     model = Decoder(bias=bias)
     learner = made(kind, model=model, refresh=2)
-    learner.eval()  # no dropout
-    learner.borders.train()
+    learner.model.eval()  # no dropout
     for head in heads(learner):  # not where they begin
-        nn.init.normal_(head.norm.weight)
-        nn.init.normal_(head.norm.bias)
+        for own in (head.norm.weight, head.norm.bias):
+            nn.init.normal_(own)
         nn.init.constant_(head.log_temperature, 0.3)
+    then = copy.deepcopy(model.lm_head).requires_grad_(False)
     learner.backward(X, Y, optimizers=[SGD(learner.block_parameters(k), lr=0.5) for k in range(3)])
-    then = None if bias is False else torch.zeros(TOKENS)  # the second step uses the copy of before the first one
-    begun = Decoder(bias=bias).lm_head
-    then = begun.bias.detach() if bias else None
     plain = copy.deepcopy(learner)
-    losses = learner.backward(X, Y)
+    losses = learner.backward(X, Y)  # with the copy of before the first step
 
     h, again = X, plain.model
     for k in range(2):
         h = again.layers[k](again.embedding(h) if k == 0 else h)
         head = heads(plain)[k]
         normalised = F.layer_norm(h, (WIDTH,), head.norm.weight, head.norm.bias)
-        logits = F.linear(normalised, begun.weight.detach(), then) / head.log_temperature.exp()
+        logits = then(normalised) / head.log_temperature.exp()
         loss = F.cross_entropy(logits.flatten(0, 1), Y.flatten())
         loss.backward()
         torch.testing.assert_close(losses[k], loss.detach())
@@ -144,7 +142,7 @@ def test_state_goes_on_to_the_bit_in_the_middle_of_an_interval(kind: type) -> No
     other.load_state_dict(weights)
     others, copies = optimizers_of(other), optimizers_of(copied)
     for one, two, state in zip(others, copies, states, strict=True):
-        one.load_state_dict(state)
+        one.load_state_dict(copy.deepcopy(state))
         two.load_state_dict(state)
     for step in range(4):
         found = []
@@ -156,37 +154,37 @@ def test_state_goes_on_to_the_bit_in_the_middle_of_an_interval(kind: type) -> No
 
 
 def test_both_kinds_of_learners_learn_the_same_to_the_bit() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, autocast in ((torch.float64, False), (torch.float32, True)):
         found = []
         for kind in (bll.BlockLocal, bll.Hooked):
-            learner = made(kind, refresh=2).to(torch.float64 if dtype is torch.float32 else torch.float32)
+            learner = made(kind, refresh=2, add_beliefs=autocast).to(dtype)
             optimizers = optimizers_of(learner)
             for step in range(4):
                 torch.manual_seed(step)
-                with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     found.append(learner.backward(X, Y, optimizers=optimizers))
             found += [learner.eval().predict(X, exit=1), learner.predict(X, exit="all")]
         assert all(map(torch.equal, found[:6], found[6:]))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_learn_as_plain_ones_and_are_not_compiled_again_at_every_step() -> None:
     plain, learner = made(refresh=2), made(refresh=2)
-    graphs = []
+    graphs, made_by = [], []
 
-    def backend(graph, inputs):
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
         graphs.append(graph)
         return graph.forward
 
     learner.compile(backend=backend)
     for one in (plain, learner):
-        one.eval()
-        one.borders.train()
+        one.model.eval()
     its, others = optimizers_of(plain), optimizers_of(learner)
-    for step in range(6):
+    for _ in range(6):
         losses = plain.backward(X, Y, optimizers=its)
         assert torch.equal(losses, learner.backward(X, Y, optimizers=others))
-        made_graphs = len(graphs) if step == 1 else made_graphs if step else 0
-    assert len(graphs) == made_graphs
+        made_by.append(len(graphs))
+    assert made_by == [3] * 6
 
 
 def test_tied_embeddings_learn_from_both_losses_and_their_copies_follow() -> None:
@@ -214,9 +212,9 @@ def test_an_early_exit_goes_without_the_output_layer(kind: type) -> None:
     early = learner.predictor(exit=0).eval()
     assert not any("lm_head" in name for name in early.state_dict())
     assert torch.equal(early(X), learner.predict(X, exit=0))
-    file = io.BytesIO()
-    torch.save(early, file)
-    assert b"lm_head.weight" not in file.getvalue()
+    torch.save(early, file := io.BytesIO())
+    saved = [part.file_size for part in zipfile.ZipFile(file).infolist() if "/data/" in part.filename]
+    assert sum(saved) == sum(tensor.nbytes for tensor in (*early.parameters(), *early.buffers()))
     program = torch.export.export(early, (X,))
     torch.testing.assert_close(program.module()(X), early(X))
 
@@ -248,7 +246,7 @@ def test_cuts_are_searched_where_the_model_is_as_wide_as_its_output_layer() -> N
     model = nn.Sequential(nn.Embedding(TOKENS, 8), *layers)
     for kind in (bll.BlockLocal, bll.Hooked):
         learner = made(kind, model=model, at=None, blocks=3, balance="memory")
-        assert learner.cuts == ["2", "4"] or set(learner.cuts) <= {"0", "2", "4"}
+        assert set(learner.cuts) <= {"0", "2", "4"}
 
 
 def test_a_layer_that_was_replaced_is_followed_or_noticed() -> None:
