@@ -174,8 +174,8 @@ class BlockLocal(LocalLearner, Convertible):
         k = self._index(k)
         h, belief = self._received(k, h)
         self.targets.check_kind(y)
-        for border in self.borders[k : k + 1]:
-            border.begin_step(self.model)
+        if k < len(self.borders):
+            self._border(k).begin_step(self.model)
         try:
             if self._regions:
                 return self._regions[k](*self._prepared(k, h, x), belief, y)
@@ -360,8 +360,9 @@ class BlockLocal(LocalLearner, Convertible):
         `reset_parameters` of its modules, from `seed` and its index, when it is needed first, or takes its part of
         `weights`, a state dict of the model. resume: go on with what was saved in the store.
 
-        ValueError: a learner with `Lookahead` or `Unembedding` heads, compiled or offloaded already; a block that cannot be initialised;
-        a store with a saved run, or to resume, without one or of another model. Nothing has changed then.
+        ValueError: a learner with `Lookahead` or `Unembedding` heads, compiled or offloaded already; a block that
+        cannot be initialised; a store with a saved run, or to resume, without one or of another model. Nothing has
+        changed then.
 
         >>> import blocklocal as bll
         >>> learner = bll.BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))

@@ -49,8 +49,8 @@ class OutputLayer:
 
     def _fits(self, layer: nn.Module) -> bool:
         """Whether it is a linear layer of that size, of no class that computes something else."""
-        plain = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
-        return plain and layer.out_features == self.size
+        linear = isinstance(layer, nn.Linear) and layer.out_features == self.size
+        return linear and type(layer).forward is nn.Linear.forward
 
     @cached_property
     def _seen(self) -> str:

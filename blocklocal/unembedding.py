@@ -66,6 +66,8 @@ class UnembeddingHead(RefreshedHead):
     """The copy of the layer of this name, with the border's norm and log-temperature."""
 
     settings = "Unembedding()"
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, name: str, layer: nn.Linear, *, refresh: int) -> None:
         super().__init__(refresh=refresh)
