@@ -41,8 +41,10 @@ class OutputLayer:
         found = self._seen if name is None else name
         layer = layers[found]
         if not self._fits(layer):
+            outputs = f" of {layer.out_features} outputs" if isinstance(layer, nn.Linear) else ""
             raise ValueError(
-                f"layer={name!r} is {layer}: an output layer is an nn.Linear of {self.size} outputs, one for each class"
+                f"layer={name!r} is a {type(layer).__name__}{outputs}: name an nn.Linear of {self.size} outputs, or "
+                "use another head"
             )
         assert isinstance(layer, nn.Linear)
         return found, layer
