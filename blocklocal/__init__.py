@@ -22,6 +22,7 @@ from blocklocal.messages import (
 from blocklocal.offload import FileStore, HostStore
 from blocklocal.recompute import recompute
 from blocklocal.split import split
+from blocklocal.unembedding import Unembedding
 
 if TYPE_CHECKING:
     from blocklocal.pipeline import Pipeline
@@ -55,6 +56,7 @@ __all__ = [
     "SpatialMoments",
     "Targets",
     "Term",
+    "Unembedding",
     "Variational",
     "alignment",
     "recompute",

@@ -14,6 +14,7 @@ from blocklocal.graph import mode
 from blocklocal.losses import LocalLoss
 from blocklocal.messages import BorderInput, BorderSpec, Statistic
 from blocklocal.recompute import NORMS
+from blocklocal.refreshed_head import refreshed
 
 
 class Border(nn.Module):
@@ -29,7 +30,8 @@ class Border(nn.Module):
 
     def __init__(self, spec: BorderSpec, *, loss: LocalLoss, feedback: Feedback, statistic: Statistic) -> None:
         super().__init__()
-        self.spec, self.statistic = replace(spec, following=None), statistic  # only heads read the following block
+        self.spec = replace(spec, following=None, output_layer=None)  # only heads read other parts of the model
+        self.statistic = statistic
         if getattr(statistic, "reads_map", False) and spec.reduces and not spec.is_map:
             raise ValueError(
                 f"statistic={statistic} reads feature maps (B, C, H, W), but a sample at this border has shape "
@@ -50,6 +52,15 @@ class Border(nn.Module):
                 f"{feedback} would never learn: only bll.Variational() trains feedback with parameters; "
                 "add it to the local loss, or use bll.ClosedFormFeedback()"
             )
+
+    def begin_step(self, model: nn.Module) -> None:
+        """Begin a training step, if gradients are recorded: heads that copy weights of the model refresh their copy.
+
+        A learner calls it before the forward pass of the block.
+        """
+        if self.training and torch.is_grad_enabled():
+            for head in refreshed(self.terms):
+                head.begin_step(model)
 
     def forward(self, border_input: BorderInput, y: Tensor) -> Tensor:
         """The local loss, a scalar, for targets y."""

@@ -14,6 +14,7 @@ from blocklocal.layout import Layout, given_layouts
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import LocalLoss, Predictive
 from blocklocal.messages import Criterion, Statistic
+from blocklocal.output_layer import OutputLayer
 from blocklocal.shape_probe import border_spec
 
 
@@ -27,6 +28,7 @@ class BorderFactory:
     feedback: Feedback
     statistic: Statistic
     layout: Layout | Sequence[Layout] | None
+    output_layer: OutputLayer | None
 
     @property
     def counts_operations(self) -> bool:
@@ -36,7 +38,8 @@ class BorderFactory:
     def build(self, h: Tensor, prediction: Tensor, layout: Layout | None, **place: Any) -> Border:
         """The border at features h, in a model that gives this prediction. place: further fields of its BorderSpec."""
         spec = border_spec(h, layout=layout, prediction=prediction, targets=self.targets, criterion=self.criterion)
-        spec = replace(spec, per_channel=getattr(self.statistic, "per_channel", 1), **place)
+        per_channel = getattr(self.statistic, "per_channel", 1)
+        spec = replace(spec, per_channel=per_channel, output_layer=self.output_layer, **place)
         return Border(spec, loss=self.loss, feedback=self.feedback, statistic=self.statistic).to(h)
 
     def trial(self, h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:

@@ -39,11 +39,12 @@ from blocklocal.inputs import (
 from blocklocal.internals import Convertible, convert
 from blocklocal.layout import Layout, given_layouts
 from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
-from blocklocal.lookahead import lookaheads
 from blocklocal.losses import BLL, LocalLoss
 from blocklocal.messages import BorderInput, Criterion, Statistic, add_belief, dense, spatial_mean
 from blocklocal.offload import Offloaded, Store
 from blocklocal.outline import Outline, adopt, share
+from blocklocal.output_layer import OutputLayer
+from blocklocal.refreshed_head import refreshed
 from blocklocal.shape_probe import check_prediction, probe_shapes
 from blocklocal.side_inputs import SideInputs
 from blocklocal.split import divide
@@ -108,7 +109,8 @@ class BlockLocal(LocalLearner, Convertible):
         if blocks is not None and layout is not None and not isinstance(layout, str):
             raise ValueError("layout= for each border needs at= or a list of modules; with blocks=K pass one for all")
 
-        borders = BorderFactory(self.targets, criterion, loss, feedback, statistic, layout)
+        output_layer = None if example is None else OutputLayer(model, example, size=self.targets.size)
+        borders = BorderFactory(self.targets, criterion, loss, feedback, statistic, layout, output_layer)
         chain, self.cuts = divide(model, at=at, blocks=blocks, example=example, balance=balance, border=borders.trial)
         self.blocks = nn.ModuleList(chain)
         self._outline = Outline(model, self.blocks, example=example)
@@ -172,6 +174,8 @@ class BlockLocal(LocalLearner, Convertible):
         k = self._index(k)
         h, belief = self._received(k, h)
         self.targets.check_kind(y)
+        if k < len(self.borders):
+            self._border(k).begin_step(self.model)
         try:
             if self._regions:
                 return self._regions[k](*self._prepared(k, h, x), belief, y)
@@ -356,8 +360,9 @@ class BlockLocal(LocalLearner, Convertible):
         `reset_parameters` of its modules, from `seed` and its index, when it is needed first, or takes its part of
         `weights`, a state dict of the model. resume: go on with what was saved in the store.
 
-        ValueError: a learner with `Lookahead` heads, compiled or offloaded already; a block that cannot be initialised;
-        a store with a saved run, or to resume, without one or of another model. Nothing has changed then.
+        ValueError: a learner with `Lookahead` or `Unembedding` heads, compiled or offloaded already; a block that
+        cannot be initialised; a store with a saved run, or to resume, without one or of another model. Nothing has
+        changed then.
 
         >>> import blocklocal as bll
         >>> learner = bll.BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
@@ -379,8 +384,8 @@ class BlockLocal(LocalLearner, Convertible):
             raise ValueError(
                 "the learner is compiled, and blocks that come and go are not: offload() without compile()"
             )
-        if lookaheads(self.borders):
-            raise ValueError("Lookahead() reads the weights of the next block, which is elsewhere: use another head")
+        for head in refreshed(self.borders):
+            raise ValueError(f"{head.settings} reads weights of a later block, which is elsewhere: use another head")
         self._outline.check()
         self.offloaded = Offloaded(
             self,

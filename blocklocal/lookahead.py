@@ -20,6 +20,7 @@ from blocklocal.heads import Head
 from blocklocal.internals import version_of
 from blocklocal.losses import Predictive
 from blocklocal.messages import BorderInput, BorderSpec
+from blocklocal.refreshed_head import RefreshedHead
 from blocklocal.shape_probe import drops_in_place
 from blocklocal.split import candidates, cut, places
 
@@ -70,7 +71,8 @@ class Lookahead:
                 "head"
             )
         behind = replace(spec, shape=tuple(output.shape[1:]), following=None)
-        head = LookaheadHead(unit, spec.following, self._inner(behind), spec=behind, settings=self)
+        inner = self._inner(behind)
+        head = LookaheadHead(unit, spec.following, inner, spec=replace(behind, output_layer=None), settings=self)
         head.writes_input = writes
         return head
 
@@ -78,31 +80,28 @@ class Lookahead:
         return Predictive(self.head).build(spec).head
 
 
-class LookaheadHead(nn.Module):
-    """The copies, frozen or learning, and the head behind them. `steps` counts the training steps.
+class LookaheadHead(RefreshedHead):
+    """The copies, frozen or learning, and the head behind them.
 
     elsewhere: the next block learns in another process, and `deliver` provides what a refresh takes.
     """
 
+    settings = "Lookahead()"
+
     def __init__(
         self, unit: nn.Module, block: nn.Module, head: nn.Module, *, spec: BorderSpec, settings: Lookahead
     ) -> None:
-        super().__init__()
-        self.head, self.spec, self.refresh = head, spec, settings.refresh
+        super().__init__(refresh=settings.refresh)
+        self.head, self.spec = head, spec
         self._next = unit, block  # in a tuple, since they are not part of this border
         frozen = settings.refresh is not None
         self.frozen = copy.deepcopy(unit).requires_grad_(False) if frozen else None
         self.trained = copy.deepcopy(unit) if settings.trainable or not frozen else None
         self.writes_input = False  # True for a unit that begins with an in-place activation
-        self.steps = 0
         self.elsewhere = False
         self._delivered: Sequence[Tensor] | None = None
 
     def forward(self, border_input: BorderInput) -> Tensor:
-        if self.frozen is not None and self.training and torch.is_grad_enabled():
-            if self.refreshes():
-                self._refresh()
-            self.steps += 1
         seen = [through(border_input.h.clone() if self.writes_input else border_input.h) for through in self.copies]
         behind = BorderInput(
             seen[0] if len(seen) == 1 else (seen[0] + seen[1]) / 2,
@@ -111,10 +110,6 @@ class LookaheadHead(nn.Module):
             feedback=None,
         )
         return self.head(behind)
-
-    def refreshes(self, ahead: int = 0) -> bool:
-        """Whether the next training step, or the one `ahead` steps later, begins with a refresh."""
-        return self.refresh is not None and (self.steps + ahead) % self.refresh == 0
 
     def source(self) -> list[Tensor]:
         """The weights and statistics of the next unit, in the same order as those of a copy."""
@@ -143,19 +138,12 @@ class LookaheadHead(nn.Module):
     def copies(self) -> list[nn.Module]:
         return [made for made in (self.frozen, self.trained) if made is not None]
 
-    @torch.no_grad()
-    def _refresh(self) -> None:
+    def take(self, model: nn.Module) -> None:
         assert self.frozen is not None
         if self.elsewhere and self._delivered is None:
             raise RuntimeError("the next block learns in another process: train with the pipeline, which sends copies")
         tensors, self._delivered = self.source() if self._delivered is None else self._delivered, None
         _fill(self.frozen, tensors)
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.steps)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.steps = int(state)
 
 
 def _units(block: nn.Module) -> Iterator[nn.Module]:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from blocklocal.arguments import describe, require_tensor, require_whole
 from blocklocal.feedback import Targets, at_least_single
 from blocklocal.layout import Layout
+from blocklocal.output_layer import OutputLayer
 
 Statistic = Callable[[Tensor], Tensor]
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -130,8 +131,8 @@ class BorderSpec:
     shape: (D,) for a vector, (T, D) or (H, W, D) for tokens, (C, L) for a signal, (C, H, W) for a map. tokens: whether
     there is one prediction per token instead of one per sample. depth: k / (K - 1) at border k of a chain of K blocks.
     operations: of a forward pass of the block before it for one sample; None if they have not been counted. following:
-    the block after it, which a head may copy; None during the search for cuts. per_channel: the number of statistics
-    per channel.
+    the block after it, which a head may copy; None during the search for cuts. output_layer: finds the layer that
+    gives the model's prediction. per_channel: the number of statistics per channel.
 
     >>> from blocklocal import BlockLocal
     >>> learner = BlockLocal([nn.Linear(8, 16), nn.Linear(16, 3)], classes=3, example=torch.randn(2, 8))
@@ -147,6 +148,7 @@ class BorderSpec:
     depth: float = 0.0
     operations: float | None = None
     following: nn.Module | None = field(default=None, repr=False, compare=False)
+    output_layer: OutputLayer | None = field(default=None, repr=False, compare=False)
     per_channel: int = 1
 
     @property

@@ -321,6 +321,8 @@ def test_a_model_that_fails_while_blocks_are_placed_leaves_nothing(tmp_path, mon
         (["--timeout=0"], "--timeout 0.0 is out of range"),
         (["--shard"], "--shard has an effect only with --replicas"),
         (["--replicas=2", "--shard", "--lookahead=both"], "--shard leaves no whole unit for --lookahead both"),
+        (["--head=unembedding"], "--head unembedding copies the model's output layer, which another process"),
+        (["--refresh=3"], "--refresh has an effect only with --lookahead frozen or both, or with --head unembedding"),
         (["--replicas=3"], "--replicas 3 is not a divisor of --batch-size"),
     ],
 )

@@ -92,6 +92,7 @@ REFUSED = {
     "accumulation": (["--offload", "cpu", "--accumulate", "2"], "leave it out, or --accumulate"),
     "compilation": (["--offload", "cpu", "--compile"], "leave it out, or --compile"),
     "lookahead": (["--offload", "cpu", "--lookahead", "both"], "leave it out, or --lookahead"),
+    "unembedding": (["--offload", "cpu", "--head", "unembedding"], "leave it out, or --head unembedding"),
     "a rule for the whole": (["--offload", "cpu", "--rule", "dfa"], "--rule dfa trains the model whole"),
     "one block": (["--offload", "cpu", "--rule", "bp"], "two blocks or more"),
     "another's folder": (["--offload", "disk:."], "pass a folder of its own"),

@@ -58,6 +58,7 @@ TRAIN = {
     "another learning rate": (["--only=1", "--from={}/b0-cache", "--lr=0.3"], "--lr differs"),
     "a rule without blocks": (["--only=0", "--rule=bp"], "choose --rule bll instead of bp"),
     "a head that reads the next block": (["--only=0", "--lookahead=frozen"], "--lookahead is not for a block"),
+    "a head that reads the last block": (["--only=0", "--head=unembedding"], "--head unembedding is not for a block"),
     "blocks kept elsewhere": (["--only=0", "--offload=disk"], "--offload is not for a block"),
     "beliefs": (["--only=0", "--add-beliefs"], "--add-beliefs is not for a block"),
     "compilation": (["--only=0", "--compile"], "--compile is not for a block"),

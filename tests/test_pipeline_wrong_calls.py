@@ -102,6 +102,7 @@ cases(
     lambda v: Pipeline(learner(v), optimizer=sgd),
     names="lookahead=True",
 )
+cases([bll.Predictive(bll.Unembedding())], lambda v: Pipeline(learner(v), optimizer=sgd), names="bll.Unembedding()")
 cases([None, "yes", 1], lambda v: made(lookahead=v), names="lookahead")
 cases([*NOT_WHOLE, -1, 2**63], lambda v: made(seed=v), names="seed")
 cases(NO_DEVICE, lambda v: made(device=v), names="device")

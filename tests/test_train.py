@@ -203,6 +203,7 @@ RANDOM = [
     {"model": "own_nets:dropout", "blocks": 2},
     {"model": "cnn", "rule": "brsf"},
     {"model": "resnet8", "blocks": 2, "lookahead": "frozen", "refresh": 3},
+    {"model": "mlp", "blocks": 2, "head": "unembedding", "refresh": 3},
     *({"model": "cnn", "blocks": 2, "statistic": name} for name in ("moments", "grid")),
     *({"rule": rule, "seed": 3} for rule in ("fa", "usf", "frsf", "dfa", "drtp")),
 ]

@@ -27,6 +27,7 @@ from blocklocal.local_learner import LocalLearner, criterion_of, targets_of
 from blocklocal.lookahead import Lookahead
 from blocklocal.losses import BLL, LocalLoss, Predictive
 from blocklocal.messages import Criterion, Statistic, add_belief, dense, spatial_mean
+from blocklocal.output_layer import OutputLayer
 from blocklocal.shape_probe import check_prediction
 from blocklocal.values import Inputs, call, check_inputs, prediction_of, tensors
 
@@ -95,7 +96,8 @@ class Hooked(LocalLearner):
             raise ValueError("Lookahead() copies a unit of the block that follows, which only BlockLocal has")
         self.model, self.criterion, self.output = model, criterion, output
 
-        borders = BorderFactory(self.targets, criterion, loss, feedback, statistic, layout)
+        output_layer = OutputLayer(model, example, size=self.targets.size, output=output)
+        borders = BorderFactory(self.targets, criterion, loss, feedback, statistic, layout, output_layer)
         if at is None:
             if layout is not None and not isinstance(layout, str):
                 raise ValueError("layout= for each border needs at=; with blocks=K pass one for all")
@@ -280,6 +282,7 @@ class Hooked(LocalLearner):
 
         def visit(k: int, h: Tensor) -> Tensor:
             nonlocal belief
+            self._border(k).begin_step(self.model)
             border_input = self._border(k).message(h, belief)
             loss = self.borders[k](border_input, y)
             belief = self._border(k).predict(border_input).detach() if self.adds_beliefs else None

@@ -54,10 +54,21 @@ class Range:
 @dataclass(frozen=True)
 class Needs:
     """Marks an option that does nothing unless another has one of these values, or any but its default if none is
-    named."""
+    named; or where `otherwise` is met."""
 
     other: str
     values: tuple[Any, ...] = ()
+    otherwise: Needs | None = None
+
+    def met(self, options: Any, defaults: dict[str, Any]) -> bool:
+        there = getattr(options, self.other)
+        own = there in self.values if self.values else there != defaults[self.other]
+        return own or (self.otherwise is not None and self.otherwise.met(options, defaults))
+
+    def __str__(self) -> str:
+        other, values = called(self.other), " or ".join(map(str, filter(None, self.values)))
+        how = f"with {other} {values}".rstrip() if values or not self.values else f"without {other}"
+        return how if self.otherwise is None else f"{how}, or {self.otherwise}"
 
 
 def check(options: Any) -> None:
@@ -75,13 +86,8 @@ def check_needs(options: Any) -> None:
     defaults = {field.name: _default(field) for field in fields(options)}
     for name, _, beside in _given(options):
         for need in beside:
-            if not isinstance(need, Needs):
-                continue
-            there, other = getattr(options, need.other), called(need.other)
-            if not (there in need.values if need.values else there != defaults[need.other]):
-                values = " or ".join(map(str, filter(None, need.values)))
-                how = f"with {other} {values}".rstrip() if values or not need.values else f"without {other}"
-                raise UserError(f"{name} has an effect only {how}")
+            if isinstance(need, Needs) and not need.met(options, defaults):
+                raise UserError(f"{name} has an effect only {need}")
 
 
 @cache

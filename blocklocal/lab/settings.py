@@ -74,13 +74,15 @@ class Settings:
     frsf, dfa, drtp"""
     head: Annotated[str | None, MODEL] = None
     """prediction head at borders, instead of the rule's own: linear, normalised, mlp, conv, residual, pooled,
-    patches, depthwise, evidence"""
+    patches, depthwise, evidence, or unembedding: a frozen copy of the model's output layer, refreshed"""
     budget: Annotated[float | None, MODEL, Range(above=0), Needs("head", (None,)), Needs("lookahead", ("none",))] = None
     """use the best head within this share of its block's operations, instead of the rule's own: 0.1"""
     lookahead: Annotated[Literal["none", "frozen", "trained", "both"], MODEL] = "none"
     """put the head behind a copy of the next unit: frozen and refreshed, trained with the block, or the mean of both;
     over processes every refresh is a message against the stream"""
-    refresh: Annotated[int, MODEL, Range(least=1), Needs("lookahead", ("frozen", "both"))] = 100
+    refresh: Annotated[
+        int, MODEL, Range(least=1), Needs("lookahead", ("frozen", "both"), otherwise=Needs("head", ("unembedding",)))
+    ] = 100
     """steps between refreshes of a frozen copy"""
     statistic: Annotated[Literal["mean", "moments", "grid"], MODEL] = "mean"
     """what a border reads from a channel: its mean over positions, mean and standard deviation, or the means of four
@@ -196,6 +198,11 @@ class Settings:
             raise UserError(
                 "--offload is for a run in one process, and every process keeps its own blocks: leave it out"
             )
+        if self.copies_output_layer:
+            raise UserError(
+                "--head unembedding copies the model's output layer, which another process may keep: choose another "
+                "head"
+            )
 
     def _check_offload(self) -> None:
         where, colon, folder = self.offload.partition(":")
@@ -204,10 +211,17 @@ class Settings:
         for name in ("accumulate", "compile", "lookahead"):
             if getattr(self, name) != getattr(Settings, name):
                 raise UserError(f"--offload keeps one block at a time in memory: leave it out, or {flag(name)}")
+        if self.copies_output_layer:
+            raise UserError("--offload keeps one block at a time in memory: leave it out, or --head unembedding")
         if self.optimizer == "schedulefree":
             raise UserError(
                 "--offload keeps one block at a time in memory, which --optimizer schedulefree does not allow"
             )
+
+    @property
+    def copies_output_layer(self) -> bool:
+        """Whether every border needs the last block's weights."""
+        return self.head == "unembedding"
 
     @property
     def kind(self) -> str:

@@ -37,6 +37,7 @@ from blocklocal.pipeline.schedule import Action, Placement, schedule
 from blocklocal.pipeline.stage import LocalStep, MessageType, Stage
 from blocklocal.pipeline.trace import Trace
 from blocklocal.pipeline.wire import DTYPES, TensorSpec, digest
+from blocklocal.unembedding import unembeddings
 from blocklocal.values import Inputs, map_tensors, tensors
 
 Batch = tuple[Inputs | None, Tensor]
@@ -118,6 +119,11 @@ class Pipeline:
             raise ValueError(
                 "a head of the learner copies a unit of the next block, but messages flow one way: pass lookahead=True "
                 "to send copies in the opposite direction, or a learner without bll.Lookahead()"
+            )
+        if unembeddings(learner.borders):
+            raise ValueError(
+                "a head of the learner copies the model's output layer, which is on the rank of the last block: pass a "
+                "learner without bll.Unembedding()"
             )
         self.learner, self.device, self.window = learner, require_device(device, name="device"), window
         if isinstance(learner.criterion, nn.Module):  # of the last block; those at borders move with them

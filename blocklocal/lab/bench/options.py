@@ -40,7 +40,7 @@ class Options:
     """rules to compare with bp"""
     head: str | None = None
     """prediction head at borders, instead of the rule's own: linear, normalised, mlp, conv, residual, pooled,
-    patches, depthwise, evidence"""
+    patches, depthwise, evidence, unembedding"""
     balance: Literal["time", "memory"] = "memory"
     """cost that the blocks share evenly"""
     dtype: Literal["fp32", "bf16"] = "fp32"

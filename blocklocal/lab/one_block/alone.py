@@ -38,6 +38,8 @@ def check_alone(settings: Settings) -> None:
     for name in UNCHECKED:
         if getattr(settings, name) != getattr(Settings, name):
             raise UserError(f"{flag(name)} is not for a block that is trained alone: leave it out")
+    if settings.copies_output_layer:
+        raise UserError("--head unembedding is not for a block that is trained alone: choose another head")
 
 
 def prepare_first(settings: Settings) -> Experiment:

@@ -19,6 +19,7 @@ from blocklocal import (
     Predictive,
     SpatialGrid,
     SpatialMoments,
+    Unembedding,
     Variational,
     spatial_mean,
 )
@@ -43,7 +44,8 @@ STATISTICS: dict[str, Statistic] = {"mean": spatial_mean, "moments": SpatialMome
 class Changes:
     """Changes to a rule's own local loss.
 
-    head, budget: of all predictions at borders; lookahead, refresh: behind copies of the next unit, see `Lookahead`.
+    head, budget: of all predictions at borders, where "unembedding" is `Unembedding`; lookahead: behind copies of the
+    next unit, see `Lookahead`; refresh: of either's copies.
     statistic: of those in STATISTICS.
     variational: the weight of that term, 0 being without it; estimate_variance: with the variance of each channel from
     the batch. power, softness: see `Posterior`.
@@ -75,12 +77,13 @@ class Changes:
             weight = weight if self.variational is None else self.variational
             return weight, replace(term, estimate_variance=self.estimate_variance)
         if isinstance(term, Predictive):
+            head = Unembedding(self.refresh) if self.head == "unembedding" else self.head
             if self.lookahead != "none":
                 refresh = None if self.lookahead == "trained" else self.refresh
-                lookahead = Lookahead(self.head, refresh=refresh, trainable=self.lookahead == "both")
+                lookahead = Lookahead(head, refresh=refresh, trainable=self.lookahead == "both")
                 term = replace(term, head=lookahead, budget=None)
-            elif self.head or self.budget:
-                term = replace(term, head=self.head, budget=self.budget)
+            elif head or self.budget:
+                term = replace(term, head=head, budget=self.budget)
             if self.softness or self.power < 1:
                 term = Posterior(term.head, term.budget, power=self.power, softness=self.softness)
         return weight, term
