@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, UntypedStorage, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.node import map_arg
 
@@ -37,7 +37,7 @@ class Interpreter:
         self.values: dict[fx.Node, Any] = {}
         self.data: set[fx.Node] = set()
         self.about: set[fx.Node] = set()
-        self.writes: dict[fx.Node, set[int]] = {}
+        self.writes: dict[fx.Node, set[UntypedStorage]] = {}
         self.running = False
 
     def run(self, node: fx.Node) -> None:
@@ -59,7 +59,7 @@ class Interpreter:
         elif changed:  # what was data now holds something else
             self.data -= {other for other in self.data if self.storages(other) & self.writes[node]}
 
-    def read_by(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:
+    def read_by(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[UntypedStorage]:
         """The storages whose values the operations of a module without parameters are given."""
         draws, reads = Draws(), Reads()
         with self._alone(), reads:
@@ -67,7 +67,7 @@ class Interpreter:
         draws.restore()
         return reads.storages
 
-    def storages(self, node: fx.Node) -> set[int]:
+    def storages(self, node: fx.Node) -> set[UntypedStorage]:
         return {storage_of(tensor) for tensor in tensors(self.values[node])}
 
     def _compute(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -123,7 +123,7 @@ class Reads(OperationMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages: set[int] = set()
+        self.storages: set[UntypedStorage] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.storages |= {storage_of(tensor) for tensor in tensors([args, kwargs or {}])}
@@ -140,8 +140,9 @@ def outline_of(tensor: Tensor) -> Tensor:
     return outline(tensor.shape, tensor.dtype, tensor.device)
 
 
-def storage_of(tensor: Tensor) -> int:
-    return id(tensor.untyped_storage())
+def storage_of(tensor: Tensor) -> UntypedStorage:
+    """The memory of a tensor, one object for all its views, not its id: that of freed memory may be another's later."""
+    return tensor.untyped_storage()
 
 
 def _plain(value: Any) -> Any:

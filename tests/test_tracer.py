@@ -15,6 +15,7 @@ import blocklocal as bll
 from blocklocal.balance import measure
 from blocklocal.block import Block
 from blocklocal.graph import deepest
+from blocklocal.interpreter import Reads, storage_of
 from blocklocal.split import candidates, cut
 from blocklocal.values import arguments_of
 
@@ -272,6 +273,15 @@ def test_a_module_that_reads_no_values_of_the_features_gives_data() -> None:
         assert torch.equal(composed(blocks, given), model(**given)["logits"])
     with pytest.raises(ValueError, match=r"at='layers.0': the value getitem\(rotary, 0\), .* bypasses the border"):
         cut(Decoder(reads=True), at=["layers.0"], example=x)
+
+
+def test_freed_memory_is_not_taken_for_that_of_another_tensor() -> None:
+    with Reads() as reads:
+        for _ in range(50):
+            torch.zeros(1) + 1
+    later = [torch.zeros(1) for _ in range(50)]
+    assert reads.storages
+    assert not reads.storages & {storage_of(tensor) for tensor in later}
 
 
 class Scaled(nn.Module):
