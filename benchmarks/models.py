@@ -13,6 +13,7 @@ import datetime
 import gc
 import os
 import random
+import subprocess
 import sys
 import time
 import warnings
@@ -418,7 +419,7 @@ def line(case: Case, found: Row | str) -> str:
     return f"| {name} | {case.library} | {path} | {cuts} | {figures} |"
 
 
-def page(rows: list[tuple[Case, Row | str]]) -> str:
+def page(rows: list[tuple[Case, Row | str]], *, commit: str) -> str:
     works = sum(isinstance(found, Row) and found.works for _, found in rows)
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "torchvision", "transformers"))
     table = "\n".join(line(case, found) for case, found in rows)
@@ -429,7 +430,7 @@ classes=..., example=batch)` was asked to train in four blocks, with nothing els
 models pass every check below; where one was refused, the row has the message.
 
 `python benchmarks/models.py`, with {libraries},
-on {datetime.date.today():%d %B %Y}, on a CPU in float32; batches of {BATCH}.
+on {datetime.date.today():%d %B %Y}, at commit {commit}, on a CPU in float32; batches of {BATCH}.
 Parameters that begin as zeros were drawn from N(0, 0.02²), so that what is before them has a gradient.
 
 - *path*: "traced" where `bll.BlockLocal(model, blocks=4)` takes the model too, with the same inputs, and its blocks
@@ -457,6 +458,8 @@ def main(only: list[str]) -> None:
     warnings.filterwarnings("ignore")
     cases = [*own(), *of_timm(), *of_torchvision(), *of_transformers()]
     chosen = [case for case in cases if not only or any(part.lower() in case.name.lower() for part in only)]
+    version_control = ["git", "-C", str(PAGE.parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(version_control, capture_output=True, text=True, check=True).stdout.strip()
     rows: list[tuple[Case, Row | str]] = []
     for case in chosen:
         start = time.perf_counter()
@@ -470,7 +473,7 @@ def main(only: list[str]) -> None:
             print(f"        does not move: {', '.join(found.still[:8])}", flush=True)
         gc.collect()
     if not only:
-        PAGE.write_text(page(rows))
+        PAGE.write_text(page(rows, commit=commit))
 
 
 if __name__ == "__main__":

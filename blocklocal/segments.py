@@ -4,8 +4,8 @@ One tensor crosses a border, the features. Beside it a segment may need
 
 - data: what is computed from the model's inputs and buffers alone, such as masks and positions. The segment computes
   it again, from the inputs that it takes for that;
-- sizes and types of earlier features, and of inputs that it does not take: a dimension of its own features if that is
-  as long, or else a constant. The segment before checks that this is so.
+- sizes, types and devices of earlier features, and of inputs that it does not take: those of its own features where
+  they are the same, or else a constant. The segment before checks that this is so.
 
 Anything else bypasses the border.
 """
@@ -78,7 +78,7 @@ class Segments:
             seen.add(node)
             if self._is_about(node) and self.home[node] < k:
                 far = {one for one in self.sources[node] - taken if not self.arrives(one, k)}
-                if far and self._is_dimension(node, self.places[k - 1]):
+                if far and self._follows_from(node, self.places[k - 1]):
                     carried.append(node)
                     continue
                 if far and self._tells(node):
@@ -171,11 +171,18 @@ class Segments:
         assert self.known is not None
         return _can_replace(self.known.values[node], self.traced.again[node], self._sizes(place))
 
-    def _is_dimension(self, node: fx.Node, place: fx.Node) -> bool:
-        """Whether a node's value is the length of one dimension of the features there, and of no other."""
+    def _follows_from(self, node: fx.Node, place: fx.Node) -> bool:
+        """Whether a node's value is the device of the features there, or the length of one dimension of them and of no
+        other, or a tuple of such."""
         assert self.known is not None
-        value = self.known.values[node]
-        return _is_size(value) and self._sizes(place).count((value, self.traced.again[node])) == 1
+        device, sizes = self.known.values[place].device, self._sizes(place)
+
+        def follows(value: Any, again: Any) -> bool:
+            if isinstance(value, tuple):
+                return len(value) == len(again) and all(map(follows, value, again))
+            return value == device or (_is_size(value) and sizes.count((value, again)) == 1)
+
+        return follows(self.known.values[node], self.traced.again[node])
 
     def _sizes(self, place: fx.Node) -> list[tuple[int, int]]:
         """Each dimension of the features there, with that for a batch of one sample more."""

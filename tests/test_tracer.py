@@ -116,9 +116,14 @@ def unrolled(m: Net, x: Tensor) -> Tensor:
     return end(m, m.b(torch.stack(parts, 2)))
 
 
+def sizes_and_device(m: Net, x: Tensor) -> Tensor:
+    return end(m, m.b(m.a(x)) * torch.ones(x.shape[:2], device=x.device).cumsum(1)[..., None, None])
+
+
 IDIOMS: list[Run] = [
     *(asserts, rows, functional_dropout, rate_of_the_mode, zeros, positions, made_on_the_fly, assignment),
     *(length_of_batch, input_again, square_root, data_written_in_place, unrolled),
+    sizes_and_device,
 ]
 FIXED = {rows, unrolled}  # in which the sides of the image are part of the course
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from blocklocal.lab.errors import UserError, blame
-from blocklocal.lab.models.libraries import LIBRARIES
+from blocklocal.lab.models.hugging_face import image_classifier
+from blocklocal.lab.models.libraries import timm, torchvision
 from blocklocal.lab.models.resnet import BasicBlock, Bottleneck, ResNet
 from blocklocal.lab.models.small import cnn, mlp
 from blocklocal.lab.models.vgg import vgg8
@@ -41,6 +42,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet110": _resnet(BasicBlock, (18, 18, 18), width=16),
     "vit": VisionTransformer,
 }
+
+LIBRARIES: dict[str, Callable[..., nn.Module]] = {"timm": timm, "torchvision": torchvision, "hf": image_classifier}
 
 # Cuts by model and number of blocks; for others the library balances the blocks. The paper's ResNet-50 has four
 # bottlenecks in each block; vgg8 in eight blocks has one block per layer.
