@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -137,15 +138,18 @@ def _check_traceable(model: nn.Module) -> None:
 def deepest(model: nn.Module, *, arguments: Arguments | None = None) -> Trace:
     """The trace through all containers that can be traced through. ValueError: see `trace`."""
     _check_traceable(model)
-    containers = expand(model, arguments=arguments)
+    found = _containers(model, arguments=arguments)
+    whole = {name: why for name, why in found.items() if why}
+    containers = frozenset(found) - frozenset(whole)
     while True:
         try:
-            return trace(model, containers=containers, arguments=arguments)
+            return replace(trace(model, containers=containers, arguments=arguments), whole=whole)
         except Obstacle as error:
-            found = error.container
-            if not found:
+            name = error.container
+            if not name:
                 raise
-            containers = frozenset(n for n in containers if n != found and not n.startswith(f"{found}."))
+            whole[name] = str(error)
+            containers = frozenset(n for n in containers if n != name and not n.startswith(f"{name}."))
 
 
 def expand(model: nn.Module, *, arguments: Arguments | None = None) -> frozenset[str]:
@@ -153,10 +157,15 @@ def expand(model: nn.Module, *, arguments: Arguments | None = None) -> frozenset
 
     arguments: of a call of the model, from which those of its containers follow.
     """
+    return frozenset(name for name, why in _containers(model, arguments=arguments).items() if not why)
+
+
+def _containers(model: nn.Module, *, arguments: Arguments | None) -> dict[str, str]:
+    """The containers of a model with an empty string, or why one cannot be traced through, without those inside it."""
     if arguments is None:
         trace(model, containers=frozenset())
     calls = {} if arguments is None else _calls(model, arguments)
-    containers: set[str] = set()
+    found: dict[str, str] = {}
     frontier = [name for name, _ in model.named_children()]
     while frontier:
         name = frontier.pop()
@@ -166,11 +175,12 @@ def expand(model: nn.Module, *, arguments: Arguments | None = None) -> frozenset
                 continue
             try:
                 trace(module, containers=frozenset(), arguments=calls.get(name), returned=_anything)
-            except ValueError:
+            except ValueError as error:
+                found[name] = str(error)
                 continue
-            containers.add(name)
+            found[name] = ""
         frontier += [f"{name}.{child}" for child, _ in module.named_children()]
-    return frozenset(containers)
+    return found
 
 
 def few(model: nn.Module, example: Inputs) -> Inputs:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from blocklocal.arguments import require, require_whole
+from blocklocal.candidates import candidates, places
 from blocklocal.graph import mode
 from blocklocal.heads import Head
 from blocklocal.internals import version_of
@@ -22,7 +23,7 @@ from blocklocal.losses import Predictive
 from blocklocal.messages import BorderInput, BorderSpec
 from blocklocal.refreshed_head import RefreshedHead
 from blocklocal.shape_probe import drops_in_place
-from blocklocal.split import candidates, cut, places
+from blocklocal.split import cut
 
 
 @dataclass(frozen=True)

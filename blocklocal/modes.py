@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -20,13 +20,14 @@ class Trace:
     """A graph and, for each submodule that it calls, the nodes that hold the submodule's output, one per call.
 
     known: what the nodes compute from the example, None where there was none; again: the same for a batch with one
-    sample more.
+    sample more. whole: the containers that could not be traced through, and why.
     """
 
     graph: fx.Graph
     outputs: dict[str, list[fx.Node]]
     known: Interpreter | None
     again: dict[fx.Node, Any]
+    whole: Mapping[str, str] = field(default_factory=dict)
 
 
 class Obstacle(ValueError):

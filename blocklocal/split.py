@@ -11,9 +11,9 @@ from torch import fx, nn
 from blocklocal.arguments import module_of, require, require_choice, require_whole
 from blocklocal.balance import BorderLoss, measure, starts
 from blocklocal.block import Block
+from blocklocal.candidates import Places, changing, describe
 from blocklocal.graph import deepest, few, obstacle, trace
 from blocklocal.modes import Obstacle, Trace
-from blocklocal.recompute import NORMS
 from blocklocal.segments import bypassing, cut_at, follows, has_features, place_of
 from blocklocal.shape_probe import check_example
 from blocklocal.values import Arguments, Inputs, arguments_of, check_inputs, tensors
@@ -83,44 +83,20 @@ def divide(
         raise ValueError("blocks=K measures the model: pass example=, a batch of its input")
     if any(tensor.is_meta for tensor in (*tensors(example), *model.parameters(), *model.buffers())):
         raise ValueError(f"blocks={blocks} measures the model, and nothing runs on the meta device: pass at= or a list")
-    places = candidates(model, example=example)
-    if blocks > len(places) + 1:
+    places = Places(model, example=example)
+    names = places.useful()
+    if blocks > len(names) + 1:
         raise ValueError(
-            f"blocks={blocks}: {type(model).__name__} can be cut at {len(places)} places only, "
-            f"so {len(places) + 1} blocks at most"
+            f"blocks={blocks}: {type(model).__name__} can be cut at {len(names)} places only, "
+            f"so {len(names) + 1} blocks at most{places.hindrance()}"
         )
-    chain = [block for block in cut(model, at=places, example=example) if isinstance(block, Block)]
+    chain = [block for block in cut(model, at=names, example=example) if isinstance(block, Block)]
     given = arguments_of(model, example).tensors()
     first, *_ = chain[0].inputs
     sides = [[given[name] for name in block.inputs[1:]] for block in chain]
     profile = measure(chain, given[first], sides=sides, border=border)
-    at = [places[start - 1] for start in starts(profile, blocks=blocks, balance=balance)]
+    at = [names[start - 1] for start in starts(profile, blocks=blocks, balance=balance)]
     return _cut(model, at=at, example=example)
-
-
-def candidates(model: nn.Module, *, example: Inputs | None = None) -> list[str]:
-    """All submodules after which the model can be cut into blocks that learn, in the order of the forward pass."""
-    traced, names = _places(model, example)
-    return _useful(model, traced, names)
-
-
-def places(model: nn.Module) -> list[str]:
-    """All submodules whose output alone is read by what follows, in the same order, even layers without weights."""
-    return list(_places(model)[1])
-
-
-def _places(model: nn.Module, example: Inputs | None = None) -> tuple[Trace, dict[str, fx.Node]]:
-    arguments = None if example is None else arguments_of(model, few(model, example))
-    traced = deepest(model, arguments=arguments)
-    order = {node: i for i, node in enumerate(traced.graph.nodes)}
-    final = next(iter(reversed(traced.graph.nodes))).args[0]
-    names: dict[fx.Node, str] = {}
-    for name, nodes in traced.outputs.items():
-        node = place_of(traced, nodes[0])
-        if len(nodes) > 1 or node is final or not has_features(traced, node) or bypassing(traced, node):
-            continue
-        names[node] = min(name, names.get(node, name), key=len)
-    return traced, {names[node]: node for node in sorted(names, key=order.__getitem__)}
 
 
 def cut(model: nn.Module, *, at: Sequence[str], example: Inputs | None = None) -> nn.Sequential:
@@ -178,7 +154,7 @@ def _borders(traced: Trace, *, at: Sequence[str]) -> dict[fx.Node, str]:
             raise ValueError(f"at={name!r}: it returns no tensor of features, which a border needs")
         if beside := bypassing(traced, node):
             raise ValueError(
-                f"at={name!r}: {', '.join(map(_describe, beside))} bypasses the border, and only the output of "
+                f"at={name!r}: {', '.join(map(describe, beside))} bypasses the border, and only the output of "
                 f"{name!r} may cross it; cut where the model is a chain"
             )
         if not follows(traced, node):
@@ -191,9 +167,9 @@ def _checked(chain: nn.Sequential) -> nn.Sequential:
     """Return the chain, after checking that nothing that a step changes is on both sides of a border."""
     blocks = list(chain)
     for k, block in enumerate(blocks):
-        names = _changing(block)
+        names = changing(block)
         for j, other in enumerate(blocks[:k]):
-            for part, name in _changing(other).items():
+            for part, name in changing(other).items():
                 if part in names:
                     kind = "parameter" if isinstance(part, nn.Parameter) else "running statistics"
                     raise ValueError(
@@ -203,48 +179,10 @@ def _checked(chain: nn.Sequential) -> nn.Sequential:
     return chain
 
 
-def _changing(block: nn.Module) -> dict[nn.Parameter | nn.Module, str]:
-    """The parameters and the layers with running statistics of a block, with their names."""
-    norms = {
-        norm: name or type(norm).__name__
-        for name, norm in block.named_modules()
-        if isinstance(norm, NORMS) and norm.track_running_stats
-    }
-    return {**{parameter: name for name, parameter in block.named_parameters()}, **norms}
-
-
-def _useful(model: nn.Module, traced: Trace, names: dict[str, fx.Node]) -> list[str]:
-    """The cuts directly before a weight matrix or kernel that no parameter or running statistics bridge.
-
-    Layers without one (normalisation, activation, dropout, pooling) belong to the block of the layer before them.
-    """
-    chain = cut_at(model, traced, list(names.values()))
-    owners: dict[nn.Parameter | nn.Module, list[int]] = {}
-    for k, segment in enumerate(chain):
-        for part in _changing(segment):
-            owners.setdefault(part, []).append(k)
-    spans = [(used[0], used[-1]) for used in owners.values()]
-    weighs = [any(parameter.dim() > 1 for parameter in segment.parameters()) for segment in chain]
-    return [
-        name
-        for k, name in enumerate(names)
-        if weighs[k + 1] and any(weighs[: k + 1]) and not any(first <= k < last for first, last in spans)
-    ]
-
-
 def _prefixes(name: str) -> list[str]:
     """The containers of a submodule: "a.b.c" -> ["a", "a.b"]."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def _describe(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return f"the input {node.name!r}"
-    if node.op == "call_module":
-        return f"the output of submodule {node.target!r}"
-    operation = getattr(node.target, "__name__", node.target)
-    return f"the value {operation}({', '.join(map(str, node.args))})"
 
 
 def _some(modules: dict[str, nn.Module], *, most: int = 12) -> str:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import blocklocal as bll
 from blocklocal.balance import FREE, IMPOSSIBLE, Cost, Profile, measure, partition
+from blocklocal.candidates import candidates
 from blocklocal.memory import MemoryTracker
 from blocklocal.messages import BorderInput, BorderSpec
-from blocklocal.split import candidates, cut
+from blocklocal.split import cut
 
 SCALARS = 8  # a sum and its gradient
 

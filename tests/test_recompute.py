@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import blocklocal as bll
+from blocklocal.candidates import candidates
 from blocklocal.memory import MemoryTracker
-from blocklocal.split import candidates
 
 
 class Unit(nn.Module):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import blocklocal as bll
+from blocklocal.candidates import candidates
 from blocklocal.lab.models import MODELS, build
-from blocklocal.split import candidates, cut
+from blocklocal.split import cut
 
 Zoo = Callable[[], tuple[nn.Module, Tensor]]
 each_model = pytest.mark.parametrize("make", zoo.MODELS, ids=lambda make: make.__name__)

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 import blocklocal as bll
 from blocklocal.balance import measure
 from blocklocal.block import Block
+from blocklocal.candidates import candidates
 from blocklocal.graph import deepest
 from blocklocal.interpreter import Reads, storage_of
-from blocklocal.split import candidates, cut
+from blocklocal.split import cut
 from blocklocal.values import arguments_of
 
 Run = Callable[["Net", Tensor], Tensor]

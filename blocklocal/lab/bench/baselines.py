@@ -14,9 +14,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Optimizer
 
 from blocklocal import recompute, split
+from blocklocal.candidates import candidates
 from blocklocal.lab.errors import UserError, blame, lacks_memory
 from blocklocal.lab.training import rules
-from blocklocal.split import candidates
 
 EXAMPLE = 8  # images for balancing the blocks
 
