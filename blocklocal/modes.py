@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import UntypedStorage, fx, nn
 
 from blocklocal.decisions import decided
 from blocklocal.interpreter import Interpreter
@@ -129,7 +129,7 @@ def _chosen(
         return tracer.graph.call_function(choose, (flag, theirs, ours))
 
 
-def _storages(tracer: ContainerTracer, node: fx.Node) -> set[int]:
+def _storages(tracer: ContainerTracer, node: fx.Node) -> set[UntypedStorage]:
     """The storages of what a node is given, into which it may write."""
     assert tracer.known is not None
     return {storage for one in node.all_input_nodes for storage in tracer.known.storages(one)}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blocklocal import BlockLocal, Hooked
+from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
-from blocklocal.lab.models import build, read_arguments
+from blocklocal.lab.models import build, read_arguments, text
 from blocklocal.lab.models.weights import load_weights
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.training.experiment import prepare
@@ -121,9 +126,100 @@ def test_configurations_that_are_none_say_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name, arguments, words in (
         ("hf:nothing", {}, "unknown model 'hf:nothing'"),
-        ("hf:gpt2", {}, "no image classifier for GPT2Config"),
+        ("hf:gpt2", {}, "no image classifier for GPT2Config, but a language model: name the data text:FILE"),
         ("hf:vit", {"patch": 4}, "has no field 'patch', did you mean 'patch_size'"),
         (f"hf:{tmp_path}", {}, "cannot be made: ValueError"),
     ):
         with pytest.raises(UserError, match=words):
             build(name, **SHAPE, arguments=arguments)
+
+
+DECODERS = {
+    "gpt2": {"n_embd": 16, "n_layer": 4, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "llama": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2},
+}
+DECODERS |= dict.fromkeys(("mistral", "qwen2"), DECODERS["llama"] | {"num_key_value_heads": 2})
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_of_transformers_is_theirs_and_its_blocks_are_those_of_hooks(name: str) -> None:
+    """Also in batches of one and windows of one token, as `bll sample` has them."""
+    transformers = pytest.importorskip("transformers", reason="make frameworks installs transformers")
+    torch.manual_seed(0)
+    ours = text.build(f"hf:{name}", tokens=11, context=8, arguments=DECODERS[name])
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "max_position_embeddings": 8, "tie_word_embeddings": False}
+    sizes |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = transformers.AutoConfig.for_model(name, **DECODERS[name], **sizes)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+    ids, y = torch.randint(11, (2, 3, 8))
+    cuts = [f"{'transformer.h' if name == 'gpt2' else 'model.layers'}.{k}" for k in range(3)]
+    found = []
+    for kind in (BlockLocal, Hooked):
+        torch.manual_seed(1)
+        learner = kind(copy.deepcopy(ours), classes=11, example=ids, at=cuts)
+        losses = learner.backward(ids, y)
+        found.append(
+            [losses, *(part.grad for module in (learner.model, learner.borders) for part in module.parameters())]
+        )
+        learner.eval()
+        for part in (ids, ids[:1], ids[:, :5], ids[:1, :1]):
+            assert torch.equal(learner.predict(part), theirs(part).logits)
+        if isinstance(learner, BlockLocal):
+            assert learner.side_inputs.all() == []  # no ids travel to later ranks
+    assert len(found[0]) == len(found[1])
+    grouped = "num_key_value_heads" in DECODERS[name]  # transformers lets torch repeat the keys if nothing is traced
+    same = (lambda a, b: torch.allclose(a, b, rtol=1e-5, atol=1e-7)) if grouped else torch.equal
+    assert all(map(same, *found))
+
+
+def test_sizes_of_a_decoder_follow_from_those_that_are_given(tmp_path: Path) -> None:
+    """From a name, where the width of a head follows from other fields, and from a file with tokens for padding."""
+    transformers = pytest.importorskip("transformers", reason="make frameworks installs transformers")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    named: Any = text.build("hf:LlamaConfig", tokens=11, context=8, arguments=small)
+    assert (named.config.head_dim, named.config.num_key_value_heads) == (8, 2)
+    transformers.LlamaConfig(**small, pad_token_id=0, tie_word_embeddings=True).save_pretrained(tmp_path)
+    read: Any = text.build(f"hf:{tmp_path}", tokens=11, context=8, arguments={"num_hidden_layers": 2})
+    assert len(read.model.layers) == 2
+    assert read.model.embed_tokens.padding_idx is None
+    assert read.lm_head.weight is not read.model.embed_tokens.weight
+    tied: Any = text.build(f"hf:{tmp_path}", tokens=11, context=8, arguments={"tie_word_embeddings": True})
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"two uses of 'model.embed_tokens.weight', which is 'lm_head.weight' too"):
+        BlockLocal(tied, blocks=2, classes=11, example=torch.randint(11, (2, 8)))
+
+
+def test_decoders_that_are_none_say_so() -> None:
+    pytest.importorskip("transformers", reason="make frameworks installs transformers")
+    for name, arguments, words in (
+        ("hf:", {}, "unknown model 'hf:' for text: choose gpt-tiny"),
+        ("hf:nothing", {}, "unknown model 'hf:nothing'"),
+        ("hf:vit", {}, "no causal language model for ViTConfig"),
+        ("hf:gpt2", {"n_layers": 4}, "has no field 'n_layers', did you mean 'n_layer'"),
+        ("hf:gpt2", {"vocab_size": 4}, "'vocab_size' follows from the data"),
+        ("hf:gpt2", {"n_positions": 4}, "'n_positions' follows from the data"),
+        ("hf:gpt2", {"n_embd": 16, "n_head": 3}, "cannot be made: ValueError: .* must be divisible by num_heads"),
+    ):
+        with pytest.raises(UserError, match=words):
+            text.build(name, tokens=11, context=8, arguments=arguments)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_decoder_is_saved_tested_and_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="make frameworks installs transformers")
+    (tmp_path / "text.txt").write_text("To be, or not to be, that is the question. " * 20)
+    sizes = [f"{field}={value}" for field, value in DECODERS["llama"].items()]
+    short = ["--epochs", "1", "--context", "8", "--windows", "24", "--test-size", "5", "--blocks", "4"]
+    run = str(tmp_path / "run")
+    main(
+        ["train", f"text:{tmp_path / 'text.txt'}", "--model", "hf:llama", "--model-args", *sizes, *short, "--out", run]
+    )
+    trained = json.loads(capsys.readouterr().out.splitlines()[-1])
+    main(["eval", run])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["loss"] == trained["loss"]
+    for exit in ("0", "last"):
+        main(["sample", run, "--exit", exit, "--tokens", "12", "--prompt", "T"])
+        assert len(capsys.readouterr().out) == len("T" + 12 * "x" + "\n")

@@ -284,7 +284,7 @@ def test_a_module_that_reads_no_values_of_the_features_gives_data() -> None:
 def test_freed_memory_is_not_taken_for_that_of_another_tensor() -> None:
     with Reads() as reads:
         for _ in range(50):
-            torch.zeros(1) + 1
+            _ = torch.zeros(1) + 1
     later = [torch.zeros(1) for _ in range(50)]
     assert reads.storages
     assert not reads.storages & {storage_of(tensor) for tensor in later}

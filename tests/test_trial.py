@@ -382,6 +382,23 @@ def test_a_trial_takes_back_what_a_forward_pass_changes():
     assert (model.steps, model.known, model.training) == (0, {"steps": 0}, False)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_language_model_must_not_see_what_it_is_to_predict(causal):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(5, 8), nn.Linear(8, 5)
+
+        def forward(self, ids):
+            h = self.words(ids)
+            return self.head(h.cumsum(1) if causal else h + 1e-3 * h.mean(1, keepdim=True))
+
+    ids = torch.randint(5, (3, 6))
+    ahead = nullcontext() if causal else pytest.raises(UserError, match="model 'it' is not causal: its logits at a pos")
+    with ahead:
+        try_model(Mean(), ids, name="it", shape=(3, 6, 5), unit="windows", context=nullcontext())
+
+
 def test_the_trial_is_under_the_settings_of_the_run(sick):
     """A model that bf16 breaks, and one that wants more than one image at once."""
     sick(HEAD + changed("z + 0 / (z.dtype == torch.float32)"))

@@ -60,7 +60,8 @@ class Settings:
     """table: the column of classes (default: the last one)"""
     model: Annotated[str, MODEL] = "cnn"
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME, hf:CONFIG (transformers: a
-    folder, a JSON file or a kind such as vit) or package.module:function; for text gpt-tiny, gpt-small, gpt-medium"""
+    folder, a JSON file or a kind such as vit) or package.module:function; for text gpt-tiny, gpt-small, gpt-medium,
+    hf:CONFIG such as hf:gpt2 or package.module:function"""
     model_args: Annotated[tuple[str, ...], MODEL] = ()
     """more arguments of the function that makes the model, or fields of CONFIG: NAME=VALUE, such as img_size=32"""
     weights: Annotated[str | None, MODEL] = None

@@ -70,6 +70,11 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"--accumulate {options.accumulate} does not divide --batch-size {options.batch_size}")
     if options.model in MODELS and not options.tokens:
         raise UserError(f"model {options.model!r} is for text: add --tokens, the number of different ones")
+    if options.model.startswith("hf:") and options.tokens:
+        raise UserError(
+            f"model {options.model!r} reads what is in its mask, which tensors without memory do not have: "
+            "bll train writes peak_memory_mib to metrics.jsonl"
+        )
     task = _task(options)
     settings = task.settings
     if not settings.at and not task.cuts():

@@ -24,13 +24,14 @@ def image_classifier(name: str, *, channels: int, size: tuple[int, int], classes
     of model, "ViTConfig" or "vit". Channels, image size and classes follow the data, and `arguments` set further
     fields. Its forward pass takes images alone and returns logits."""
     transformers = package("transformers", model=f"hf:{name}")
-    data = {"num_channels": channels, "image_size": size[0] if size[0] == size[1] else list(size)}
-    config = _config(transformers, name, data=data, arguments=arguments)
+    config, written = _written(transformers, name)
     kind = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.get(type(config), None)
     if kind is None:
         is_decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         remedy = ", but a language model: name the data text:FILE" if is_decoder else ""
         raise UserError(f"model 'hf:{name}': transformers has no image classifier for {type(config).__name__}{remedy}")
+    data = {"num_channels": channels, "image_size": size[0] if size[0] == size[1] else list(size)}
+    config = _changed(config, written, name=name, data=data, arguments=arguments)
     config.num_labels = classes
     return _with(kind, _forward_of_images(kind))(config)
 
@@ -42,22 +43,29 @@ def language_model(name: str, *, tokens: int, context: int, **arguments: Any) ->
     say so its embeddings are not tied, since no border may separate two uses of a weight. Its forward pass takes ids
     (B, T) alone and returns logits (B, T, tokens)."""
     transformers = package("transformers", model=f"hf:{name}")
-    data = {"vocab_size": tokens, "max_position_embeddings": context, "use_cache": False, "is_decoder": True}
-    data |= dict.fromkeys(SPECIAL)
-    config = _config(transformers, name, data=data, arguments={"tie_word_embeddings": False} | arguments)
+    config, written = _written(transformers, name)
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if kind is None:
         raise UserError(f"model 'hf:{name}': transformers has no causal language model for {type(config).__name__}")
+    data = {"vocab_size": tokens, "max_position_embeddings": context, "use_cache": False, "is_decoder": True}
+    config = _changed(
+        config,
+        written,
+        name=name,
+        data=data | dict.fromkeys(SPECIAL),
+        arguments={"tie_word_embeddings": False} | arguments,
+    )
     return _with(kind, _forward_of_text(kind))(config)
 
 
-def _config(transformers: ModuleType, name: str, *, data: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
-    """The configuration of that name with the fields `data`, as far as it has them, and `arguments`.
+def _changed(
+    config: Any, written: Mapping[str, Any], *, name: str, data: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> Any:
+    """The configuration with the fields `data`, as far as it has them, and `arguments`.
 
-    It is made with them, since what it is not given follows from other fields, as the width of a head. UserError: there
-    is none, or it has no such field, or the data say what it is.
+    It is made anew, since what is not written follows from other fields, as the width of a head. UserError: it has no
+    such field, or the data say what it is.
     """
-    config, written = _written(transformers, name)
     own_name: Mapping[str, str] = config.attribute_map
     fields = {own_name.get(field, field): value for field, value in data.items() if hasattr(config, field)}
     for field, value in arguments.items():
@@ -65,10 +73,9 @@ def _config(transformers: ModuleType, name: str, *, data: Mapping[str, Any], arg
             near = " or ".join(map(repr, get_close_matches(field, vars(config), cutoff=0.5)))
             meant = f", did you mean {near}?" if near else ""
             raise UserError(f"model 'hf:{name}': {type(config).__name__} has no field {field!r}{meant}")
-        field = own_name.get(field, field)
-        if field in fields:
+        if own_name.get(field, field) in fields:
             raise UserError(f"model 'hf:{name}': {field!r} follows from the data and is no further argument")
-        fields[field] = value
+        fields[own_name.get(field, field)] = value
     return type(config).from_dict({own_name.get(field, field): value for field, value in written.items()} | fields)
 
 

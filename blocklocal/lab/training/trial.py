@@ -38,7 +38,8 @@ def try_model(
     """Run a pass in training mode and one in evaluation mode over samples x, in `context`.
 
     unit: what the samples are called. UserError: no parameters to train, or one that overlaps itself in memory; a pass
-    that fails, or does not give finite logits of this shape, (B, n) or (B, T, n).
+    that fails, or does not give finite logits of this shape, (B, n) or, of the next token, (B, T, n), where those of a
+    position must not depend on later tokens.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise UserError(f"model {name!r} has parameters without a shape: give its lazy modules their sizes")
@@ -58,6 +59,10 @@ def try_model(
                 raise UserError(f"model {name!r} {fault}")
             if training and not logits.requires_grad:
                 raise UserError(f"model {name!r} cannot learn: its output does not depend on its parameters")
+        if len(shape) == 3 and _looks_ahead(model, x):
+            raise UserError(
+                f"model {name!r} is not causal: its logits at a position depend on later tokens, which it is to predict"
+            )
 
 
 def try_learning(learning: Learning, x: Tensor, y: Tensor, *, name: str, context: AbstractContextManager) -> None:
@@ -120,6 +125,15 @@ def _fault(logits: object, *, shape: tuple[int, ...], unit: str, device: torch.d
     if not logits.isfinite().all():
         return "gives logits that are not finite, with its initial weights"
     return ""
+
+
+@torch.no_grad()
+def _looks_ahead(model: nn.Module, ids: Tensor) -> bool:
+    """Whether another last token changes the logits before it by more than rounding."""
+    others = ids.clone()
+    others[:, -1] = ids[:, -1] == 0  # 1 for 0, and 0 for any other
+    logits = model(ids)[:, :-1]
+    return bool(((model(others)[:, :-1] - logits).abs() > 1e-5 * logits.abs().max()).any())
 
 
 @contextmanager
