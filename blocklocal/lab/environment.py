@@ -88,7 +88,7 @@ def give_back_freed_memory() -> None:
 
 
 def give_back_pages(address: int, size: int) -> None:
-    """Give memory that is mapped from a file, and shared, back to the system, which keeps its content; only on Linux."""
+    """Give memory mapped from a file and shared back to the system, which keeps its content; only on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 

@@ -68,7 +68,8 @@ class FileMemory(OperationMode):
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 if hasattr(os, "posix_fallocate"):  # without room, writing into the memory would end the process
                     os.posix_fallocate(file.fileno(), 0, size)
-                new = UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", True, size)
+                name = f"/dev/fd/{file.fileno()}"
+                new = torch.from_file(name, shared=True, size=size, dtype=torch.uint8).untyped_storage()
         except OSError as error:
             free = shutil.disk_usage(self._folder).free
             raise UserError(
