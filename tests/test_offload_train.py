@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from blocklocal.lab.cli import main
+from blocklocal.lab.errors import UserError
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.training import file_memory
 from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer
@@ -82,6 +83,12 @@ def test_an_interrupted_run_goes_on_the_same(
     with pytest.raises(KeyboardInterrupt):
         train(settings)
     monkeypatch.setattr(OffloadedTrainer, "train", whole)
+    part = next((tmp_path / "run").glob("checkpoint/step-*/block-1/tensors.safetensors"))
+    part.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="is not a readable checkpoint"):
+        train(replace(settings, resume=True, offload=then))
+    assert not (tmp_path / "run/blocks").exists()
+    (tmp_path / "away").rename(part)
     train(replace(settings, resume=True, offload=then))
     assert results(tmp_path / "run") == undisturbed
 

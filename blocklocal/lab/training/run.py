@@ -69,7 +69,7 @@ def _alone(run: Run, processes: Processes) -> AbstractContextManager[None]:
 
 
 def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]:
-    """Load, build, loop, save."""
+    """Load, build, train."""
     resume = settings.resume or (processes.restarted and run.exists)
     if processes.rank == 0:
         _open(run, resume=resume)
@@ -81,6 +81,14 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
         check_facts(experiment, run.facts())
     with _blamed(settings, processes):
         trainer = _trainer(experiment, processes, run=run, memory=memory)
+    with _closed(trainer):
+        return _train_and_save(run, trainer, processes, resume=resume)
+
+
+def _train_and_save(run: Run, trainer: Trainer, processes: Processes, *, resume: bool) -> dict[str, Any]:
+    """Go on from the last checkpoint, if any, to the last epoch, and save the model."""
+    experiment = trainer.experiment
+    settings = experiment.settings
     checkpoints = Checkpoints(run.checkpoints, blocks=len(experiment.learner.blocks))
     if processes.rank == 0:
         _prepare_folder(run, experiment, checkpoints, processes, resume=resume)
@@ -104,7 +112,7 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     console = Terminal(stderr=True)
     console.print(headline(trainer, plan, processes), soft_wrap=True)
     events = event_log(run.events, records, wanted=settings.tensorboard and processes.rank == 0)
-    with resumable(run, checkpoints, launched=processes.distributed), _closed(trainer):
+    with resumable(run, checkpoints, launched=processes.distributed):
         with display(console, plan) as shown, events as log_event:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
