@@ -56,6 +56,17 @@ def test_views_share_memory_as_they_do_elsewhere(tmp_path: Path, monkeypatch: py
     assert again.tolist() == whole.tolist()
 
 
+def test_other_views_than_plain_ones_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_memory, "LARGE", 1)
+    with FileMemory(tmp_path):
+        number, sparse = torch.tensor([1 + 2j]), torch.eye(2).to_sparse().coalesce()
+        conjugate = number.conj()
+        conjugate.conj().mul_(2)
+        sparse.values().mul_(3)
+    assert (number.tolist(), conjugate.tolist(), conjugate.imag.tolist()) == ([2 + 4j], [2 - 4j], [-4])
+    assert sparse.to_dense().tolist() == [[3, 0], [0, 3]]
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_little_is_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_memory, "RESIDENT", 2**20)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -45,21 +44,29 @@ class FileMemory(OperationMode):
         self._touched = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = list(_large((args, kwargs)))
-        places = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in given}
+        arguments = list(tensors((args, kwargs)))
+        given = [tensor for tensor in arguments if _large(tensor)]
+        there = {tensor.untyped_storage().data_ptr() for tensor in given}
         output = func(*args, **(kwargs or {}))
-        made = [tensor for tensor in _large(output) if not any(tensor is argument for argument in given)]
-        for tensor in made:
-            old = tensor.untyped_storage()
-            if old.data_ptr() not in places:
-                places[old.data_ptr()] = self._moved(old, empty="empty" in func.name())
-            fresh = torch.empty(0, dtype=tensor.dtype)
-            shape = tensor.storage_offset(), tensor.shape, tensor.stride()
-            tensor.data = fresh.set_(places[old.data_ptr()], *shape)  # pyright: ignore[reportArgumentType] (its stub)
-        self._touched += sum(tensor.nbytes for tensor in (*given, *made))
+        returned = [tensor for tensor in tensors(output) if not any(tensor is argument for argument in arguments)]
+        if all(map(_plain, arguments)):  # otherwise what is returned may be a part of them
+            made = [t for t in returned if _large(t) and t.untyped_storage().data_ptr() not in there]
+            self._move(made, empty="empty" in func.name())
+        self._touched += sum(tensor.nbytes for tensor in (*given, *filter(_large, returned)))
         if self._touched > RESIDENT:
             self._give_back()
         return output
+
+    def _move(self, made: list[Tensor], *, empty: bool) -> None:
+        """Move new tensors to files; those that share memory still share it afterwards. empty: they have no values."""
+        moved: dict[int, UntypedStorage] = {}
+        for tensor in made:
+            old = tensor.untyped_storage()
+            if old.data_ptr() not in moved:
+                moved[old.data_ptr()] = self._moved(old, empty=empty)
+            fresh = torch.empty(0, dtype=tensor.dtype)
+            shape = tensor.storage_offset(), tensor.shape, tensor.stride()
+            tensor.data = fresh.set_(moved[old.data_ptr()], *shape)  # pyright: ignore[reportArgumentType] (its stub)
 
     def _moved(self, old: UntypedStorage, *, empty: bool) -> UntypedStorage:
         """The same values in a file. empty: there are none yet."""
@@ -88,9 +95,12 @@ class FileMemory(OperationMode):
         self._touched = 0
 
 
-def _large(value: object) -> Iterator[Tensor]:
-    """The tensors in a value that are worth a file."""
-    for tensor in tensors(value):
-        plain = tensor.device.type == "cpu" and tensor.layout is torch.strided and type(tensor.data) is Tensor
-        if plain and not tensor.is_quantized and tensor.untyped_storage().nbytes() >= LARGE:
-            yield tensor
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in memory of its own or of another."""
+    special = tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg()
+    return tensor.layout is torch.strided and not special and type(tensor.data) is Tensor
+
+
+def _large(tensor: Tensor) -> bool:
+    """Whether a tensor is worth a file."""
+    return _plain(tensor) and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() >= LARGE
