@@ -90,7 +90,7 @@ def digest(*tensors: Tensor) -> str:
     """
     found = hashlib.sha256()
     for tensor in tensors:
-        found.update(tensor.cpu().flatten().numpy())
+        found.update(tensor.cpu().flatten().numpy().data)
     return found.hexdigest()
 
 

@@ -19,6 +19,7 @@ from blocklocal.lab.errors import UserError
 from blocklocal.values import tensors
 
 LARGE = 2**20  # bytes of a tensor that is worth a file
+EMPTY = ("aten::empty", "aten::new_empty")  # operations that give no values
 RESIDENT = 2**26  # bytes that operations read and write before their pages are given back
 
 
@@ -51,7 +52,7 @@ class FileMemory(OperationMode):
         returned = [tensor for tensor in tensors(output) if not any(tensor is argument for argument in arguments)]
         if all(map(_plain, arguments)):  # otherwise what is returned may be a part of them
             made = [t for t in returned if _large(t) and t.untyped_storage().data_ptr() not in there]
-            self._move(made, empty="empty" in func.name())
+            self._move(made, empty=func.name().startswith(EMPTY))
         self._touched += sum(tensor.nbytes for tensor in (*given, *filter(_large, returned)))
         if self._touched > RESIDENT:
             self._give_back()
