@@ -146,7 +146,8 @@ class ContainerTracer(fx.Tracer):
         if not features or len(features) == len(proxies):
             return args, kwargs
         given: Any = map_arg(self.create_arg((args, dict(kwargs))), self.known.values.__getitem__)
-        read = self.known.read_by(module, given[0], given[1])
+        with self._unpatched():
+            read = self.known.read_by(module, given[0], given[1])
         unread = {one.node for one in features if not self.known.storages(one.node) & read}
 
         def outlined(one: Any) -> Any:
