@@ -81,6 +81,7 @@ def behind_frozen(settings: Settings, k: int, before: list[BlockRun]) -> Experim
 CASES = {
     **{kind: (kind, {}) for kind in KINDS},
     "bf16": ("images", {"dtype": "bf16"}),
+    "numbers": ("numbers", {"validation": 60}),
     "schedule-free": ("table", {"optimizer": "schedulefree", "schedule": "constant", "clip": 1.0}),
     "dropout": ("images", {"model": "block_nets:dropout", "at": ("0", "1")}),
     "Pred-Sim": ("images", {"rule": "predsim", "validation": 20}),

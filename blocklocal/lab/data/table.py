@@ -89,7 +89,8 @@ def _are_numbers(column: pd.Series) -> bool:
     if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
         return False
     known = column.dropna().to_numpy(dtype=float)
-    return bool(np.any(known % 1 != 0)) or len(np.unique(known)) > CLASSES
+    whole = np.isfinite(known).all() and (known % 1 == 0).all()
+    return not whole or len(np.unique(known)) > CLASSES
 
 
 def _numbers(column: pd.Series, *, where: str) -> torch.Tensor:
