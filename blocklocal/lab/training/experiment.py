@@ -183,7 +183,8 @@ def learning_of(task: Task, model: nn.Module, *, example: Tensor) -> rules.Learn
     """
     settings = task.settings
     problem = rules.Problem(
-        **task.sizes,
+        classes=task.sizes.get("classes"),
+        outputs=task.sizes.get("outputs"),
         example=example,
         blocks=settings.blocks,
         at=settings.at or task.cuts(),
