@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import mean, stdev
 from typing import Any
 
@@ -160,9 +161,10 @@ def _results(measure: Measure, headings: tuple[str, str, str], rows: Sequence[Ro
         if found is None:
             cells.append(("", "", ""))
             continue
-        difference = "" if found.to_bp is None else measure.show(found.to_bp, found.stderr, sign="+", finer=1)
-        together = measure.show(found.all_mean, finer=1) if row.blocks > 1 else ""
-        cells.append((measure.show(found.mean, found.std, finer=1), difference, together))
+        shown = partial(measure.show, finer=1, like=found.mean)
+        difference = "" if found.to_bp is None else shown(found.to_bp, found.stderr, sign="+")
+        together = shown(found.all_mean) if row.blocks > 1 else ""
+        cells.append((shown(found.mean, found.std), difference, together))
     return {heading: [cell[i] for cell in cells] for i, heading in enumerate(headings)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 class Measure:
     """A number in the record of an epoch: test_NAME of each exit, test_NAME_all of all exits combined.
 
-    label: what it is called. unit: if it has one of its own. scale, decimals: as it is shown; without decimals, four
+    label: what it is called. unit: if it has one of its own. scale, decimals: as it is shown; without decimals, three
     significant digits. rises: whether more of it is better.
     """
 
@@ -35,29 +35,29 @@ class Measure:
         """The value, or minus it: of two, the better one has more merit."""
         return value if self.rises else -value
 
-    def show(self, value: float, spread: float | None = None, *, sign: str = "", finer: int = 0) -> str:
+    def show(
+        self, value: float, spread: float | None = None, *, sign: str = "", finer: int = 0, like: float | None = None
+    ) -> str:
         """The value in its unit, which is not named, with its spread.
 
-        sign: "+" for differences. finer: number of further digits.
+        sign: "+" for differences. finer: number of further digits. like: another value, whose decimal places it gets.
 
         >>> ACCURACY.show(0.8441), ACCURACY.show(-0.0152, 0.0041, sign="+", finer=1), RMSE.show(54321.06)
         ('84.4', '−1.52 ± 0.41', '54,321')
         """
         value = self.scale * value
-        places = _places(value, digits=4) if self.decimals is None else self.decimals
-        form = f",.{places + finer}f" if self.decimals is None else f".{places + finer}f"
-        if not 0 <= places <= 9:
-            form = f".{3 + finer}e"
+        if self.decimals is None:
+            form = _significant(value if like is None else self.scale * like, digits=3 + finer)
+        else:
+            form = f".{self.decimals + finer}f"
         shown = f"{value:{sign}{form}}".replace("-", "−")
         return shown if spread is None else f"{shown} ± {self.scale * spread:{form}}"
 
 
-def _places(value: float, *, digits: int) -> int:
-    """Decimal places of a number with so many significant digits; none of a large one."""
-    if not math.isfinite(value) or value == 0:
-        return digits - 1
-    exponent = math.floor(math.log10(abs(value)))
-    return max(0, digits - 1 - exponent) if exponent < 12 else -1
+def _significant(value: float, *, digits: int) -> str:
+    """The format of a number with at least so many significant digits, and an exponent if it is very large or small."""
+    exponent = math.floor(math.log10(abs(value))) if value and math.isfinite(value) else 0
+    return f",.{max(0, digits - 1 - exponent)}f" if -4 <= exponent < 12 else f".{digits - 1}e"
 
 
 ACCURACY = Measure("accuracy", "accuracy", "%", scale=100.0, decimals=1, rises=True)
