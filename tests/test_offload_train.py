@@ -8,7 +8,9 @@ import pytest
 from safetensors.torch import load_file
 
 from blocklocal.lab.cli import main
+from blocklocal.lab.errors import UserError
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.training import file_memory
 from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer
 from blocklocal.lab.training.run import train
 
@@ -45,7 +47,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple:
     return results(run)
 
 
+@pytest.fixture
+def in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of small models are in files too."""
+    monkeypatch.setattr(file_memory, "LARGE", 2**8)
+    monkeypatch.setattr(file_memory, "RESIDENT", 2**22)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_files")
 @pytest.mark.parametrize("offload", ["cpu", "disk", "disk:FOLDER"])
 def test_an_offloaded_run_is_the_same(tmp_path: Path, undisturbed: tuple, offload: str) -> None:
     train(replace(TINY, out=str(tmp_path / "run"), offload=offload.replace("FOLDER", str(tmp_path / "elsewhere"))))
@@ -55,6 +65,7 @@ def test_an_offloaded_run_is_the_same(tmp_path: Path, undisturbed: tuple, offloa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_files")
 @pytest.mark.parametrize("then", ["disk", "none"])
 def test_an_interrupted_run_goes_on_the_same(
     tmp_path: Path, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch, then: str
@@ -71,7 +82,13 @@ def test_an_interrupted_run_goes_on_the_same(
     settings = replace(TINY, out=str(tmp_path / "run"), offload="disk")
     with pytest.raises(KeyboardInterrupt):
         train(settings)
-    monkeypatch.undo()
+    monkeypatch.setattr(OffloadedTrainer, "train", whole)
+    part = next((tmp_path / "run").glob("checkpoint/step-*/block-1/tensors.safetensors"))
+    part.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="is not a readable checkpoint"):
+        train(replace(settings, resume=True, offload=then))
+    assert not (tmp_path / "run/blocks").exists()
+    (tmp_path / "away").rename(part)
     train(replace(settings, resume=True, offload=then))
     assert results(tmp_path / "run") == undisturbed
 

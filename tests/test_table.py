@@ -11,6 +11,9 @@ import torch
 from blocklocal.lab.cli import main
 from blocklocal.lab.data.table import load_table
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.find import load_task
+from blocklocal.lab.training.experiment import check_data
 
 
 def write(folder: Path, table: pd.DataFrame, *, name: str = "table.csv") -> str:
@@ -52,6 +55,18 @@ def test_columns_have_mean_0_and_deviation_1_over_the_training_rows(tmp_path):
     torch.testing.assert_close(data.train.inputs, torch.tensor(expected.to_numpy(), dtype=torch.float32))
     assert data.train.inputs.shape[1] == 6
     assert data.test.inputs.isfinite().all()
+
+
+def test_a_table_with_another_value_is_not_taken_for_that_of_a_run(tmp_path):
+    def task(table, name):
+        return load_task(Settings(data=f"table:{write(tmp_path, table, name=name)}"), device=torch.device("cpu"))
+
+    run = {"data": task(frame(), "table.csv").facts}
+    check_data(task(frame(), "table.parquet"), run)
+    other = frame()
+    other.loc[31, "size"] += 1e-9
+    with pytest.raises(UserError, match=r"is not what the run was trained on: digest"):
+        check_data(task(other, "other.csv"), run)
 
 
 def test_scikit_learns_tables_train(tmp_path, capsys):

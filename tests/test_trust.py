@@ -135,6 +135,7 @@ OTHERS = {
     "other classes": ({name.replace("/b/", "/c/"): None for name in IMAGES}, "classes ['a', 'c'] now, ['a', 'b'] then"),
     "another size": ({name: encode(picture(9, 9)) for name in IMAGES}, "shape [3, 9, 9] now, [3, 8, 8] then"),
     "grey": ({name: encode(picture(channels=1)) for name in IMAGES}, "shape [1, 8, 8] now, [3, 8, 8] then"),
+    "another image of the same size": ({"train/b/7.png": encode(picture())}, "trained on: digest "),
 }
 
 
@@ -156,6 +157,13 @@ def test_another_data_set_is_not_taken_for_that_of_the_run(here, capsys, name):
     (here / "other").rename(here / "data")
     assert words in refused(capsys, ["train", "data", "--out=seen", "--resume"])
     assert main(["eval", "seen", "--data=before"]) == 0
+
+
+def test_a_run_that_knows_no_digest_is_read(here, capsys):
+    config = json.loads((here / "seen/config.json").read_text())
+    assert len(config["data"].pop("digest")) == 64
+    (here / "seen/config.json").write_text(json.dumps(config))
+    assert main(["eval", "seen"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,13 +38,14 @@ class Split:
 @dataclass(frozen=True)
 class Dataset:
     """A training and a test split. classes: names, indexed by label; none if numbers are to be predicted. validation:
-    samples held out of the training split, if any."""
+    samples held out of the training split, if any. digest: of what was loaded, see `digest`; None without data."""
 
     name: str
     classes: tuple[str, ...]
     train: Split
     test: Split
     validation: Split | None = None
+    digest: str | None = None
 
     @property
     def channels(self) -> int:
@@ -78,6 +80,18 @@ class Sizes:
 
     train: int = 0
     test: int = 0
+
+
+def digest(*tensors: Tensor) -> str:
+    """The SHA-256 digest of the values of tensors, one after another, in hexadecimal digits.
+
+    >>> digest(torch.tensor([1, 2])) == digest(torch.tensor([1]), torch.tensor([2])) != digest(torch.tensor([2, 1]))
+    True
+    """
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.cpu().flatten().numpy().data)
+    return found.hexdigest()
 
 
 def sample(samples: int, *, size: int) -> Tensor:

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from blocklocal.lab.data.dataset import Dataset, Sizes, Split
+from blocklocal.lab.data.dataset import Dataset, Sizes, Split, digest
 from blocklocal.lab.errors import UserError
 
 
@@ -34,7 +34,8 @@ def load(name: str, *, train_size: int = 0, test_size: int = 0, validation: int 
     else:
         known = ", ".join(["digits", *sources.HUB])
         raise UserError(f"unknown data {name!r}: neither one of {known}, nor hf:OWNER/NAME, nor an existing folder")
-    return _checked(replace(dataset, name=name).hold_out(validation))
+    tensors = (tensor for _, split in _splits(dataset) for tensor in (split.inputs, split.labels))
+    return _checked(replace(dataset, name=name, digest=digest(*tensors)).hold_out(validation))
 
 
 def _checked(dataset: Dataset) -> Dataset:

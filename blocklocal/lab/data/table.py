@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from blocklocal.arguments import first_line
-from blocklocal.lab.data.dataset import Dataset, Split, sample
+from blocklocal.lab.data.dataset import Dataset, Split, digest, sample
 from blocklocal.lab.errors import UserError
 
 OWN = ("iris", "wine", "breast_cancer", "diabetes")  # of scikit-learn
@@ -59,7 +59,9 @@ def load_table(
     scale = torch.where(deviation > 0, deviation, torch.ones_like(deviation))
     parts = (train, Split(features[test], labels[test]))
     train, held = (replace(part, inputs=((part.inputs - mean) / scale).nan_to_num().float()) for part in parts)
-    return Dataset(f"table:{name}", classes, train.of(sample(len(train), size=train_size)), held.sample(test_size))
+    rows = sample(len(train), size=train_size)
+    content = digest(features, labels)  # before the mean and the deviation, whose last bits depend on the machine
+    return Dataset(f"table:{name}", classes, train.of(rows), held.sample(test_size), digest=content)
 
 
 def _read(name: str) -> pd.DataFrame:

@@ -48,8 +48,9 @@ class BlockTrainer:
         return {self.k: block_state(self.learner, self.k, self.optimizer) | random_state()}
 
     def load(self, states: Mapping[int, State]) -> None:
-        load_block_state(self.learner, self.k, self.optimizer, states[self.k])
-        load_random_state(states[self.k])
+        state = states[self.k]
+        load_block_state(self.learner, self.k, self.optimizer, state)
+        load_random_state(state)
 
     def validate(self) -> Exits | None:
         return self._exit("validation") if self.source.has("validation") else None

@@ -54,12 +54,12 @@ class Checkpoints:
     def save(self, step: int, states: Mapping[int, State], *, together: bool = True) -> None:
         """Copy the states of some blocks and write them while training continues, after waiting for earlier writes.
 
-        together: whether there is memory for all of them; otherwise each is written before the next is asked for. If
+        together: whether there is memory for copies of all; otherwise each is written before the next is asked for. If
         they cannot be written, there is a warning, nothing is left behind, and the last complete cut is kept.
         """
         self.wait()
-        copies = EachInTurn(states, lambda k: {name: _copy(value) for name, value in states[k].items()})
-        self._pending = self._writer.submit(self._write, step, dict(copies) if together else copies)
+        whole = EachInTurn(states, lambda k: _on_cpu(states[k], copy=together))
+        self._pending = self._writer.submit(self._write, step, dict(whole) if together else whole)
         if not together:
             self.wait()
 
@@ -151,7 +151,16 @@ def resumable(run: Run, checkpoints: Checkpoints, *, launched: bool = False) -> 
         raise (UserError if isinstance(error, UserError) else OSError)(f"{error}; {resume_hint(run)}") from error
 
 
-def _copy(value: Value) -> Value:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def _on_cpu(state: State, *, copy: bool) -> State:
+    """With all tensors contiguous on the CPU, no two in the same memory. copy: nor in that of the state."""
+    taken: set[int] = set()
+
+    def apart(value: Value) -> Value:
+        if not isinstance(value, Tensor):
+            return value
+        place = value.untyped_storage().data_ptr()
+        again = place in taken
+        taken.add(place)
+        return value.detach().to("cpu", copy=copy or again, memory_format=torch.contiguous_format).contiguous()
+
+    return {name: apart(value) for name, value in state.items()}

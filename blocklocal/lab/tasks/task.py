@@ -45,7 +45,8 @@ class Task(ABC):
         """What config.json of a run records about its data, as plain values."""
         data, unit = self.dataset, self.unit
         held_out = {f"validation_{unit}": len(data.validation)} if data.validation else {}
-        return {f"training_{unit}": len(data.train), **held_out, f"test_{unit}": len(data.test)}
+        content = {"digest": data.digest} if data.digest else {}
+        return {f"training_{unit}": len(data.train), **held_out, f"test_{unit}": len(data.test), **content}
 
     @property
     def epoch_size(self) -> int:

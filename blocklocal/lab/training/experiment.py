@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -103,7 +104,7 @@ class Experiment:
 def check_data(task: Task, facts: Mapping[str, Any]) -> None:
     """Check the data against the facts in a run's config.json. UserError: it is another data set."""
     known, found = facts.get("data", {}), task.facts
-    for name in found:
+    for name in sorted(found, key=lambda name: name == "digest"):  # which says least
         if name in known and known[name] != found[name]:
             raise UserError(
                 f"data {task.dataset.name!r} is not what the run was trained on: {name.replace('_', ' ')} "
@@ -127,9 +128,15 @@ def autocast(settings: Settings, *, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def prepare(settings: Settings, *, device: torch.device | None = None) -> Experiment:
+def prepare(
+    settings: Settings,
+    *,
+    device: torch.device | None = None,
+    memory: AbstractContextManager[object] = nullcontext(),  # noqa: B008 (has no state)
+) -> Experiment:
     """Prepare the experiment of these settings, on their device or another.
 
+    memory: a context in which the model is built and tried, such as `FileMemory`.
     UserError: an unknown device, data set, model or rule; too few samples; a model that cannot be cut as requested, or
     does not train on a few samples.
     """
@@ -140,6 +147,13 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         torch.set_num_threads(settings.threads)
     task = load_task(settings, device=device)
     check_size(task)
+    with memory:
+        return Experiment(settings, device, task, _begin(task, device=device))
+
+
+def _begin(task: Task, *, device: torch.device) -> rules.Learning:
+    """The model with its initial weights under the rule of the settings, tried. UserError: see `prepare`."""
+    settings = task.settings
     torch.manual_seed(settings.seed)
     model = task.build()
     if settings.weights is not None:
@@ -164,7 +178,7 @@ def prepare(settings: Settings, *, device: torch.device | None = None) -> Experi
         learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     try_learning(learning, x, y, name=settings.model, context=context)
     try_checkpoint(learning.learner, name=settings.model)
-    return Experiment(settings, device, task, learning)
+    return learning
 
 
 def check_size(task: Task) -> None:

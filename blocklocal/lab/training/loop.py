@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,9 +45,7 @@ class TrainingLoop:
         latest = self.checkpoints.latest() if resume else None
         minibatch = processes.broadcast(latest or 0)
         if minibatch:
-            states = {k: self.checkpoints.load(minibatch, k) for k in self.trainer.blocks}
-            self._take_progress(states, steps=minibatch % self.steps)
-            self.trainer.load(states)
+            self._load(minibatch)
         processes.barrier()  # all can read theirs, and so the others are needed no more
         if processes.rank == 0:
             self.checkpoints.discard_others(minibatch)
@@ -85,14 +83,26 @@ class TrainingLoop:
         self.losses, self.seconds = [], 0.0
         self._save(epoch * self.steps)
 
-    def _take_progress(self, states: Mapping[int, State], *, steps: int) -> None:
-        """Take from the states what `_save` has added. UserError: it does not match the number of steps."""
-        losses, seconds = ([state.pop(name, None) for state in states.values()] for name in (LOSSES, SECONDS))
-        found = [tensor for tensor in losses if isinstance(tensor, Tensor) and tensor.shape == (steps,)]
-        times = [value for value in seconds if isinstance(value, float)]
-        if not len(found) == len(times) == len(states):
-            raise misfit(f"the losses of {steps} steps of the epoch, or their time, are missing")
-        self.losses = [torch.stack(found, 1).to(self.experiment.device)] if steps else []
+    def _load(self, minibatch: int) -> None:
+        """Give the trainer its states, each read when it asks for it, and take from them what `_save` has added.
+
+        UserError: it does not match the number of steps; see `begin`.
+        """
+        steps, blocks = minibatch % self.steps, self.trainer.blocks
+        found: dict[int, Tensor] = {}
+        times: list[float] = []
+
+        def state(k: int) -> State:
+            state = self.checkpoints.load(minibatch, k)
+            losses, seconds = state.pop(LOSSES, None), state.pop(SECONDS, None)
+            if not isinstance(losses, Tensor) or losses.shape != (steps,) or not isinstance(seconds, float):
+                raise misfit(f"the losses of {steps} steps of the epoch, or their time, are missing")
+            found[k] = losses.clone()  # not mapped from the file
+            times.append(seconds)
+            return state
+
+        self.trainer.load(EachInTurn(blocks, state))
+        self.losses = [torch.stack([found[k] for k in blocks], 1).to(self.experiment.device)] if steps else []
         self.seconds = max(times)
 
     def _save(self, minibatch: int) -> None:

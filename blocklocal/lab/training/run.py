@@ -23,7 +23,7 @@ from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.experiment import Experiment, check_facts, prepare
 from blocklocal.lab.training.loop import TrainingLoop
-from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer
+from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer, folder_of, memory_of
 from blocklocal.lab.training.progress import Plan, display
 from blocklocal.lab.training.recipes import settings_from
 from blocklocal.lab.training.record import headline, summary, train_epoch
@@ -69,15 +69,26 @@ def _alone(run: Run, processes: Processes) -> AbstractContextManager[None]:
 
 
 def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]:
-    """Load, build, loop, save."""
+    """Load, build, train."""
     resume = settings.resume or (processes.restarted and run.exists)
     if processes.rank == 0:
         _open(run, resume=resume)
-    experiment = prepare(settings, device=torch.device("cpu") if processes.distributed else processes.device)
+    memory = memory_of(settings, run=run)
+    experiment = prepare(
+        settings, device=torch.device("cpu") if processes.distributed else processes.device, memory=memory
+    )
     if resume:
         check_facts(experiment, run.facts())
     with _blamed(settings, processes):
-        trainer = _trainer(experiment, processes, run=run)
+        trainer = _trainer(experiment, processes, run=run, memory=memory)
+    with _closed(trainer):
+        return _train_and_save(run, trainer, processes, resume=resume)
+
+
+def _train_and_save(run: Run, trainer: Trainer, processes: Processes, *, resume: bool) -> dict[str, Any]:
+    """Go on from the last checkpoint, if any, to the last epoch, and save the model."""
+    experiment = trainer.experiment
+    settings = experiment.settings
     checkpoints = Checkpoints(run.checkpoints, blocks=len(experiment.learner.blocks))
     if processes.rank == 0:
         _prepare_folder(run, experiment, checkpoints, processes, resume=resume)
@@ -101,7 +112,7 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     console = Terminal(stderr=True)
     console.print(headline(trainer, plan, processes), soft_wrap=True)
     events = event_log(run.events, records, wanted=settings.tensorboard and processes.rank == 0)
-    with resumable(run, checkpoints, launched=processes.distributed), _closed(trainer):
+    with resumable(run, checkpoints, launched=processes.distributed):
         with display(console, plan) as shown, events as log_event:
             for epoch in range(done + 1, settings.epochs + 1):
                 with _blamed(settings, processes):
@@ -182,7 +193,9 @@ def _blamed(settings: Settings, processes: Processes) -> AbstractContextManager[
     return blame(subject, unless=lambda error: of_machine(error) or not place(error))
 
 
-def _trainer(experiment: Experiment, processes: Processes, *, run: Run) -> Trainer:
+def _trainer(
+    experiment: Experiment, processes: Processes, *, run: Run, memory: AbstractContextManager[object]
+) -> Trainer:
     """UserError: more processes than blocks; a folder for offloaded blocks that cannot be used."""
     settings = experiment.settings
     if processes.distributed:
@@ -190,7 +203,7 @@ def _trainer(experiment: Experiment, processes: Processes, *, run: Run) -> Train
 
         return PipelineTrainer(experiment, processes, trace=run.traces if settings.trace else None)
     if settings.offload != "none":
-        return OffloadedTrainer(experiment, folder=run.path / "blocks")
+        return OffloadedTrainer(experiment, folder=folder_of(settings, run=run), memory=memory)
     return SingleTrainer(experiment)
 
 

@@ -45,7 +45,7 @@ class Trainer(Protocol):
         ...
 
     def load(self, states: Mapping[int, State]) -> None:
-        """Restore the states. UserError: they are of another model."""
+        """Restore the states, each asked for once. UserError: they are of another model."""
         ...
 
     def validate(self) -> Exits | None:
@@ -103,9 +103,10 @@ class SingleTrainer:
     def load(self, states: Mapping[int, State]) -> None:
         for k, state in states.items():
             load_block_state(self.learner, k, self.optimizers[k], state)
-        if self.experiment.learning.alignment:
-            load_alignment_state(self.experiment.learning.alignment, states[0])
-        load_random_state(states[0])
+            if k == 0:
+                if self.experiment.learning.alignment:
+                    load_alignment_state(self.experiment.learning.alignment, state)
+                load_random_state(state)
 
     def validate(self) -> Exits | None:
         return self.experiment.validate()
