@@ -203,7 +203,8 @@ def test_a_task_without_data_is_the_same(tmp_path):
     other = task_without_data(task.settings, json.loads(json.dumps(task.facts)))
     assert isinstance(task, Regression)
     assert isinstance(other, Regression)
-    assert (other.facts, other.grading, other.shape) == (task.facts, task.grading, task.shape)
+    assert other.facts == {name: fact for name, fact in task.facts.items() if name != "digest"}
+    assert (other.grading, other.shape) == (task.grading, task.shape)
     assert measures_of("table", task.facts) == task.shown
     (x, y), (meta, targets) = task.few(4), other.few(4)
     assert (meta.shape, targets.shape, targets.dtype) == (x.shape, y.shape, y.dtype)
