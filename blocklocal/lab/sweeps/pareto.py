@@ -53,8 +53,9 @@ class Point:
 
     @property
     def combines(self) -> bool:
-        """Whether all exits combined are the better predictor on the validation samples."""
-        return self.measure.merit(self.validation_all.mean) > self.measure.merit(self.validation.mean)
+        """Whether all exits combined, if there are several, are the better predictor on the validation samples."""
+        better = self.measure.merit(self.validation_all.mean) > self.measure.merit(self.validation.mean)
+        return better and self.blocks > 1
 
     @property
     def best(self) -> float:
