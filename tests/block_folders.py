@@ -14,13 +14,15 @@ POEM = "The quick brown fox jumps over the lazy dog; naïve cats – all of them
 
 
 def settings_of(kind: str, folder: Path) -> Settings:
-    """Of a tiny run on images, text or a table, in three blocks."""
+    """Of a tiny run on images, text or a table with classes or numbers to predict, in three blocks."""
     if kind == "text":
         (folder / "poem.txt").write_text(POEM * 40, encoding="utf-8")
         small = {"model": "gpt-tiny", "context": 16, "windows": 48, "epochs": 2, "test_size": 10, "blocks": 3}
         return replace(recipe(f"text:{folder / 'poem.txt'}"), **small)
     if kind == "table":
         return replace(recipe("table:wine"), epochs=2, at=("layer1", "layer2"))
+    if kind == "numbers":
+        return replace(recipe("table:diabetes"), epochs=2, at=("layer1", "layer2"))
     small = {"model": "cnn", "epochs": 2, "train_size": 100, "test_size": 60, "batch_size": 16, "crop": 2, "flip": True}
     return replace(Settings(threads=1), at=("layer1", "layer2"), **small)
 

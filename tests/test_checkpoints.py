@@ -254,7 +254,7 @@ def test_feedback_goes_through_the_files(tmp_path, rule):
 
     def aligned(seed: int) -> Alignment:
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        alignment = apply(rule, model, Problem(3, x, 1, None, seed=seed)).alignment
+        alignment = apply(rule, model, Problem(classes=3, example=x, blocks=1, seed=seed)).alignment
         assert alignment
         return alignment
 

@@ -79,7 +79,7 @@ def test_the_help_shows_the_recipe_of_the_data(capsys):
 
 
 GROUPS = {
-    "data": "train_size test_size validation flip crop cutout context windows vocabulary target",
+    "data": "train_size test_size validation flip crop cutout context windows vocabulary target target_type",
     "model and rule": "model model_args weights blocks at rule head budget lookahead refresh statistic variational "
     "estimate_variance softness power add_beliefs",
     "optimisation": "epochs batch_size accumulate optimizer lr momentum beta2 weight_decay clip schedule warmup "

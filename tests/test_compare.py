@@ -133,25 +133,25 @@ def test_numbers_of_a_row(tmp_path):
         gather([read(path) for path in sorted(tmp_path.iterdir(), key=lambda p: ("bp bl sl ha".find(p.name[:2]), p))]),
         reference=PAPER,
     )
-    assert local.accuracy_mean == pytest.approx(np.mean(bll))
-    assert local.accuracy_std == pytest.approx(np.std(bll, ddof=1))
-    assert local.accuracy_all_mean == pytest.approx(np.mean(bll) + 0.01)
+    assert local.results["accuracy"].mean == pytest.approx(np.mean(bll))
+    assert local.results["accuracy"].std == pytest.approx(np.std(bll, ddof=1))
+    assert local.results["accuracy"].all_mean == pytest.approx(np.mean(bll) + 0.01)
     welch = np.asarray(ttest_ind(bll, bp, equal_var=False))[0]
-    assert local.difference_to_bp == pytest.approx(np.mean(bll) - np.mean(bp))
-    assert local.difference_stderr == pytest.approx((np.mean(bll) - np.mean(bp)) / welch)
+    assert local.results["accuracy"].to_bp == pytest.approx(np.mean(bll) - np.mean(bp))
+    assert local.results["accuracy"].stderr == pytest.approx((np.mean(bll) - np.mean(bp)) / welch)
     assert (local.runs, local.seeds, local.blocks, local.epochs) == (2, (0, 1), 4, 2)
     assert (local.seconds, local.peak_memory_mib) == (23.0, 302.0)
     assert local.paper == (0.946, 0.0017)
-    assert whole.difference_to_bp is None
-    assert unlike.difference_to_bp is None, "its learning rate is not that of the runs of bp"
-    assert (half.epochs, half.epochs_planned, half.accuracy_std) == (1, 2, None)
+    assert whole.results["accuracy"].to_bp is None
+    assert unlike.results["accuracy"].to_bp is None, "its learning rate is not that of the runs of bp"
+    assert (half.epochs, half.epochs_planned, half.results["accuracy"].std) == (1, 2, None)
 
 
 def test_row_of_a_group_counts_finished_runs_where_there_are_some(tmp_path):
     write_run(tmp_path / "a", accuracies=[0.3, 0.8])
     write_run(tmp_path / "b", seed=1, accuracies=[0.2], epochs=2)
     (row,) = summarise(gather([read(tmp_path / "a"), read(tmp_path / "b")]))
-    assert (row.accuracy_mean, row.runs, row.runs_planned) == (0.8, 1, 2)
+    assert (row.results["accuracy"].mean, row.runs, row.runs_planned) == (0.8, 1, 2)
 
 
 def test_runs_of_one_seed_are_one_sample(tmp_path, capsys):
@@ -164,8 +164,8 @@ def test_runs_of_one_seed_are_one_sample(tmp_path, capsys):
     with pytest.warns(UserWarning, match="is left out") as said:
         (row,) = summarise(gather([read(path) for path in sorted(tmp_path.iterdir())]))
     assert (row.runs, row.runs_planned, row.seeds) == (2, 2, (0, 1))
-    assert row.accuracy_mean == pytest.approx(0.85)
-    assert row.accuracy_std == pytest.approx(np.std([0.8, 0.9], ddof=1))
+    assert row.results["accuracy"].mean == pytest.approx(0.85)
+    assert row.results["accuracy"].std == pytest.approx(np.std([0.8, 0.9], ddof=1))
     kept = f"'{tmp_path / 'new'}' has the same settings and the same seed"
     assert [str(warning.message) for warning in said] == [
         f"'{tmp_path / name}' is left out: {kept}" for name in ("late", "old")

@@ -81,6 +81,7 @@ def behind_frozen(settings: Settings, k: int, before: list[BlockRun]) -> Experim
 CASES = {
     **{kind: (kind, {}) for kind in KINDS},
     "bf16": ("images", {"dtype": "bf16"}),
+    "numbers": ("numbers", {"validation": 60}),
     "schedule-free": ("table", {"optimizer": "schedulefree", "schedule": "constant", "clip": 1.0}),
     "dropout": ("images", {"model": "block_nets:dropout", "at": ("0", "1")}),
     "Pred-Sim": ("images", {"rule": "predsim", "validation": 20}),
@@ -105,9 +106,10 @@ def test_a_block_learns_the_same_as_behind_frozen_ones(tmp_path, case):
         assert_same(trained.weights(), experiment.learner.trained)  # type: ignore[arg-type]
         experiment.learner.load_state_dict(trained.weights(), strict=False)
         exits, last = experiment.test(), lines(trained.path)[-1]
-        assert (last["test_accuracy"], last["test_loss"]) == (exits.accuracies[k : k + 1], exits.losses[k : k + 1])
-        held_out = experiment.validate()
-        assert last.get("validation_accuracy") == (held_out and held_out.accuracies[k : k + 1])
+        for measure in experiment.task.grading.measures:
+            assert last[f"test_{measure.name}"] == exits.values(measure)[k : k + 1]
+        held_out, (judge, *_) = experiment.validate(), experiment.task.grading.measures
+        assert last.get(f"validation_{judge.name}") == (held_out and held_out.values(judge)[k : k + 1])
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "accumulated"])

@@ -84,12 +84,11 @@ def test_scikit_learns_tables_train(tmp_path, capsys):
     ("change", "target", "words"),
     [
         (lambda t: t, "weight", "has no column 'weight': --target is one of size, colour"),
-        (lambda t: t, "size", "holds numbers, not classes"),
         (lambda t: t.assign(name=[f"name {i}" for i in range(len(t))], kind=t.kind), "name", "no classes to learn"),
         (lambda t: t.assign(kind=[None, *t.kind[1:]]), "kind", "row 0 has no class"),
         (lambda t: t.assign(kind="one"), "kind", "has 1 different values"),
         (lambda t: t.assign(size=[np.inf, *t["size"][1:]]), "kind", "row 0 of column 'size' is infinite"),
-        (lambda t: t[["kind"]], "kind", "columns: features and classes needed"),
+        (lambda t: t[["kind"]], "kind", "columns: features and a target needed"),
         (lambda t: t[:0], "kind", "has 0 rows"),
     ],
 )
@@ -110,5 +109,5 @@ def test_what_cannot_be_read_is_refused(tmp_path):
     for name in ("bad.parquet", "bad.csv"):
         with pytest.raises(UserError, match="cannot be read as a table"):
             load_table(str(tmp_path / name), target=None)
-    with pytest.raises(UserError, match="no such file, and scikit-learn's are iris, wine, breast_cancer"):
+    with pytest.raises(UserError, match="no such file, and scikit-learn's are iris, wine, breast_cancer, diabetes"):
         load_table("titanic", target=None)

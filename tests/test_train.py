@@ -29,6 +29,7 @@ from blocklocal.lab.runs.checkpoint_part import Part
 from blocklocal.lab.runs.checkpoints import Checkpoints
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings, encode
+from blocklocal.lab.tasks.measure import ACCURACY
 from blocklocal.lab.training.experiment import prepare
 from blocklocal.lab.training.optim import SCHEDULES, cosine, onecycle
 from blocklocal.lab.training.recipes import DIGITS, recipe, settings_from
@@ -391,10 +392,10 @@ def test_exits_are_the_learners(tmp_path):
     def accuracy(logits: torch.Tensor) -> float:
         return (logits.argmax(1) == test.labels).double().mean().item()
 
-    assert exits.accuracies == [accuracy(learner.predict(x, exit=k)) for k in range(4)]
-    assert exits.combined_accuracy == accuracy(learner.predict(x, exit="all"))
+    assert exits.values(ACCURACY) == [accuracy(learner.predict(x, exit=k)) for k in range(4)]
+    assert exits.combined_value(ACCURACY) == accuracy(learner.predict(x, exit="all"))
     for threshold in (0.3, 0.8, 1.0):
-        assert exits.early_accuracy(threshold) == accuracy(learner.predict(x, confidence=threshold))
+        assert exits.early_value(ACCURACY, threshold) == accuracy(learner.predict(x, confidence=threshold))
     assert exits.leaving(1.1).tolist() == [3] * len(test)
 
 

@@ -13,6 +13,7 @@ from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.models import MODELS
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.grading import LabelGrading
 from blocklocal.lab.training.evaluation import Exits
 from blocklocal.lab.training.recipes import refuse_code
 from blocklocal.lab.training.rules import RULES
@@ -189,7 +190,8 @@ def test_an_evaluation_that_cannot_be_is_one_line(here, capsys, monkeypatch, opt
 
 
 def test_nan_is_not_counted_as_a_class():
-    confidence = torch.tensor([[0.5, 0.6], [0.7, torch.nan]])
-    right = torch.ones(2, 2, dtype=torch.bool)
+    grading = LabelGrading(2)
+    scores = torch.tensor([[[0.5, 0.6], [0.7, 0.8]], [[0.5, 0.6], [0.7, torch.nan]]])
+    grades = grading.grade(scores, torch.tensor([0, 1]))
     with pytest.raises(UserError, match="exit 1 gives nan for test sample 1"):
-        Exits(right, confidence, torch.zeros(2, 2), right[0], torch.zeros(2))
+        Exits(grading, grades, {})

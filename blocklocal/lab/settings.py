@@ -37,7 +37,7 @@ class Settings:
 
     data: Annotated[Positional[str], arg(metavar="DATA")] = "digits"
     """images: digits, fashion_mnist, cifar10, cifar100, hf:OWNER/NAME, or a folder of Parquet files or of images; text:
-    text:FILE; a table: table:FILE (CSV or Parquet), or table:iris, wine or breast_cancer"""
+    text:FILE; a table: table:FILE (CSV or Parquet), or table:iris, wine, breast_cancer or diabetes"""
     train_size: Annotated[int, DATA, Range(least=0)] = 0
     """number of samples (images, windows of text, rows) to train on, always the same; 0: all"""
     test_size: Annotated[int, DATA, Range(least=0)] = 0
@@ -57,7 +57,10 @@ class Settings:
     vocabulary: Annotated[int, DATA, Range(least=0, most=2**20)] = 0
     """text: number of byte pairs to learn from the training part as tokens, more than 256; 0: each character is one"""
     target: Annotated[str | None, DATA] = None
-    """table: the column of classes (default: the last one)"""
+    """table: the column to predict (default: the last one)"""
+    target_type: Annotated[Literal["auto", "classes", "numbers"], DATA] = "auto"
+    """table: what that column holds; auto: numbers if they have fractions or more than 20 different values, else
+    classes"""
     model: Annotated[str, MODEL] = "cnn"
     """mlp, cnn, vgg8, vit, resnet8/18/20/32/34/50/56/110, timm:NAME, torchvision:NAME, hf:CONFIG (transformers: a
     folder, a JSON file or a kind such as vit) or package.module:function; for text gpt-tiny, gpt-small, gpt-medium,
@@ -265,7 +268,7 @@ OVER_PROCESSES = ("trace", "message_dtype", "replicas", "timeout")  # and shard,
 OF_KIND = {
     "images": ("flip", "crop", "cutout", "channels_last"),
     "text": ("context", "windows", "vocabulary"),
-    "table": ("target",),
+    "table": ("target", "target_type"),
 }
 NEEDED = {"images": "images", "text": "text", "table": "a table"}
 

@@ -1,11 +1,11 @@
-"""`bll eval`: the test accuracy of a run at its last exit, an earlier one, all combined, or with early exits."""
+"""`bll eval`: the test result of a run at its last exit, an earlier one, all combined, or with early exits."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +19,8 @@ from blocklocal.graph import mode
 from blocklocal.lab.arguments import parse
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.folder import Run
+from blocklocal.lab.tasks.measure import ACCURACY, LOSS, RMSE, Measure
+from blocklocal.lab.tasks.task import Task
 from blocklocal.lab.terminal import Terminal
 from blocklocal.lab.training.evaluation import Exits
 from blocklocal.lab.training.trained import load_trained
@@ -27,7 +29,7 @@ from blocklocal.operations import operations
 
 @dataclass(frozen=True)
 class Options:
-    """Test a trained network: every exit, and the accuracy of the chosen one."""
+    """Test a trained network: every exit, and the result of the chosen one."""
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """folder of the run"""
@@ -49,15 +51,18 @@ def main(args: Sequence[str]) -> None:
     find_exit(options.exit, blocks=run.facts()["blocks"])
     trained = load_trained(run, data=options.data, device=options.device, trust=options.trust)
     experiment, learner = trained.experiment, trained.learner
+    if isinstance(find_exit(options.exit), float) and not learner.targets.labels:
+        raise UserError(
+            f"--exit {options.exit} is a probability of classes, and numbers have none: choose last, all, or a block"
+        )
     experiment.validate()
     exits, costs = experiment.test(), prediction_costs(learner, experiment.sample)
-    accuracy = choose(exits, options.exit)
-    result = {"run": str(options.run), "epoch": trained.epoch, "exit": options.exit, "accuracy": accuracy}
-    by_loss = experiment.task.judged_by == "loss"
-    if by_loss and (loss := chosen_loss(exits, options.exit)) is not None:
-        result |= {"loss": loss, "perplexity": math.exp(loss)}
+    result = {"run": str(options.run), "epoch": trained.epoch, "exit": options.exit}
+    for measure in experiment.task.shown:
+        value = choose(exits, options.exit, measure=measure)
+        result |= {measure.name: value} | ({"perplexity": math.exp(value)} if measure is LOSS else {})
     title = f"{options.run}, epoch {trained.epoch:g}"
-    table = _table(exits, costs, title=title, exit=options.exit, unit=experiment.task.unit, by_loss=by_loss)
+    table = _table(exits, costs, title=title, exit=options.exit, task=experiment.task)
     Terminal().print(table)
     print(json.dumps(result))
 
@@ -77,22 +82,15 @@ def find_exit(exit: str, *, blocks: int | None = None) -> int | float | None:
     raise UserError(f"--exit {exit}: choose last, all, a block{which}, or a threshold between 0 and 1 such as 0.9")
 
 
-def choose(exits: Exits, exit: str) -> float:
-    """The accuracy that `--exit` asks for. UserError: no such exit."""
-    found = find_exit(exit, blocks=len(exits.accuracies))
+def choose(exits: Exits, exit: str, *, measure: Measure) -> float:
+    """The measure of what `--exit` asks for. UserError: no such exit."""
+    values = exits.values(measure)
+    found = find_exit(exit, blocks=len(values))
     if exit == "all":
-        return exits.combined_accuracy
+        return exits.combined_value(measure)
     if isinstance(found, float):
-        return exits.early_accuracy(found)
-    return exits.accuracies[-1 if found is None else found]
-
-
-def chosen_loss(exits: Exits, exit: str) -> float | None:
-    """The mean cross-entropy in nats of the exit that `--exit` names; None for a threshold."""
-    found = find_exit(exit, blocks=len(exits.losses))
-    if exit == "all":
-        return exits.combined_loss
-    return None if isinstance(found, float) else exits.losses[-1 if found is None else found]
+        return exits.early_value(measure, found)
+    return values[-1 if found is None else found]
 
 
 def prediction_costs(learner: BlockLocal, x: Tensor) -> tuple[list[float], float]:
@@ -103,22 +101,30 @@ def prediction_costs(learner: BlockLocal, x: Tensor) -> tuple[list[float], float
         return alone, operations(learner.predictor(exit="all").eval(), x) / model
 
 
-def _table(exits: Exits, costs: tuple[list[float], float], *, title: str, exit: str, unit: str, by_loss: bool) -> Table:
+COLUMNS: dict[Measure, dict[str, Callable[[float], str]]] = {
+    ACCURACY: {"test accuracy": lambda accuracy: f"{accuracy:.2%}"},
+    LOSS: {"nats": lambda nats: f"{nats:.4f}", "perplexity": lambda nats: f"{math.exp(nats):.2f}"},
+    RMSE: {"test RMSE": lambda error: RMSE.show(error, finer=1)},
+}
+"""The columns of the table, by their headings."""
+
+
+def _table(exits: Exits, costs: tuple[list[float], float], *, title: str, exit: str, task: Task) -> Table:
     table = Table("exit", title=title, title_justify="left")
-    table.add_column("test accuracy", justify="right")
-    for name in ("nats", "perplexity") if by_loss else ():
+    for name in (name for measure in task.shown for name in COLUMNS[measure]):
         table.add_column(name, justify="right")
     table.add_column("operations / model", justify="right")
     found = find_exit(exit)
     threshold = found if isinstance(found, float) else None
     if threshold is not None:
-        table.add_column(f"{unit} that leave at {threshold:g}", justify="right")
+        table.add_column(f"{task.unit} that leave at {threshold:g}", justify="right")
 
-    def losses(nats: float) -> tuple[str, ...]:
-        return (f"{nats:.4f}", f"{math.exp(nats):.2f}") if by_loss else ()
+    def cells(value: Callable[[Measure], float]) -> list[str]:
+        return [form(value(measure)) for measure in task.shown for form in COLUMNS[measure].values()]
 
-    for k, accuracy in enumerate(exits.accuracies):
+    for k in range(len(costs[0])):
         leaving = () if threshold is None else (f"{(exits.leaving(threshold) == k).double().mean().item():.2%}",)
-        table.add_row(str(k), f"{accuracy:.2%}", *losses(exits.losses[k]), f"{costs[0][k]:.2f}", *leaving)
-    table.add_row("all", f"{exits.combined_accuracy:.2%}", *losses(exits.combined_loss), f"{costs[1]:.2f}")
+        shown = cells(lambda measure, k=k: exits.values(measure)[k])
+        table.add_row(str(k), *shown, f"{costs[0][k]:.2f}", *leaving)
+    table.add_row("all", *cells(exits.combined_value), f"{costs[1]:.2f}")
     return table

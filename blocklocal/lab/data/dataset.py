@@ -16,7 +16,7 @@ TEST_NAMES = ("test", "validation", "val")  # names of the test split; the first
 @dataclass(frozen=True)
 class Split:
     """Inputs and labels of samples: images uint8 (N, C, H, W), windows of tokens int64 (N, T), or rows of a table
-    (N, F). labels: int64 (N,), or (N, T) for windows."""
+    (N, F). labels: int64 (N,), or (N, T) for windows; for numbers to predict (N, 1)."""
 
     inputs: Tensor
     labels: Tensor
@@ -37,8 +37,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split. classes: names, indexed by label. validation: samples held out of the training
-    split, if any. digest: of what was loaded, see `digest`; None without data."""
+    """A training and a test split. classes: names, indexed by label; none if numbers are to be predicted. validation:
+    samples held out of the training split, if any. digest: of what was loaded, see `digest`; None without data."""
 
     name: str
     classes: tuple[str, ...]

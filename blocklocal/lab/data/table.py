@@ -1,9 +1,10 @@
-"""Tables of numbers and words with a column of classes: CSV, Parquet, or scikit-learn's own."""
+"""Tables of numbers and words with a column of classes or numbers: CSV, Parquet, or scikit-learn's own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -13,17 +14,27 @@ from blocklocal.arguments import first_line
 from blocklocal.lab.data.dataset import Dataset, Split, digest, sample
 from blocklocal.lab.errors import UserError
 
-OWN = ("iris", "wine", "breast_cancer")  # of scikit-learn
+OWN = ("iris", "wine", "breast_cancer", "diabetes")  # of scikit-learn
+CLASSES = 20  # different whole numbers at most that are taken for classes
 WORDS = 100  # different ones at most in a column of words
-TEST = 5  # one row in this number, of each class, is for testing
+TEST = 5  # one row in this number is for testing
+
+TargetType = Literal["auto", "classes", "numbers"]
 
 
-def load_table(name: str, *, target: str | None, train_size: int = 0, test_size: int = 0) -> Dataset:
-    """Load a table by the name of a file, or one of `OWN`; every fifth row of each class is for testing.
+def load_table(
+    name: str, *, target: str | None, target_type: TargetType = "auto", train_size: int = 0, test_size: int = 0
+) -> Dataset:
+    """Load a table by the name of a file, or one of `OWN`; every fifth row, of each class, is for testing.
+
+    target: the column to predict, the last one by default. target_type: what it holds; by default numbers, if they have
+    fractions or more than `CLASSES` different values, else classes. Labels of classes are int64 (N,), numbers are
+    float64 (N, 1) as they are in the table, and there are no classes.
 
     Columns of words become one number for each word, 0 or 1. All are brought to mean 0 and deviation 1 over the
     training rows; where a value is missing, it is the mean.
-    UserError: no such file or column; a column of words with more than `WORDS`; classes that are no classes.
+    UserError: no such file or column; a column of words with more than `WORDS`; classes that are no classes, or numbers
+    that are no numbers.
     """
     table = _read(name)
     target = table.columns[-1] if target is None else target
@@ -31,13 +42,17 @@ def load_table(name: str, *, target: str | None, train_size: int = 0, test_size:
         raise UserError(f"data 'table:{name}' has no column {target!r}: --target is one of {', '.join(table.columns)}")
     column = table[target]
     assert isinstance(column, pd.Series)  # the names of columns differ
-    classes, labels = _classes(column, name=name)
+    where = f"data 'table:{name}', column {column.name!r}"
+    numbers = target_type == "numbers" or (target_type == "auto" and _are_numbers(column))
+    classes, labels = ((), _numbers(column, where=where)) if numbers else _classes(column, where=where)
     features = _features(table.drop(columns=target), name=name)
     test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(classes)):
-        test[(labels == label).nonzero()[TEST - 1 :: TEST]] = True
+    kinds = [(labels == label).nonzero() for label in range(len(classes))] or [torch.arange(len(labels))]
+    for rows in kinds:
+        test[rows[TEST - 1 :: TEST]] = True
     if not test.any():
-        raise UserError(f"data 'table:{name}' has no class of {TEST} rows, and so none to test on")
+        kind = f"class of {TEST} rows" if classes else f"{TEST} rows"
+        raise UserError(f"data 'table:{name}' has no {kind}, and so none to test on")
     train = Split(features[~test], labels[~test])
     mean = train.inputs.nanmean(0)
     deviation = (train.inputs - mean).nan_to_num().square().mean(0).sqrt()
@@ -54,7 +69,8 @@ def _read(name: str) -> pd.DataFrame:
         from sklearn import datasets
 
         table = getattr(datasets, f"load_{name}")(as_frame=True)
-        return table.frame.assign(target=[str(table.target_names[i]) for i in table.target])
+        named = {"target": [str(table.target_names[i]) for i in table.target]} if "target_names" in table else {}
+        return table.frame.assign(**named)
     file = Path(name)
     if not file.is_file():
         raise UserError(f"data 'table:{name}': there is no such file, and scikit-learn's are {', '.join(OWN)}")
@@ -64,19 +80,36 @@ def _read(name: str) -> pd.DataFrame:
         raise UserError(f"{name!r} cannot be read as a table ({first_line(error)})") from error
     table.columns = table.columns.map(str)
     if len(table.columns) < 2 or not len(table):
-        raise UserError(f"{name!r} has {len(table)} rows of {len(table.columns)} columns: features and classes needed")
+        raise UserError(f"{name!r} has {len(table)} rows of {len(table.columns)} columns: features and a target needed")
     if not table.columns.is_unique:
         raise UserError(f"{name!r} has two columns of one name: {table.columns[table.columns.duplicated()][0]!r}")
     return table
 
 
-def _classes(column: pd.Series, *, name: str) -> tuple[tuple[str, ...], torch.Tensor]:
+def _are_numbers(column: pd.Series) -> bool:
+    """Whether a column holds numbers to predict, and not words or a few whole numbers that stand for classes."""
+    if not pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column):
+        return False
+    known = column.dropna().to_numpy(dtype=float)
+    whole = np.isfinite(known).all() and (known % 1 == 0).all()
+    return not whole or len(np.unique(known)) > CLASSES
+
+
+def _numbers(column: pd.Series, *, where: str) -> torch.Tensor:
+    """(N, 1), in double precision."""
+    if not pd.api.types.is_numeric_dtype(column):
+        raise UserError(f"{where} holds words: leave --target-type numbers out, or choose another with --target")
+    found = column.to_numpy(dtype=float, na_value=float("nan"))
+    for fault, rows in (("has no number", np.isnan(found)), ("is infinite", np.isinf(found))):
+        if rows.any():
+            raise UserError(f"{where}: row {int(rows.argmax())} {fault}: fill it in, or remove the row")
+    return torch.tensor(found)[:, None]
+
+
+def _classes(column: pd.Series, *, where: str) -> tuple[tuple[str, ...], torch.Tensor]:
     """The names of the classes, in order, and the label of each row."""
-    where = f"data 'table:{name}', column {column.name!r}"
     if column.isna().any():
         raise UserError(f"{where}: row {int(column.isna().to_numpy().argmax())} has no class")
-    if pd.api.types.is_float_dtype(column) and np.any(column.to_numpy() % 1 != 0):
-        raise UserError(f"{where} holds numbers, not classes: choose another with --target")
     codes, names = pd.factorize(column, sort=True)
     if len(names) < 2 or len(names) > len(column) // 2:
         raise UserError(f"{where} has {len(names)} different values in {len(column)} rows: no classes to learn")

@@ -14,6 +14,7 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FEATURES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes of activations that can be stored."""
+TARGETS = {"int64": torch.int64, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Contents:
     dtype: in which they are stored. features: in which the block gives them. shape, targets: of one sample. parts: see
     `Part`; the training samples come as view-1, view-2, ..., in the batches of epoch 1, 2, ... file_bytes: the size of
     a file, at most, unless a batch is larger. settings, data: of the run, see config.json. blocks: digests of the
-    weights of blocks 0 to `border`. upstream: digest of the cache that block `border` has read.
+    weights of blocks 0 to `border`. upstream: digest of the cache that block `border` has read. target_dtype: whole
+    numbers for labels, else numbers.
     """
 
     border: int
@@ -69,6 +71,7 @@ class Contents:
     data: dict[str, Any]
     blocks: tuple[str, ...]
     upstream: str | None
+    target_dtype: Literal["int64", "float32"] = "int64"
 
     @property
     def views(self) -> int:
@@ -79,7 +82,8 @@ class Contents:
 
     @property
     def sample_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize + math.prod(self.targets) * 8
+        features = math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return features + math.prod(self.targets) * TARGETS[self.target_dtype].itemsize
 
     @property
     def bytes(self) -> int:

@@ -75,9 +75,7 @@ class BlockRun(Run):
         return found
 
     def records(self) -> list[dict[str, Any]]:
-        if os.path.lexists(self.metrics) or self.model.exists():
-            return schema.read_epochs(self.metrics, blocks=1, epochs=self.settings().epochs)
-        return []
+        return self._records(blocks=1)
 
     def kept(self) -> Checkpoints:
         """Its checkpoints."""

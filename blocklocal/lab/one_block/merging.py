@@ -16,6 +16,7 @@ from blocklocal.lab.errors import UserError
 from blocklocal.lab.one_block.folder import ELSEWHERE, BlockRun, digest_of, trained_on, weights_of
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings, flag
+from blocklocal.lab.tasks.measure import Measure
 from blocklocal.lab.training.experiment import Experiment, check_data, prepare
 from blocklocal.lab.training.trained import load_tested
 
@@ -139,28 +140,21 @@ def _facts(chain: Chain, experiment: Experiment) -> dict[str, Any]:
 
 def _records(chain: Chain, experiment: Experiment) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl: of each block its own epochs; the last epoch is tested as a whole."""
-    records = [_together(epoch) for epoch in zip(*(run.records() for run in chain.runs), strict=True)]
+    measures = experiment.task.grading.measures
+    records = [_together(epoch, measures) for epoch in zip(*(run.records() for run in chain.runs), strict=True)]
     held_out, exits = experiment.validate(), experiment.test()
-    records[-1] |= {
-        "test_accuracy": exits.accuracies,
-        "test_accuracy_all": exits.combined_accuracy,
-        "test_loss": exits.losses,
-        "test_loss_all": exits.combined_loss,
-    }
+    records[-1] |= exits.record
     if held_out is not None:
-        records[-1] |= {
-            "validation_accuracy": held_out.accuracies,
-            "validation_accuracy_all": held_out.combined_accuracy,
-            "exit_weights": list(experiment.learner.pool.weights),
-        }
+        records[-1] |= {**held_out.validation_record, "exit_weights": list(experiment.learner.pool.weights)}
     return records
 
 
-def _together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _together(parts: Sequence[dict[str, Any]], measures: Sequence[Measure]) -> dict[str, Any]:
     """The record of an epoch of all blocks, one after another."""
     return {
         "epoch": parts[0]["epoch"],
-        **{name: [part[name][0] for part in parts] for name in ("train_loss", "test_accuracy", "test_loss")},
+        "train_loss": [part["train_loss"][0] for part in parts],
+        **{f"test_{measure.name}": [measure.exit(part) for part in parts] for measure in measures},
         "seconds": round(sum(part["seconds"] for part in parts), 3),
         "peak_memory_mib": max(part["peak_memory_mib"] for part in parts),
         "borders": [part["border"] for part in parts[:-1]],

@@ -100,4 +100,5 @@ def plan_contents(block: TrainedBlock, *, dtype: Literal["fp32", "bf16"], views:
         data=block.run.facts()["data"],
         blocks=(*(cache.contents.blocks if cache else ()), block.digest),
         upstream=cache.digest if cache else None,
+        target_dtype="float32" if y.is_floating_point() else "int64",
     )

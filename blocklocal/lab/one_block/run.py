@@ -96,8 +96,7 @@ def _train(run: BlockRun, request: Request) -> dict[str, Any]:
     return {
         "block": k,
         "blocks": blocks,
-        "accuracy": last["test_accuracy"][0],
-        "loss": last["test_loss"][0],
+        **{measure.name: measure.exit(last) for measure in task.grading.measures},
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "epochs": settings.epochs,
         "out": str(run.path),
@@ -169,5 +168,5 @@ def _record(epoch: int, losses: list[float], trainer: BlockTrainer, *, seconds: 
     if borders:
         record["border"] = borders[0]
     if held_out is not None:
-        record["validation_accuracy"] = held_out.accuracies
+        record |= {name: value for name, value in held_out.validation_record.items() if not name.endswith("_all")}
     return record

@@ -13,7 +13,7 @@ from blocklocal.graph import mode
 from blocklocal.lab.one_block.source import Source
 from blocklocal.lab.runs.block_state import block_state, load_block_state, load_random_state, random_state
 from blocklocal.lab.runs.checkpoint_part import State
-from blocklocal.lab.training.evaluation import Exits, grade
+from blocklocal.lab.training.evaluation import Exits
 from blocklocal.lab.training.experiment import Experiment
 from blocklocal.lab.training.optim import averaged, set_rate
 
@@ -74,10 +74,10 @@ class BlockTrainer:
 
     @torch.no_grad()
     def _exit(self, name: str) -> Exits:
-        parts: list[tuple[Tensor, ...]] = []
+        grading, batches = self.experiment.task.grading, []
         with mode(self.learner, training=False), self.experiment.autocast():
             for h, y in self.source.ordered(name):
-                scores = self.learner.exit(self.k, h)[0].float().log_softmax(-1)[None]
-                correct, confidence, nats = (part.cpu() for part in grade(scores, y))
-                parts.append((correct, confidence, nats, correct[0], nats[0]))
-        return Exits(*(torch.cat(found, -1) for found in zip(*parts, strict=True)))
+                scores = grading.scores(self.learner.exit(self.k, h)[0])
+                grades = {name: part.cpu() for name, part in grading.grade(scores, y).items()}
+                batches.append(({name: part[None] for name, part in grades.items()}, grades))
+        return Exits.joined(grading, batches)

@@ -17,8 +17,8 @@ from matplotlib.ticker import MultipleLocator
 
 from blocklocal.lab.names import NAME
 from blocklocal.lab.report.figures import STYLE, Line, against_time, over_epochs, stacked
-from blocklocal.lab.report.measure import ACCURACY, measure_of
 from blocklocal.lab.report.seed_groups import Group
+from blocklocal.lab.tasks.measure import ACCURACY, Measure
 
 # Okabe and Ito's palette, which is suitable for colour-blind readers.
 COLOURS = ("#222222", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7", "#8c6d31")
@@ -55,13 +55,13 @@ def choose_colours(groups: Sequence[Group]) -> dict[str, str]:
 
 def compare_groups(groups: Sequence[Group], *, colours: Mapping[str, str]) -> list[Plot]:
     """Plots of the groups of one subject: test results over epochs and time, and the loss of the last block."""
-    subject, measure = groups[0].subject, measure_of(groups[0].settings)
-    name, exit_ = measure.name.capitalize(), f"{measure.name} of the last exit, {measure.unit}"
+    subject, measure = groups[0].subject, groups[0].measures[-1]
+    name, exit_ = _title(measure), _axis(f"{measure.label} of the last exit", measure)
 
     def lines(value: Callable[[dict[str, Any]], float]) -> list[Line]:
         return [Line(group, value, _label(group), colours[group.label]) for group in groups]
 
-    tests = lines(measure.exit)
+    tests = lines(lambda record: measure.scale * measure.exit(record))
     losses = lines(lambda record: record["train_loss"][-1])
     return [
         Plot(
@@ -94,17 +94,17 @@ def _show_blocks(group: Group) -> list[Plot]:
     def lines(what: str, value: Callable[[dict[str, Any], int], float], *, count: int) -> list[Line]:
         return [Line(group, lambda r, k=k: value(r, k), f"{what} {k}", shades[k]) for k in range(count)]
 
-    measure = measure_of(group.settings)
-    exits = lines("block", measure.exit, count=group.blocks)
-    exits.append(Line(group, measure.combined, "all exits", "#222222", "--"))
+    measure = group.measures[-1]
+    exits = lines("block", lambda record, k: measure.scale * measure.exit(record, k), count=group.blocks)
+    exits.append(Line(group, lambda record: measure.scale * measure.combined(record), "all exits", "#222222", "--"))
     losses = lines("block", lambda record, k: record["train_loss"][k], count=group.blocks)
     agreements = lines("border", lambda record, k: record["borders"][k]["agreement"], count=group.blocks - 1)
     ratios = lines("border", lambda record, k: record["borders"][k]["variance_ratio"], count=group.blocks - 1)
     return [
         Plot(
             _name("exits", name),
-            f"{measure.name.capitalize()} of the exit of each block, and of all exits combined.",
-            over_epochs(exits, title=f"Exits, {name}", y=f"test {measure.name}, {measure.unit}"),
+            f"{_title(measure)} of the exit of each block, and of all exits combined.",
+            over_epochs(exits, title=f"Exits, {name}", y=_axis(f"test {measure.label}", measure)),
         ),
         Plot(
             _name("local", name),
@@ -118,8 +118,8 @@ def _show_blocks(group: Group) -> list[Plot]:
         ),
         Plot(
             _name("variance", name),
-            "How well the output of each block tells the classes apart; near zero it has collapsed.",
-            over_epochs(ratios, title=f"Variance ratio, {name}", y="between classes / within", low=0),
+            "How well the output of each block tells the targets apart; near zero it has collapsed.",
+            over_epochs(ratios, title=f"Variance ratio, {name}", y="between targets / within", low=0),
         ),
     ]
 
@@ -142,6 +142,14 @@ def _show_angles(group: Group) -> list[Plot]:
     figure = over_epochs(lines, title=f"Angles, {name}", y="degrees to the true gradient", low=0, high=95, mark=90)
     figure.axes[0].yaxis.set_major_locator(MultipleLocator(30))
     return [Plot(_name("angles", name), caption, figure)]
+
+
+def _title(measure: Measure) -> str:
+    return measure.label[0].upper() + measure.label[1:]
+
+
+def _axis(what: str, measure: Measure) -> str:
+    return f"{what}, {measure.unit}" if measure.unit else what
 
 
 def _label(group: Group) -> str:

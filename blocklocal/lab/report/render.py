@@ -11,8 +11,9 @@ from blocklocal.lab.report.plots import Plot
 from blocklocal.lab.report.table import TEXT, Row, tabulate
 
 NOTE = (
-    "Accuracy: of the last exit on the test images, mean ± standard deviation over seeds. − BP: difference to "
-    "backpropagation at otherwise equal settings, ± its standard error. Seconds: training of one run, without tests. "
+    "Accuracy, or RMSE (root mean squared error, in the unit of the target): of the last exit on the test samples, "
+    "mean ± standard deviation over seeds. − BP: difference to backpropagation at otherwise equal settings, ± its "
+    "standard error. Seconds: training of one run, without tests. "
     "MiB: peak memory, of tensors on a GPU, else of the whole process."
 )
 

@@ -10,6 +10,7 @@ from typing import Any
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.history import History
 from blocklocal.lab.settings import CHANGES, Settings, last_name
+from blocklocal.lab.tasks.measure import Measure
 
 # Settings in which a rule may differ from backpropagation with the same recipe.
 RULE = ("rule", "blocks", "at", *CHANGES, "add_beliefs", "seed")
@@ -52,7 +53,12 @@ class Group:
     @property
     def blocks(self) -> int:
         """The number of blocks, for a group that has finished an epoch."""
-        return len(self.counted[0].records[0]["test_accuracy"])
+        return len(self.counted[0].records[0]["train_loss"])
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What is shown of its tests."""
+        return self.runs[0].measures
 
     def matches(self, other: Group) -> bool:
         """Whether only the rule differs, and where the model is cut."""
@@ -63,7 +69,7 @@ def gather(runs: Sequence[History]) -> list[Group]:
     """The groups, in the order of their first runs. Warns of a run that is left out, see `_one`."""
     found: dict[tuple[Any, ...], dict[int, list[History]]] = {}
     for run in runs:
-        key = (*_without(run.settings, ("seed",)).items(), "merged" in run.facts)
+        key = (*_without(run.settings, ("seed",)).items(), "merged" in run.facts, run.measures)
         seeds = found.setdefault(key, {})
         seeds.setdefault(run.settings.seed, []).append(run)
     groups = [Group(tuple(map(_one, seeds.values()))) for seeds in found.values()]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import mean, stdev
+from typing import Any
 
 from rich.table import Table
 
 from blocklocal.lab.names import NAME, sentence, short
-from blocklocal.lab.report.measure import LOSS, measure_of
 from blocklocal.lab.report.seed_groups import Group
 from blocklocal.lab.runs.history import History
 from blocklocal.lab.settings import last_name
+from blocklocal.lab.tasks.measure import ACCURACY, LOSS, MEASURES, RMSE, Measure
 from blocklocal.lab.terminal import Terminal
 
 # Mean and standard deviation of accuracy, by (data set, rule).
@@ -21,13 +23,28 @@ Reference = Mapping[tuple[str, str], tuple[float, float]]
 
 
 @dataclass(frozen=True)
-class Row:
-    """The results of a group. Accuracies are fractions of the test images; standard deviations (n - 1) need two runs.
+class Result:
+    """What the runs of a group have come to in one measure; standard deviations (n - 1) need two runs.
 
-    accuracy_mean, _std: of the last exit. accuracy_all_mean: of all exits combined. seconds: mean training time of a
-    run. peak_memory_mib: the largest. difference_to_bp: difference of the means to the runs of rule bp with otherwise
-    equal settings, with its standard error √(s₁²/n₁ + s₂²/n₂). loss_mean, _std, loss_all_mean, loss_to_bp,
-    loss_stderr: the same of the cross-entropy in nats, for text alone. epochs: trained, of `epochs_planned`. paper: the
+    mean, std: of the last exit. all_mean: of all exits combined. to_bp: difference of the means to the runs of rule bp
+    with otherwise equal settings, if there are any. stderr: its standard error √(s₁²/n₁ + s₂²/n₂).
+    """
+
+    mean: float
+    std: float | None
+    all_mean: float
+    to_bp: float | None
+    stderr: float | None
+
+
+NOTHING = dict.fromkeys(("mean", "std", "all_mean", "to_bp", "stderr"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The results of a group, by the names of its measures: accuracies are fractions of the test samples.
+
+    seconds: mean training time of a run. peak_memory_mib: the largest. epochs: trained, of `epochs_planned`. paper: the
     reference's mean and standard deviation.
     """
 
@@ -41,19 +58,22 @@ class Row:
     runs: int
     runs_planned: int
     seeds: tuple[int, ...]
-    accuracy_mean: float
-    accuracy_std: float | None
-    accuracy_all_mean: float
+    results: Mapping[str, Result]
     seconds: float
     peak_memory_mib: float
-    difference_to_bp: float | None
-    difference_stderr: float | None
-    loss_mean: float | None
-    loss_std: float | None
-    loss_all_mean: float | None
-    loss_to_bp: float | None
-    loss_stderr: float | None
     paper: tuple[float, float] | None
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values, results as accuracy_mean and so on; null where the measure is not that of the runs."""
+        row = asdict(self)
+        results = row.pop("results")
+        for measure in MEASURES:
+            for name, value in results.get(measure.name, NOTHING).items():
+                row[_PLAIN.get((measure.name, name), f"{measure.name}_{name}")] = value
+        return row
+
+
+_PLAIN = {("accuracy", "to_bp"): "difference_to_bp", ("accuracy", "stderr"): "difference_stderr"}
 
 
 def summarise(groups: Sequence[Group], *, reference: Reference | None = None) -> list[Row]:
@@ -81,18 +101,17 @@ TEXT = ("data", "model", "rule", "variant")
 
 def tabulate(rows: Sequence[Row]) -> dict[str, list[str]]:
     """The columns by heading, without empty ones. `TEXT` names those that hold text."""
+    accuracy = _results(ACCURACY, ("accuracy %", "− BP", "all exits %"), rows)
     columns = {
         "data": [short(row.dataset) for row in rows],
         "model": [short(row.model) for row in rows],
         "rule": [row.rule for row in rows],
         "variant": [short(row.variant, longest=4 * NAME) for row in rows],
-        "nats": [_nats(row.loss_mean, row.loss_std) for row in rows],
-        "nats − BP": [_nats(row.loss_to_bp, row.loss_stderr, sign="+") for row in rows],
-        "all exits nats": [_nats(row.loss_all_mean) if row.blocks > 1 else "" for row in rows],
-        "accuracy %": [_percent(row.accuracy_mean, row.accuracy_std) for row in rows],
+        **_results(RMSE, ("RMSE", "RMSE − BP", "all exits RMSE"), rows),
+        **_results(LOSS, ("nats", "nats − BP", "all exits nats"), rows),
+        "accuracy %": accuracy["accuracy %"],
         "paper": ["" if row.paper is None else f"{100 * row.paper[0]:.1f} ± {100 * row.paper[1]:.2f}" for row in rows],
-        "− BP": [_percent(row.difference_to_bp, row.difference_stderr, sign="+") for row in rows],
-        "all exits %": [_percent(row.accuracy_all_mean) if row.blocks > 1 else "" for row in rows],
+        **accuracy,
         "runs": [_of(row.runs, row.runs_planned) for row in rows],
         "epochs": [_of(row.epochs, row.epochs_planned) for row in rows],
         "blocks": [str(row.blocks) for row in rows],
@@ -106,12 +125,8 @@ def tabulate(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 def _row(group: Group, groups: Sequence[Group], *, reference: Reference) -> Row:
     settings, runs = group.settings, group.counted
-    by_loss = measure_of(settings) is LOSS
-    accuracies, losses = _accuracies(runs), _losses(runs) if by_loss else []
     whole = next((other for other in groups if other.settings.rule == "bp" and group.matches(other)), None)
     others = whole.counted if whole is not None and whole is not group else ()
-    difference, stderr = _difference(accuracies, _accuracies(others))
-    loss_difference, loss_stderr = _difference(losses, _losses(others)) if by_loss else (None, None)
     return Row(
         dataset=group.dataset,
         model=last_name(settings.model),
@@ -123,28 +138,34 @@ def _row(group: Group, groups: Sequence[Group], *, reference: Reference) -> Row:
         runs=len(runs),
         runs_planned=len(group.runs),
         seeds=tuple(run.settings.seed for run in runs),
-        accuracy_mean=mean(accuracies),
-        accuracy_std=_deviation(accuracies),
-        accuracy_all_mean=mean(run.records[-1]["test_accuracy_all"] for run in runs),
+        results={measure.name: _result(measure, runs, others) for measure in group.measures},
         seconds=mean(run.seconds for run in runs),
         peak_memory_mib=max(run.peak_memory for run in runs),
-        difference_to_bp=difference,
-        difference_stderr=stderr,
-        loss_mean=mean(losses) if by_loss else None,
-        loss_std=_deviation(losses) if by_loss else None,
-        loss_all_mean=mean(LOSS.combined(run.records[-1]) for run in runs) if by_loss else None,
-        loss_to_bp=loss_difference,
-        loss_stderr=loss_stderr,
         paper=reference.get((group.dataset, settings.rule)),
     )
 
 
-def _accuracies(runs: Sequence[History]) -> list[float]:
-    return [run.accuracies[-1] for run in runs]
+def _result(measure: Measure, runs: Sequence[History], others: Sequence[History]) -> Result:
+    """others: the runs of backpropagation, if any."""
+    ours, theirs = ([measure.exit(run.records[-1]) for run in some] for some in (runs, others))
+    difference, stderr = _difference(ours, theirs)
+    together = mean(measure.combined(run.records[-1]) for run in runs)
+    return Result(mean(ours), _deviation(ours), together, difference, stderr)
 
 
-def _losses(runs: Sequence[History]) -> list[float]:
-    return [LOSS.exit(run.records[-1]) for run in runs]
+def _results(measure: Measure, headings: tuple[str, str, str], rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The columns of a measure: result, difference to backpropagation, all exits combined."""
+    cells: list[tuple[str, str, str]] = []
+    for row in rows:
+        found = row.results.get(measure.name)
+        if found is None:
+            cells.append(("", "", ""))
+            continue
+        shown = partial(measure.show, finer=1, like=found.mean)
+        difference = "" if found.to_bp is None else shown(found.to_bp, found.stderr, sign="+")
+        together = shown(found.all_mean) if row.blocks > 1 else ""
+        cells.append((shown(found.mean, found.std), difference, together))
+    return {heading: [cell[i] for cell in cells] for i, heading in enumerate(headings)}
 
 
 def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float | None, float | None]:
@@ -160,18 +181,6 @@ def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float |
 
 def _deviation(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
-
-
-def _percent(value: float | None, spread: float | None = None, *, sign: str = "") -> str:
-    if value is None:
-        return ""
-    return f"{100 * value:{sign}.2f}".replace("-", "−") + ("" if spread is None else f" ± {100 * spread:.2f}")
-
-
-def _nats(value: float | None, spread: float | None = None, *, sign: str = "") -> str:
-    if value is None:
-        return ""
-    return f"{value:{sign}.4f}".replace("-", "−") + ("" if spread is None else f" ± {spread:.4f}")
 
 
 def _of(done: int, planned: int) -> str:

@@ -19,6 +19,7 @@ from blocklocal.lab import outputs
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs import lock, schema
 from blocklocal.lab.settings import Settings, encode
+from blocklocal.lab.tasks.measure import measures_of
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,15 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """The record of each epoch in metrics.jsonl. UserError: the file is invalid."""
-        epochs, blocks = self.settings().epochs, self.facts()["blocks"]
-        if os.path.lexists(self.metrics) or self.model.exists():
-            merged = "merged" in self.facts()
-            return schema.read_epochs(self.metrics, blocks=blocks, epochs=epochs, merged=merged)
-        return []
+        return self._records(blocks=self.facts()["blocks"])
+
+    def _records(self, *, blocks: int) -> list[dict[str, Any]]:
+        settings, facts = self.settings(), self.facts()
+        if not (os.path.lexists(self.metrics) or self.model.exists()):
+            return []
+        measures = measures_of(settings.kind, facts["data"])
+        merged = "merged" in facts
+        return schema.read_epochs(self.metrics, blocks=blocks, epochs=settings.epochs, measures=measures, merged=merged)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl, on disk before the checkpoint of that epoch. OSError: it was not written."""

@@ -10,6 +10,7 @@ from typing import Any
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.folder import Run
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.measure import Measure, measures_of
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class History:
         return self.finished and self.weights
 
     @property
-    def accuracies(self) -> list[float]:
-        """Accuracy of the last exit on the test images after each epoch, as fractions."""
-        return [record["test_accuracy"][-1] for record in self.records]
+    def measures(self) -> tuple[Measure, ...]:
+        """See `Task.shown`."""
+        return measures_of(self.settings.kind, self.facts["data"])
 
     @property
     def seconds(self) -> float:

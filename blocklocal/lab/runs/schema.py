@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -11,17 +12,19 @@ from msgspec import Meta, ValidationError, convert
 
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.settings import CHANGES, NOT_STORED, Settings
+from blocklocal.lab.tasks.measure import Measure
 
 Count = Annotated[int, Meta(ge=1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Amount = Annotated[float, Meta(ge=0, le=1e12)]
+Error = Annotated[float, Meta(ge=0, le=1e300)]
 Finite = Annotated[float, Meta(ge=-1e30, le=1e30)]
 
 RENAMED = {"message": "message_dtype"}  # since version 0.1.0
 # Settings added after version 0.1.0. A run without one was trained with its default.
 LATER = {
     *("clip", "accumulate", "validation", "add_beliefs", "optimizer", "beta2", "model_args", "weights"),
-    *("context", "windows", "vocabulary", "target"),
+    *("context", "windows", "vocabulary", "target", "target_type"),
     *CHANGES,
 }
 
@@ -49,21 +52,27 @@ class Border(TypedDict):
 
 class Epoch(TypedDict):
     """A line of metrics.jsonl. train_loss, test_accuracy: of each block. angles: of each layer, some of them nan.
-    test_loss: in nats. validation_accuracy: where samples were held out, and exit_weights, by which all exits are
-    combined. test_accuracy_all: left out before the last epoch where blocks were trained one at a time and merged."""
+    test_loss: in nats. test_rmse: instead of accuracy and loss, where a number is predicted, in its own unit.
+    validation_accuracy, validation_rmse: where samples were held out, and exit_weights, by which all exits are
+    combined. test_accuracy_all, test_rmse_all: left out before the last epoch where blocks were trained one at a time
+    and merged."""
 
     epoch: Count
     train_loss: list[Finite]
-    test_accuracy: list[Share]
-    test_accuracy_all: NotRequired[Share]
     seconds: Amount
     peak_memory_mib: Amount
     borders: list[Border]
+    test_accuracy: NotRequired[list[Share]]
+    test_accuracy_all: NotRequired[Share]
     test_loss: NotRequired[list[Finite]]
     test_loss_all: NotRequired[Finite]
+    test_rmse: NotRequired[list[Error]]
+    test_rmse_all: NotRequired[Error]
     angles: NotRequired[dict[str, float]]
     validation_accuracy: NotRequired[list[Share]]
     validation_accuracy_all: NotRequired[Share]
+    validation_rmse: NotRequired[list[Error]]
+    validation_rmse_all: NotRequired[Error]
     exit_weights: NotRequired[list[Finite]]
 
 
@@ -97,11 +106,13 @@ def settings_of(found: dict[str, Any], *, file: Path) -> Settings:
     return settings
 
 
-def read_epochs(file: Path, *, blocks: int, epochs: int, merged: bool = False) -> list[dict[str, Any]]:
+def read_epochs(
+    file: Path, *, blocks: int, epochs: int, measures: Sequence[Measure], merged: bool = False
+) -> list[dict[str, Any]]:
     """The records in a metrics.jsonl, without a partial line at the end, which a kill may leave.
 
-    merged: whether the blocks were trained one at a time. UserError: a line that a run with this number of blocks and
-    epochs would not write.
+    measures: what is read of the tests. merged: whether the blocks were trained one at a time. UserError: a line that a
+    run with this number of blocks and epochs would not write.
     """
     found = []
     for number, line in enumerate(read(file).split(b"\n")[:-1], start=1):
@@ -109,9 +120,11 @@ def read_epochs(file: Path, *, blocks: int, epochs: int, merged: bool = False) -
             record = _parse(line, Epoch)
             if record["epoch"] != number or number > epochs:
                 raise ValueError(f"epoch: expected {min(number, epochs)}, got {record['epoch']}")
-            if "test_accuracy_all" not in record and not (merged and number < epochs):
-                raise ValueError("missing required field test_accuracy_all")
-            for name, length in (("train_loss", blocks), ("test_accuracy", blocks), ("borders", blocks - 1)):
+            tests = [f"test_{measure.name}" for measure in measures]
+            for name in (*tests, *(f"{test}_all" for test in tests if not (merged and number < epochs))):
+                if name not in record:
+                    raise ValueError(f"missing required field {name}")
+            for name, length in (("train_loss", blocks), *((test, blocks) for test in tests), ("borders", blocks - 1)):
                 if len(record[name]) != length:
                     raise ValueError(f"{name}: expected {length} for {blocks} blocks, got {len(record[name])}")
         except ValueError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from blocklocal.lab.errors import UserError
@@ -23,7 +22,7 @@ def lay_side_by_side(
     rows = summarise(gather(finished), reference=reference)
     if rows:
         print_table(rows, title=title)
-        print(json.dumps({"rows": [asdict(row) for row in rows]}), flush=True)
+        print(json.dumps({"rows": [row.plain() for row in rows]}), flush=True)
     if len(finished) < len(sweep):
         missing = sorted({str(settings.folder) for settings in sweep} - {str(run.path) for run in finished})
         raise UserError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from blocklocal.lab.bench.step_cost import Cost
 from blocklocal.lab.names import plain, sentence, short
 from blocklocal.lab.report.figures import STYLE
 from blocklocal.lab.runs.history import History
+from blocklocal.lab.tasks.measure import ACCURACY, Measure
 from blocklocal.lab.terminal import Terminal
 
 
@@ -31,14 +33,12 @@ class Estimate:
     def of(values: Sequence[float]) -> Estimate:
         return Estimate(mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None)
 
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.2f}" + ("" if self.error is None else f" ± {100 * self.error:.2f}")
-
 
 @dataclass(frozen=True)
 class Point:
-    """The result of a row of the grid. Accuracies are fractions of images after the last epoch: of the last exit, and
-    of all exits combined with weights from the validation images. cost: of a step, or of a run that trains longer."""
+    """The result of a row of the grid after the last epoch, in one measure, accuracies as fractions: of the last exit,
+    and of all exits combined with weights from the validation samples. cost: of a step, or of a run that trains longer.
+    """
 
     name: str
     runs: int
@@ -49,29 +49,56 @@ class Point:
     test_all: Estimate
     cost: Cost
 
+    measure: Measure = ACCURACY
+
+    @property
+    def combines(self) -> bool:
+        """Whether all exits combined, if there are several, are the better predictor on the validation samples."""
+        better = self.measure.merit(self.validation_all.mean) > self.measure.merit(self.validation.mean)
+        return better and self.blocks > 1
+
     @property
     def best(self) -> float:
-        """The validation accuracy for choosing rows: that of the better predictor."""
-        return max(self.validation.mean, self.validation_all.mean)
+        """The merit on the validation samples for choosing rows: that of the better predictor."""
+        return self.measure.merit((self.validation_all if self.combines else self.validation).mean)
+
+    @property
+    def chosen(self) -> Estimate:
+        """The test result of the better predictor."""
+        return self.test_all if self.combines else self.test
+
+    def error(self, value: float) -> float:
+        """A test result as an error, the less the better: an accuracy as its distance from 1."""
+        return self.measure.scale * (1 - value if self.measure.rises else value)
+
+    def show(self, result: Estimate) -> str:
+        return self.measure.show(result.mean, result.error, finer=1)
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self) | {"measure": self.measure.name}
 
 
 def point(name: str, runs: Sequence[History], *, cost: Cost) -> Point:
     """The result of finished runs, which differ in their seed."""
     last = [run.records[-1] for run in runs]
+    measure = runs[0].measures[0]
+    validation = f"validation_{measure.name}"
     return Point(
         name,
         runs=len(runs),
-        blocks=len(last[0]["test_accuracy"]),
-        validation=Estimate.of([record["validation_accuracy"][-1] for record in last]),
-        validation_all=Estimate.of([record["validation_accuracy_all"] for record in last]),
-        test=Estimate.of([record["test_accuracy"][-1] for record in last]),
-        test_all=Estimate.of([record["test_accuracy_all"] for record in last]),
+        blocks=len(last[0]["train_loss"]),
+        validation=Estimate.of([record[validation][-1] for record in last]),
+        validation_all=Estimate.of([record[f"{validation}_all"] for record in last]),
+        test=Estimate.of([measure.exit(record) for record in last]),
+        test_all=Estimate.of([measure.combined(record) for record in last]),
         cost=cost,
+        measure=measure,
     )
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The Pareto front: results that none beats in validation accuracy at the same or less time, cheapest first."""
+    """The Pareto front: results that none beats on the validation samples at the same or less time, cheapest first."""
     kept: list[Point] = []
     for one in sorted(points, key=lambda one: (one.cost.time, -one.best)):
         if not kept or one.best > kept[-1].best:
@@ -79,13 +106,18 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
+def _called(points: Sequence[Point]) -> str:
+    measure = points[0].measure
+    return f"{measure.label} in {measure.unit}" if measure.unit else measure.label
+
+
 def print_table(points: Sequence[Point], *, title: str) -> None:
     """Print the results to standard output; a star marks the front."""
     chosen = front(points)
     table = Table(
         title=sentence(title),
-        caption="accuracy in %, mean ± standard error; time (of the processor), operations, memory: of bp's training "
-        "step; *: nothing is better on the validation images in the same time",
+        caption=f"{_called(points)}, mean ± standard error; time (of the processor), operations, memory: of bp's "
+        "training step; *: nothing is better on the validation samples in the same time",
         title_justify="left",
         caption_justify="left",
     )
@@ -93,13 +125,13 @@ def print_table(points: Sequence[Point], *, title: str) -> None:
     for name in ("", "validation", "all exits", "test", "all exits", "time", "operations", "memory", "runs"):
         table.add_column(name, justify="right")
     for one in points:
-        combined = (str(one.validation_all), str(one.test_all)) if one.blocks > 1 else ("", "")
+        combined = (one.show(one.validation_all), one.show(one.test_all)) if one.blocks > 1 else ("", "")
         table.add_row(
             short(plain(one.name)),
             "*" if one in chosen else "",
-            str(one.validation),
+            one.show(one.validation),
             combined[0],
-            str(one.test),
+            one.show(one.test),
             combined[1],
             *(f"{ratio:.2f}" for ratio in (one.cost.time, one.cost.operations, one.cost.memory)),
             str(one.runs),
@@ -114,8 +146,11 @@ def print_table(points: Sequence[Point], *, title: str) -> None:
 def draw(points: Sequence[Point], folder: Path, *, title: str) -> None:
     """Draw `study.svg` and `study.png`: test error of the last exit and of all exits against training time."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    measure = points[0].measure
     axes = figure.add_subplot(
-        title=plain(short(title)), xlabel="processor time of training, bp = 1", ylabel="test error, %"
+        title=plain(short(title)),
+        xlabel="processor time of training, bp = 1",
+        ylabel=f"test error, {measure.unit}" if measure.rises else f"test {measure.label}",
     )
     for k, one in enumerate(points):
         colour, label = f"C{k % 10}", f"{k + 1} {short(plain(one.name))}".replace("\n", " ")
@@ -124,8 +159,8 @@ def draw(points: Sequence[Point], folder: Path, *, title: str) -> None:
                 continue
             axes.errorbar(
                 one.cost.time,
-                100 * (1 - shown.mean),
-                yerr=100 * (shown.error or 0.0),
+                one.error(shown.mean),
+                yerr=measure.scale * (shown.error or 0.0),
                 color=colour,
                 marker=marker,
                 markersize=6,
@@ -134,12 +169,10 @@ def draw(points: Sequence[Point], folder: Path, *, title: str) -> None:
                 label=label if filled else None,
             )
         axes.annotate(
-            str(k + 1), (one.cost.time, 100 * (1 - one.test.mean)), (5, 4), textcoords="offset points", fontsize=8
+            str(k + 1), (one.cost.time, one.error(one.test.mean)), (5, 4), textcoords="offset points", fontsize=8
         )
     best = front(points)
-    errors = [
-        100 * (1 - (one.test if one.validation.mean >= one.validation_all.mean else one.test_all).mean) for one in best
-    ]
+    errors = [one.error(one.chosen.mean) for one in best]
     axes.step(
         [one.cost.time for one in best], errors, where="post", color="#888888", marker="", zorder=0, label="front"
     )

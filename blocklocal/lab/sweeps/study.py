@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def study(
         pareto.print_table(points, title=title)
         pareto.draw(points, folder, title=title)
     missing = len(sweep) - sum(point.runs for point in points)
-    return {"out": str(folder), "runs": len(sweep), "missing": missing, "rows": [asdict(point) for point in points]}
+    return {"out": str(folder), "runs": len(sweep), "missing": missing, "rows": [point.plain() for point in points]}
 
 
 def _run(row: Row, seed: int, *, folder: Path) -> Settings:

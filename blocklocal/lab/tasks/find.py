@@ -22,7 +22,13 @@ def _loader(kind: str) -> Callable[..., Task]:
 
         return LanguageModelling.load
     if kind == "table":
-        from blocklocal.lab.tasks.table import Table  # pandas takes a second to import
-
-        return Table.load
+        return _load_table
     return Images.load
+
+
+def _load_table(settings: Settings, *, device: torch.device) -> Task:
+    from blocklocal.lab.tasks.regression import Regression  # pandas takes a second to import
+    from blocklocal.lab.tasks.table import Table, read
+
+    dataset = read(settings).to(device)
+    return Table(dataset, settings) if dataset.classes else Regression.of(dataset, settings)

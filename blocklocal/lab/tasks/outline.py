@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,9 +42,15 @@ def _text(settings: Settings, facts: Mapping[str, Any]) -> Task:
 
 
 def _table(settings: Settings, facts: Mapping[str, Any]) -> Task:
-    from blocklocal.lab.tasks.table import Table  # pandas takes a second to import
+    from blocklocal.lab.tasks.regression import Regression, Standardisation  # pandas takes a second to import
+    from blocklocal.lab.tasks.table import Table
 
-    return Table(_dataset(settings, facts, unit="rows", sample=(facts["features"],), dtype=torch.float32), settings)
+    rows = partial(_dataset, settings, unit="rows", sample=(facts["features"],), dtype=torch.float32)
+    if "target_deviation" not in facts:
+        return Table(rows(facts), settings)
+    scale = Standardisation(facts["target_mean"], facts["target_deviation"])
+    numbers = rows({**facts, "classes": []}, labels=(1,), label_dtype=torch.float32)
+    return Regression(numbers, settings, standardisation=scale)
 
 
 _TASKS = {"images": _images, "text": _text, "table": _table}
@@ -57,9 +64,10 @@ def _dataset(
     sample: tuple[int, ...],
     dtype: torch.dtype,
     labels: tuple[int, ...] = (),
+    label_dtype: torch.dtype = torch.int64,
 ) -> Dataset:
     def split(samples: int) -> Split:
-        return Split(_meta(samples, *sample, dtype=dtype), _meta(samples, *labels, dtype=torch.int64))
+        return Split(_meta(samples, *sample, dtype=dtype), _meta(samples, *labels, dtype=label_dtype))
 
     held_out = facts.get(f"validation_{unit}")
     train, test = split(facts[f"training_{unit}"]), split(facts[f"test_{unit}"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from blocklocal.lab import models
+from blocklocal.lab.data.dataset import Dataset
 from blocklocal.lab.data.table import load_table
 from blocklocal.lab.settings import Settings
 from blocklocal.lab.tasks.task import Task
@@ -18,28 +18,38 @@ class Table(Task):
 
     unit = "rows"
 
-    @staticmethod
-    def load(settings: Settings, *, device: torch.device) -> Table:
-        """UserError: see `load_table`."""
-        name = settings.data.partition(":")[2]
-        sizes = {"train_size": settings.train_size, "test_size": settings.test_size}
-        dataset = load_table(name, target=settings.target, **sizes).hold_out(settings.validation)
-        return Table(dataset.to(device), settings)
+    @property
+    def features(self) -> int:
+        """The number F of features."""
+        return self.dataset.train.inputs.shape[1]
 
     @property
     def shape(self) -> str:
-        return f"{self.dataset.train.inputs.shape[1]} numbers, {len(self.dataset.classes)} classes"
+        return f"{self.features} numbers, {self.grading.targets}"
 
     @property
     def facts(self) -> dict[str, Any]:
-        data = self.dataset
-        return super().facts | {"features": data.train.inputs.shape[1], "classes": list(data.classes)}
+        classes = {"classes": list(self.dataset.classes)} if self.dataset.classes else {}
+        return super().facts | {"features": self.features} | classes
 
     def build(self) -> nn.Module:
+        (outputs,) = self.sizes.values()
         return models.build(
             self.settings.model,
-            channels=self.dataset.train.inputs.shape[1],
+            channels=self.features,
             size=(1, 1),
-            classes=len(self.dataset.classes),
+            classes=outputs,
             arguments=models.read_arguments(self.settings.model_args),
         )
+
+
+def read(settings: Settings) -> Dataset:
+    """The table of a run. UserError: see `load_table`."""
+    name = settings.data.partition(":")[2]
+    return load_table(
+        name,
+        target=settings.target,
+        target_type=settings.target_type,
+        train_size=settings.train_size,
+        test_size=settings.test_size,
+    ).hold_out(settings.validation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from blocklocal.lab.data import batches
 from blocklocal.lab.data.dataset import Dataset, Split
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.grading import Grading, LabelGrading
+from blocklocal.lab.tasks.measure import ACCURACY, Measure
 from blocklocal.messages import Criterion
 
 Batch = tuple[Tensor, Tensor]
@@ -22,13 +24,13 @@ Batch = tuple[Tensor, Tensor]
 class Task(ABC):
     """Data of one kind, on a device, and how a model learns from them.
 
-    dataset: its splits, and the names of the classes. settings: of the run, where all options of the data stand.
+    dataset: its splits, and the names of the classes, if any. settings: of the run, with all options of the data.
     """
 
     unit: ClassVar[str] = "images"
     """What samples are called."""
-    judged_by: ClassVar[Literal["accuracy", "loss"]] = "accuracy"
-    """What a run shows of its tests; both are recorded."""
+    shown: ClassVar[tuple[Measure, ...]] = (ACCURACY,)
+    """What a run shows of its tests; it is judged by the last. See `measures_of`."""
 
     def __init__(self, dataset: Dataset, settings: Settings) -> None:
         self.dataset, self.settings = dataset, settings
@@ -81,6 +83,20 @@ class Task(ABC):
         size = self.evaluated_at_once
         for first in range(0, len(split), size):
             yield self.prepared(split.inputs[first : first + size]), split.labels[first : first + size]
+
+    @property
+    def judged_by(self) -> Measure:
+        return self.shown[-1]
+
+    @property
+    def grading(self) -> Grading:
+        """How predictions are graded."""
+        return LabelGrading(len(self.dataset.classes))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What is predicted, as `BlockLocal` takes it: classes=n or outputs=n."""
+        return {"classes": len(self.dataset.classes)}
 
     @property
     def criterion(self) -> Criterion:

@@ -16,6 +16,7 @@ from blocklocal.lab.data.vocabulary import Vocabulary
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.models import read_arguments, text
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.measure import ACCURACY, LOSS
 from blocklocal.lab.tasks.task import Batch, Task
 
 LOGITS = 2**24  # of the windows that are evaluated together
@@ -28,7 +29,7 @@ class LanguageModelling(Task):
     tokens: of the training part, (N,).
     """
 
-    unit, judged_by = "windows", "loss"
+    unit, shown = "windows", (ACCURACY, LOSS)
 
     def __init__(self, dataset: Dataset, settings: Settings, *, vocabulary: Vocabulary | None, tokens: Tensor) -> None:
         super().__init__(dataset, settings)

@@ -1,8 +1,8 @@
-"""Test accuracy and loss of every exit."""
+"""Tests of every exit, and of all exits combined."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,95 +13,91 @@ from blocklocal import BlockLocal
 from blocklocal.graph import mode
 from blocklocal.lab.data.dataset import Split
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.tasks.grading import Grades, Grading
+from blocklocal.lab.tasks.measure import Measure
 from blocklocal.lab.tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Exits:
-    """The predictions of K exits for N samples, or tokens of samples.
+    """The grades of K exits for N samples, or tokens of samples.
 
-    correct: (K, N), whether the exit's class is the label. confidence: (K, N), its probability. nats: (K, N), minus the
-    logarithm of the label's probability. combined, combined_nats: (N,), correct and nats of all exits with their
-    weights.
+    grades: of each exit, (K, N). combined: of all exits with their weights, (N,).
     """
 
-    correct: Tensor
-    confidence: Tensor
-    nats: Tensor
-    combined: Tensor
-    combined_nats: Tensor
+    grading: Grading
+    grades: Grades
+    combined: Grades
 
     def __post_init__(self) -> None:
-        """Check the scores. UserError: an exit gives nan, which would count as one of the classes."""
-        wrong = self.confidence.isnan().nonzero()
+        """Check the grades. UserError: an exit gives nan, which would count as one of the classes."""
+        wrong = self.grading.faults(self.grades).nonzero()
         if len(wrong):
             exit, sample = wrong[0].tolist()
             raise UserError(f"exit {exit} gives nan for test sample {sample}: its weights or statistics have diverged")
 
-    @property
-    def accuracies(self) -> list[float]:
-        """The accuracy of each exit, as a fraction."""
-        return self.correct.double().mean(1).tolist()
+    @staticmethod
+    def joined(grading: Grading, batches: Iterable[tuple[Grades, Grades]]) -> Exits:
+        """From the grades (K, B) of batches, and those of all exits combined, (B,)."""
+        grades, combined = zip(*batches, strict=True)
+        return Exits(grading, _joined(grades), _joined(combined))
 
-    @property
-    def combined_accuracy(self) -> float:
-        return self.combined.double().mean().item()
+    def values(self, measure: Measure) -> list[float]:
+        """The measure of each exit."""
+        return self.grading.means(self.grades)[measure.name].tolist()
 
-    @property
-    def losses(self) -> list[float]:
-        """The mean cross-entropy of each exit, in nats."""
-        return self.nats.double().mean(1).tolist()
-
-    @property
-    def combined_loss(self) -> float:
-        return self.combined_nats.double().mean().item()
+    def combined_value(self, measure: Measure) -> float:
+        """The measure of all exits combined."""
+        return self.grading.means(self.combined)[measure.name].item()
 
     @property
     def record(self) -> dict[str, Any]:
         """What a line of metrics.jsonl says of a test."""
-        return {
-            "test_accuracy": self.accuracies,
-            "test_accuracy_all": self.combined_accuracy,
-            "test_loss": self.losses,
-            "test_loss_all": self.combined_loss,
-        }
+        return self._record("test", self.grading.measures)
+
+    @property
+    def validation_record(self) -> dict[str, Any]:
+        """What a line of metrics.jsonl says of held-out samples."""
+        return self._record("validation", self.grading.measures[:1])
 
     def leaving(self, threshold: float) -> Tensor:
-        """(N,): the first exit whose confidence reaches the threshold, or the last if none does."""
-        sure = self.confidence >= threshold
+        """(N,): the first exit whose confidence reaches the threshold, or the last if none does.
+
+        KeyError: exits of numbers, which have no confidence.
+        """
+        sure = self.grades["confidence"] >= threshold
         sure[-1] = True
         return sure.int().argmax(0)
 
-    def early_accuracy(self, threshold: float) -> float:
-        """The accuracy if samples leave as in `leaving`."""
-        return self.correct.gather(0, self.leaving(threshold)[None]).double().mean().item()
+    def early_value(self, measure: Measure, threshold: float) -> float:
+        """The measure if samples leave as in `leaving`."""
+        left = self.leaving(threshold)[None]
+        early = {name: part.gather(0, left)[0] for name, part in self.grades.items()}
+        return self.grading.means(early)[measure.name].item()
 
-
-def grade(scores: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether the most probable class is the label, its probability, and nats, each (..., N).
-
-    scores: log-probabilities (..., B, n) for labels (B,), or (..., B, T, n) for those of tokens (B, T).
-    """
-    best, classes = scores.max(-1)
-    label = y.expand(classes.shape).unsqueeze(-1)
-    found = classes == y, best.exp(), -scores.gather(-1, label).squeeze(-1)
-    correct, confidence, nats = (part.flatten(part.dim() - y.dim()) for part in found)
-    return correct, confidence, nats
+    def _record(self, part: str, measures: Iterable[Measure]) -> dict[str, Any]:
+        record = {}
+        for measure in measures:
+            name = f"{part}_{measure.name}"
+            record |= {name: self.values(measure), f"{name}_all": self.combined_value(measure)}
+        return record
 
 
 def evaluate(learner: BlockLocal, split: Split, *, task: Task) -> Exits:
     """Evaluate all exits on a split, in evaluation mode."""
-    return _joined([_graded(learner, scores, y) for scores, y in _scores(learner, split, task=task)])
+    grading = task.grading
+    batches = _scores(learner, split, task=task)
+    return Exits.joined(grading, [_graded(learner, scores, y, grading=grading) for scores, y in batches])
 
 
 def validate(learner: BlockLocal, split: Split, *, task: Task) -> Exits:
     """Evaluate all exits on a held-out split, after fitting their weights to it."""
-    scores, labels = zip(*_scores(learner, split, task=task), strict=True)
-    return weigh(learner, torch.cat(scores, 1), torch.cat(labels))
+    scores, targets = zip(*_scores(learner, split, task=task), strict=True)
+    return weigh(learner, torch.cat(scores, 1), torch.cat(targets), grading=task.grading)
 
 
-def weigh(learner: BlockLocal, scores: Tensor, y: Tensor) -> Exits:
-    """Fit the weights of the exits to log-probabilities (K, N, n) of held-out samples, and evaluate the exits on them.
+def weigh(learner: BlockLocal, scores: Tensor, y: Tensor, *, grading: Grading) -> Exits:
+    """Fit the weights of the exits to scores (K, N, ...) of held-out samples, and evaluate the exits on them.
 
     UserError: scores that are not finite.
     """
@@ -109,22 +105,27 @@ def weigh(learner: BlockLocal, scores: Tensor, y: Tensor) -> Exits:
         learner.pool.fit(scores, y, criterion=learner.criterion)
     except ValueError as error:
         raise UserError(f"validation samples: {error}") from error
-    return _joined([_graded(learner, scores, y)])
+    return Exits.joined(grading, [_graded(learner, scores, y, grading=grading)])
 
 
-def _graded(learner: BlockLocal, scores: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    """The fields of `Exits` for a batch."""
-    combined, _, nats = grade(learner.pool(scores).log_softmax(-1), y)
-    return tuple(part.cpu() for part in (*grade(scores, y), combined, nats))
+def _graded(learner: BlockLocal, scores: Tensor, y: Tensor, *, grading: Grading) -> tuple[Grades, Grades]:
+    """The grades of a batch, of each exit and of all combined."""
+    combined = grading.scores(learner.pool(scores))
+    return _moved(grading.grade(scores, y)), _moved(grading.grade(combined, y))
 
 
-def _joined(batches: Sequence[tuple[Tensor, ...]]) -> Exits:
-    return Exits(*(torch.cat(parts, -1) for parts in zip(*batches, strict=True)))
+def _moved(grades: Grades) -> Grades:
+    return {name: part.cpu() for name, part in grades.items()}
+
+
+def _joined(batches: Iterable[Mapping[str, Tensor]]) -> Grades:
+    parts = list(batches)
+    return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
 
 
 @torch.no_grad()
 def _scores(learner: BlockLocal, split: Split, *, task: Task) -> Iterator[tuple[Tensor, Tensor]]:
-    """Log-probabilities (K, B, n) of all exits, and labels, in evaluation mode."""
+    """Scores (K, B, ...) of all exits, and targets, in evaluation mode."""
     with mode(learner, training=False):
         for x, y in task.ordered_batches(split):
-            yield torch.stack([logits.float().log_softmax(-1) for logits in learner.exits(x)]), y
+            yield torch.stack([task.grading.scores(prediction) for prediction in learner.exits(x)]), y

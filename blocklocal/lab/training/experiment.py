@@ -163,8 +163,16 @@ def _begin(task: Task, *, device: torch.device) -> rules.Learning:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         model.to(device)
     x, y = task.few(min(FEW, settings.batch_size // settings.replicas))
-    context, classes = autocast(settings, device=device), len(task.dataset.classes)
-    try_model(model, x, name=settings.model, shape=(*y.shape, classes), unit=task.unit, context=context)
+    context, grading = autocast(settings, device=device), task.grading
+    try_model(
+        model,
+        x,
+        name=settings.model,
+        shape=grading.shape(y),
+        targets=grading.targets,
+        unit=task.unit,
+        context=context,
+    )
     learning = learning_of(task, model, example=task.prepared(task.dataset.train.inputs[:EXAMPLE]))
     if settings.channels_last:  # the heads at the borders too
         learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -189,7 +197,8 @@ def learning_of(task: Task, model: nn.Module, *, example: Tensor) -> rules.Learn
     """
     settings = task.settings
     problem = rules.Problem(
-        classes=len(task.dataset.classes),
+        classes=task.sizes.get("classes"),
+        outputs=task.sizes.get("outputs"),
         example=example,
         blocks=settings.blocks,
         at=settings.at or task.cuts(),

@@ -19,7 +19,8 @@ from blocklocal.lab.distributed.process_group import Processes
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.runs.block_state import block_state, load_block_state
 from blocklocal.lab.runs.checkpoint_part import State
-from blocklocal.lab.training.evaluation import Exits, grade, weigh
+from blocklocal.lab.tasks.grading import Grades
+from blocklocal.lab.training.evaluation import Exits, weigh
 from blocklocal.lab.training.experiment import DTYPES, Experiment
 from blocklocal.lab.training.optim import averaged, set_rate
 from blocklocal.pipeline import Placement, balanced, replicate, shard
@@ -97,24 +98,26 @@ class PipelineTrainer:
         split = self.experiment.dataset.validation
         if split is None:
             return None
-        scores = torch.zeros(len(self.learner.blocks), *split.labels.shape, len(self.experiment.dataset.classes))
+        grading = self.experiment.task.grading
+        scores = torch.zeros(len(self.learner.blocks), *grading.shape(split.labels))
         for rows, found in self._scores(split):
             scores[self.blocks, rows] = found
-        return weigh(self.learner, self.processes.sum(scores), split.labels)
+        return weigh(self.learner, self.processes.sum(scores), split.labels, grading=grading)
 
     def test(self) -> Exits:
-        test, classes = self.experiment.dataset.test, len(self.experiment.dataset.classes)
-        shape = len(self.learner.blocks), len(test), test.labels[0].numel()
-        correct, confidence, nats = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape), torch.zeros(shape)
-        scores = torch.zeros(*test.labels.shape, classes)
+        test, grading = self.experiment.dataset.test, self.experiment.task.grading
+        grades: Grades = {}
+        scores = torch.zeros(grading.shape(test.labels))
         weights = torch.tensor([self.learner.pool.weights[k] for k in self.blocks])
         for rows, found in self._scores(test):
-            for kept, part in zip((correct, confidence, nats), grade(found, test.labels[rows]), strict=True):
-                kept[self.blocks, rows] = part.unflatten(1, (found.shape[1], -1)).to(kept.dtype)
+            for name, part in grading.grade(found, test.labels[rows]).items():
+                part = part.unflatten(1, (found.shape[1], -1))
+                kept = grades.setdefault(name, torch.zeros(len(self.learner.blocks), len(test), part.shape[-1]))
+                kept[self.blocks, rows] = part
             scores[rows] = (weights.view(-1, *[1] * (found.dim() - 1)) * found).sum(0)
-        correct, confidence, nats = (self.processes.sum(part).flatten(1) for part in (correct, confidence, nats))
-        combined, _, combined_nats = grade(self.processes.sum(scores).log_softmax(-1), test.labels)
-        return Exits(correct.bool(), confidence, nats, combined, combined_nats)
+        grades = {name: self.processes.sum(part).flatten(1) for name, part in grades.items()}
+        combined = grading.scores(self.processes.sum(scores))
+        return Exits(grading, grades, grading.grade(combined, test.labels))
 
     def averaged(self) -> AbstractContextManager[None]:
         return averaged([stage.optimizer for stage in self.pipeline.stages])
@@ -143,15 +146,15 @@ class PipelineTrainer:
         return ((None, self._share(y)) for y in self.experiment.training_labels(epoch, begin=begin))
 
     def _scores(self, split: Split) -> Iterator[tuple[slice, Tensor]]:
-        """Log-probabilities (blocks, rows, n) of this process's exits, for this replica's rows of the split."""
+        """Scores (blocks, rows, ...) of this process's exits, for this replica's rows of the split."""
         share = self._share(torch.arange(len(split)))
         predictions, first = self.pipeline.predict(self._ordered_batches(split.of(share))), int(share[0])
         while True:
             with self.experiment.autocast(self.device):
-                logits = next(predictions, None)
-            if logits is None:
+                given = next(predictions, None)
+            if given is None:
                 break
-            found = logits.float().log_softmax(-1).cpu()
+            found = self.experiment.task.grading.scores(given).cpu()
             yield slice(first, first := first + found.shape[1]), found
 
     def _ordered_batches(self, split: Split) -> Iterator[Batch]:

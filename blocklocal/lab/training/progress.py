@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from blocklocal.lab.tasks.measure import ACCURACY, Measure
 
 
 @dataclass(frozen=True)
@@ -28,20 +30,11 @@ class Plan:
     done: int
     rest: int = 0
     unit: str = "images"
-    judged_by: Literal["accuracy", "loss"] = "accuracy"
+    judged_by: Measure = ACCURACY
 
     def tests(self, record: dict[str, Any]) -> list[float]:
         """What is shown of the record of an epoch: a value for each exit, and for all exits combined."""
-        name = f"test_{self.judged_by}"
-        return [*record[name], record[f"{name}_all"]]
-
-    def show(self, value: float, *, digits: int = 1) -> str:
-        """An accuracy in per cent, or a loss in nats."""
-        return f"{100 * value:.{digits}f}" if self.judged_by == "accuracy" else f"{value:.{digits + 2}f}"
-
-    @property
-    def measure(self) -> str:
-        return "%" if self.judged_by == "accuracy" else "nats"
+        return [*(self.judged_by.exit(record, k) for k in range(self.blocks)), self.judged_by.combined(record)]
 
 
 class Display(Protocol):
@@ -84,11 +77,13 @@ class PlainDisplay:
 
     def epoch(self, record: dict[str, Any]) -> None:
         plan = self.plan
-        *exits, combined = map(plan.show, plan.tests(record))
-        together = f", all exits {combined} {plan.measure}" if len(exits) > 1 else ""
+        measure = plan.judged_by
+        *exits, combined = map(measure.show, plan.tests(record))
+        unit = f" {measure.unit}".rstrip()
+        together = f", all exits {combined}{unit}" if len(exits) > 1 else ""
         self._say(
             f"epoch {record['epoch']}/{plan.epochs}: loss {_join(record['train_loss'], '.3f')}, "
-            f"test {plan.judged_by} {' '.join(exits)} {plan.measure}{together}, {record['seconds']:.1f} s"
+            f"test {measure.label} {' '.join(exits)}{unit}{together}, {record['seconds']:.1f} s"
         )
 
     def _say(self, line: str) -> None:
@@ -139,10 +134,9 @@ class LiveDisplay:
     def _render(self) -> Group:
         table = Table("block", box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("training loss", justify="right")
-        table.add_column(f"test {self.plan.judged_by}", justify="right")
-        tests = [
-            "-" if test is None else f"{self.plan.show(test, digits=2)} {self.plan.measure}" for test in self.tests
-        ]
+        measure = self.plan.judged_by
+        table.add_column(f"test {measure.label}", justify="right")
+        tests = ["-" if test is None else f"{measure.show(test, finer=1)} {measure.unit}" for test in self.tests]
         for k, (loss, test) in enumerate(zip(self.losses, tests[:-1], strict=True)):
             table.add_row(str(k), "-" if loss is None else f"{loss:.4f}", test)
         if len(self.losses) > 1:

@@ -40,7 +40,7 @@ TEXT = Settings(
     threads=1,  # windows of 64 characters are too small for more
 )
 
-TABLE = Settings(model="mlp", epochs=30, batch_size=32, lr=0.05, threads=1)
+TABLE = Settings(model="mlp", epochs=30, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.01, threads=1)
 
 RECIPES = {"images": IMAGES, "text": TEXT, "table": TABLE}
 

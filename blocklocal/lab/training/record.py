@@ -58,11 +58,7 @@ def train_epoch(epoch: int, loop: TrainingLoop, processes: Processes, *, shown: 
         "borders": borders,
     }
     if held_out is not None:
-        record |= {
-            "validation_accuracy": held_out.accuracies,
-            "validation_accuracy_all": held_out.combined_accuracy,
-            "exit_weights": list(experiment.learner.pool.weights),
-        }
+        record |= {**held_out.validation_record, "exit_weights": list(experiment.learner.pool.weights)}
     if angles := experiment.angles(epoch):
         record["angles"] = angles
     shown.epoch(record)
@@ -72,14 +68,13 @@ def train_epoch(epoch: int, loop: TrainingLoop, processes: Processes, *, shown: 
 def summary(records: Sequence[Mapping[str, Any]], experiment: Experiment) -> dict[str, Any]:
     """What `bll train` prints as its last line, from the records of all epochs."""
     last = records[-1]
-    by_loss = experiment.task.judged_by == "loss"
-    losses = {"loss": last["test_loss"][-1], "loss_all": last["test_loss_all"]} if by_loss else {}
+    shown = {}
+    for measure in experiment.task.shown:
+        shown |= {measure.name: measure.exit(last), f"{measure.name}_all": measure.combined(last)}
     return {
         "rule": experiment.settings.rule,
         "blocks": len(experiment.learner.blocks),
-        "accuracy": last["test_accuracy"][-1],
-        "accuracy_all": last["test_accuracy_all"],
-        **losses,
+        **shown,
         "seconds": round(sum(record["seconds"] for record in records), 3),
         "epochs": experiment.settings.epochs,
     }

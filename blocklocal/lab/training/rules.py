@@ -96,11 +96,12 @@ class Problem:
 
     example: a batch of samples as the model gets them. balance: see `split`; memory, unlike time, is the same at every
     measurement. seed: of what a rule draws besides the model's weights.
-    add_beliefs: see `BlockLocal`.
+    classes, outputs, add_beliefs: see `BlockLocal`.
     """
 
-    classes: int
     example: Tensor
+    classes: int | None = None
+    outputs: int | None = None
     blocks: int | None = None
     at: Sequence[str] | None = None
     criterion: Criterion | None = None
@@ -141,6 +142,7 @@ def block_local(loss: LocalLoss, *, feedback: Feedback = ClosedFormFeedback()) -
             at=problem.at,
             blocks=None if problem.at else problem.blocks,
             classes=problem.classes,
+            outputs=problem.outputs,
             example=problem.example,
             balance=problem.balance,
             loss=problem.changes.made(loss),
@@ -164,7 +166,8 @@ def backpropagation(model: nn.Module | Sequence[nn.Module], problem: Problem) ->
     if problem.changes or problem.add_beliefs:
         options = ", ".join(f"--{field.name.replace('_', '-')}" for field in fields(Changes))
         raise ValueError(f"it trains the model whole: {options} and --add-beliefs are for rules in blocks")
-    return Learning(BlockLocal(model, blocks=1, classes=problem.classes, criterion=problem.criterion))
+    learner = BlockLocal(model, blocks=1, classes=problem.classes, outputs=problem.outputs, criterion=problem.criterion)
+    return Learning(learner)
 
 
 def aligned(align: Callable[[nn.Module, Problem], Alignment]) -> Rule:
@@ -175,6 +178,12 @@ def aligned(align: Callable[[nn.Module, Problem], Alignment]) -> Rule:
         return Learning(learner, align(learner.model, problem))
 
     return Rule(build, in_blocks=False, over_processes=False)
+
+
+def random_targets(model: nn.Module, problem: Problem) -> DirectRandomTargetProjection:
+    if problem.classes is None:
+        raise ValueError("it takes targets for the sign of the error, which is right for classes alone")
+    return DirectRandomTargetProjection(model, example=problem.example, seed=problem.seed)
 
 
 RULES: dict[str, Rule] = {
@@ -188,7 +197,7 @@ RULES: dict[str, Rule] = {
     "brsf": aligned(lambda model, given: SignSymmetry(model, magnitude="batchwise", seed=given.seed)),
     "frsf": aligned(lambda model, given: SignSymmetry(model, magnitude="fixed", seed=given.seed)),
     "dfa": aligned(lambda model, given: DirectFeedbackAlignment(model, example=given.example, seed=given.seed)),
-    "drtp": aligned(lambda model, given: DirectRandomTargetProjection(model, example=given.example, seed=given.seed)),
+    "drtp": aligned(random_targets),
 }
 """The rules of every command. One of the user's own is package.module:function, see `own`."""
 WHOLE = {name for name, rule in RULES.items() if not rule.in_blocks}
@@ -210,6 +219,8 @@ def own(name: str) -> Rule:
     def build(model: nn.Module | Sequence[nn.Module], problem: Problem) -> Learning:
         if problem.changes or problem.add_beliefs:
             raise ValueError("it is a function, which sets its own local loss: leave --head and such options out")
+        if problem.classes is None:
+            raise ValueError("it is a function of classes=, and the target is a number: choose another rule")
         with blame(f"rule {name!r} cannot be applied"), chdir("."):
             learner = function(model, **{argument: getattr(problem, argument) for argument in OWN_ARGUMENTS})
         if not isinstance(learner, BlockLocal) or (isinstance(model, nn.Module) and learner.model is not model):

@@ -33,13 +33,14 @@ def try_model(
     name: str,
     shape: tuple[int, ...],
     context: AbstractContextManager,
+    targets: str | None = None,
     unit: str = "images",
 ) -> None:
     """Run a pass in training mode and one in evaluation mode over samples x, in `context`.
 
-    unit: what the samples are called. UserError: no parameters to train, or one that overlaps itself in memory; a pass
-    that fails, or does not give finite logits of this shape, (B, n) or, of the next token, (B, T, n), where those of a
-    position must not depend on later tokens.
+    targets: what it predicts, in words. unit: what the samples are called. UserError: no parameters to train, or one
+    that overlaps itself in memory; a pass that fails, or does not give finite logits of this shape, (B, n) or, of the
+    next token, (B, T, n), where those of a position must not depend on later tokens.
     """
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise UserError(f"model {name!r} has parameters without a shape: give its lazy modules their sizes")
@@ -54,7 +55,7 @@ def try_model(
             model.train(training)
             with context, torch.set_grad_enabled(training):
                 logits = model(x)
-            fault = _fault(logits, shape=shape, unit=unit, device=x.device)
+            fault = _fault(logits, shape=shape, targets=targets or f"{shape[-1]} classes", unit=unit, device=x.device)
             if fault:
                 raise UserError(f"model {name!r} {fault}")
             if training and not logits.requires_grad:
@@ -104,20 +105,18 @@ def try_checkpoint(learner: BlockLocal, *, name: str) -> None:
                 raise UserError(f"model {name!r}: {key} would not be taken back: its module needs set_extra_state()")
 
 
-def _fault(logits: object, *, shape: tuple[int, ...], unit: str, device: torch.device) -> str:
+def _fault(logits: object, *, shape: tuple[int, ...], targets: str, unit: str, device: torch.device) -> str:
     """What is wrong with the output of a model, if anything."""
-    samples, classes = shape[0], shape[-1]
+    samples = shape[0]
     if inspect.iscoroutine(logits):
         logits.close()
         return "has an async forward(), which returns no tensor: define it with def alone"
     if not isinstance(logits, Tensor):
         return f"gives an object of type {type(logits).__name__}, not a tensor of logits"
-    if logits.dim() == len(shape) == 2 and len(logits) == samples and logits.shape[1] != classes:
-        return f"gives {logits.shape[1]} logits per {unit[:-1]} for {classes} classes"
+    if logits.dim() == len(shape) == 2 and len(logits) == samples and logits.shape[1] != shape[-1]:
+        return f"gives {logits.shape[1]} logits per {unit[:-1]} for {targets}"
     if logits.shape != shape:
-        return (
-            f"gives a tensor of shape {(*logits.shape,)} for {samples} {unit} and {classes} classes: it must be {shape}"
-        )
+        return f"gives a tensor of shape {(*logits.shape,)} for {samples} {unit} and {targets}: it must be {shape}"
     if not logits.is_floating_point():
         return f"gives a tensor of {logits.dtype}: logits must be floating-point numbers"
     if logits.device != device:
