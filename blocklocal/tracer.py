@@ -56,6 +56,7 @@ class ContainerTracer(fx.Tracer):
 
     def record(self, root: nn.Module) -> fx.Graph:
         if self.arguments is not None:
+            torch.compiler.disable(lambda: None)  # imports the compiler, which must not meet stand-ins for functions
             self.known = Interpreter(root, self.arguments.tensors())
         with self._recorded(root):
             return self.trace(root)
