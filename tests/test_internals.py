@@ -78,7 +78,7 @@ def test_no_class_overrides_a_private_name_of_torch_elsewhere() -> None:
 
 WITHOUT = """
 import torch.utils._python_dispatch as dispatch
-import torch, torch.utils.checkpoint, torch.distributed.fsdp  # which have taken it by then
+import torch, torch._dynamo, torch.utils.checkpoint, torch.distributed.fsdp  # which have taken it by then
 del dispatch.TorchDispatchMode
 """
 
