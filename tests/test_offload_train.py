@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from interruption import interrupted
 from safetensors.torch import load_file
 
 from blocklocal.lab.cli import main
@@ -67,22 +68,10 @@ def test_an_offloaded_run_is_the_same(tmp_path: Path, undisturbed: tuple, offloa
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_files")
 @pytest.mark.parametrize("then", ["disk", "none"])
-def test_an_interrupted_run_goes_on_the_same(
-    tmp_path: Path, undisturbed: tuple, monkeypatch: pytest.MonkeyPatch, then: str
-) -> None:
-    whole = OffloadedTrainer.train
-
-    def broken(self, epoch, *, begin):
-        for step, losses in enumerate(whole(self, epoch, begin=begin)):
-            if epoch == 2 and step == 2:  # there is a checkpoint of the step before
-                raise KeyboardInterrupt
-            yield losses
-
-    monkeypatch.setattr(OffloadedTrainer, "train", broken)
+def test_an_interrupted_run_goes_on_the_same(tmp_path: Path, undisturbed: tuple, then: str) -> None:
     settings = replace(TINY, out=str(tmp_path / "run"), offload="disk")
-    with pytest.raises(KeyboardInterrupt):
-        train(settings)
-    monkeypatch.setattr(OffloadedTrainer, "train", whole)
+    with interrupted(OffloadedTrainer, epoch=2, step=2), pytest.raises(KeyboardInterrupt):
+        train(settings)  # there is a checkpoint of the step before
     part = next((tmp_path / "run").glob("checkpoint/step-*/block-1/tensors.safetensors"))
     part.rename(tmp_path / "away")
     with pytest.raises(UserError, match="is not a readable checkpoint"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from block_folders import options, settings_of, train_chain
+from interruption import interrupted
 from safetensors.torch import load_file
 
 from blocklocal.lab.cli import main
@@ -166,7 +167,7 @@ def test_without_data_the_block_begins_as_in_the_whole_model(tmp_path, kind):
 
 
 @pytest.mark.parametrize("k", [0, 1])
-def test_an_interrupted_block_resumes_bit_for_bit(tmp_path, monkeypatch, k):
+def test_an_interrupted_block_resumes_bit_for_bit(tmp_path, k):
     settings = replace(settings_of("images", tmp_path), save_every=2, epochs=3)
     source = options(settings)
     if k:
@@ -175,16 +176,7 @@ def test_an_interrupted_block_resumes_bit_for_bit(tmp_path, monkeypatch, k):
         source = ["--from", str(tmp_path / "b0-cache"), "--save-every=2"]
     command = ["train", "--only", str(k), *source]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    whole_epoch = BlockTrainer.train
-
-    def stopping(self, epoch, *, begin):
-        for step, losses in enumerate(whole_epoch(self, epoch, begin=begin)):
-            if epoch == 2 and step == 3:
-                raise KeyboardInterrupt
-            yield losses
-
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockTrainer, "train", stopping)
+    with interrupted(BlockTrainer, epoch=2, step=3):
         assert main([*command, "--out", str(tmp_path / "stopped")]) == 130
     assert not BlockRun(tmp_path / "stopped").model.exists()
     assert main(["train", "--only", str(k), "--resume", "--out", str(tmp_path / "stopped")]) == 0

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from block_folders import options, train_chain
+from interruption import interrupted
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -163,22 +164,12 @@ def test_backpropagation_of_the_squared_error_is_plain_pytorch(tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"offload": "cpu", "validation": 12}])
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch, changes):
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, changes):
     """One in memory, and one with blocks in host memory, against a run that was not interrupted, in memory."""
     chosen = settings(tmp_path, **changes, save_every=2)
     train(replace(chosen, offload="none", out=str(tmp_path / "whole")))
-    whole_epoch = SingleTrainer.train
-
-    def stopping(self, epoch, *, begin):
-        for step, losses in enumerate(whole_epoch(self, epoch, begin=begin)):
-            if epoch == 2 and step == 3:
-                raise KeyboardInterrupt
-            yield losses
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SingleTrainer, "train", stopping)
-        with pytest.raises(KeyboardInterrupt, match="epoch 2, step 2"):
-            train(chosen)
+    with interrupted(SingleTrainer, epoch=2, step=3), pytest.raises(KeyboardInterrupt, match="epoch 2, step 2"):
+        train(chosen)
     train(replace(chosen, resume=True))
     assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
     saved = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run")]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruption import interrupted
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -116,22 +117,12 @@ def test_a_run_records_the_loss_of_each_exit(tmp_path, text, capsys):
 @pytest.mark.parametrize(
     "changes", [{}, {"optimizer": "schedulefree", "schedule": "constant"}, {"rule": "bp", "vocabulary": 260}]
 )
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, text, monkeypatch, changes):
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, text, changes):
     settings = tiny(text, save_every=3, **changes)
     train(replace(settings, out=str(tmp_path / "whole")))
-    whole_epoch = SingleTrainer.train
-
-    def stopping(self, epoch, *, begin):
-        for step, losses in enumerate(whole_epoch(self, epoch, begin=begin)):
-            if epoch == 2 and step == 3:
-                raise KeyboardInterrupt
-            yield losses
-
     stopped = replace(settings, out=str(tmp_path / "stopped"))
-    with monkeypatch.context() as patch:
-        patch.setattr(SingleTrainer, "train", stopping)
-        with pytest.raises(KeyboardInterrupt, match="epoch 2, step 3"):
-            train(stopped)
+    with interrupted(SingleTrainer, epoch=2, step=3), pytest.raises(KeyboardInterrupt, match="epoch 2, step 3"):
+        train(stopped)
     train(replace(stopped, resume=True))
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

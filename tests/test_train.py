@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruption import interrupted
 from run_folders import FACTS
 from safetensors.torch import load_file
 from torch import nn
@@ -81,19 +82,6 @@ def own_nets(tmp_path, monkeypatch):
 
 def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def interrupt(monkeypatch, *, epoch: int, step: int = 0) -> None:
-    """As if Ctrl-C were hit in that epoch, after so many of its steps."""
-    whole = SingleTrainer.train
-
-    def broken(self, number, *, begin):
-        for done, losses in enumerate(whole(self, number, begin=begin), start=begin):
-            if number == epoch and done == step:
-                raise KeyboardInterrupt
-            yield losses
-
-    monkeypatch.setattr(SingleTrainer, "train", broken)
 
 
 def test_backpropagation_is_plain_pytorch_bit_for_bit(tmp_path):
@@ -211,15 +199,13 @@ RANDOM = [
 
 
 @pytest.mark.parametrize("changes", RANDOM)
-def test_resuming_restores_what_is_random(tmp_path, monkeypatch, own_nets, changes):
+def test_resuming_restores_what_is_random(tmp_path, own_nets, changes):
     settings = replace(TINY, epochs=2, save_every=2, **changes)
     train(replace(settings, out=str(tmp_path / "whole")))
     for step, kept in ((0, "epoch 1$"), (3, "epoch 2, step 2 of 4")):
         stopped = tmp_path / f"stopped{step}"
-        with monkeypatch.context() as patch:
-            interrupt(patch, epoch=2, step=step)
-            with pytest.raises(KeyboardInterrupt, match=kept):
-                train(replace(settings, out=str(stopped)))
+        with interrupted(SingleTrainer, epoch=2, step=step), pytest.raises(KeyboardInterrupt, match=kept):
+            train(replace(settings, out=str(stopped)))
         torch.manual_seed(99)
         train(replace(settings, out=str(stopped), resume=True))
         whole, resumed = (load_file(out / "model.safetensors") for out in (tmp_path / "whole", stopped))
@@ -229,12 +215,10 @@ def test_resuming_restores_what_is_random(tmp_path, monkeypatch, own_nets, chang
             assert one["borders"] == other["borders"]
 
 
-def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path, monkeypatch):
+def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path):
     settings = replace(TINY, out=str(tmp_path))
-    with monkeypatch.context() as patch:
-        interrupt(patch, epoch=2)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings)
+    with interrupted(SingleTrainer, epoch=2), pytest.raises(KeyboardInterrupt):
+        train(settings)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**lines(tmp_path)[0], "epoch": 2}) + "\n" + '{"epoch": 3, "train')
     half = tmp_path / "checkpoint" / "step-8" / "block-0"
@@ -244,11 +228,9 @@ def test_resuming_mends_metrics_that_ran_ahead_of_the_checkpoint(tmp_path, monke
     assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt(patch, epoch=1)
-        with pytest.raises(KeyboardInterrupt, match="no checkpoint"):
-            train(replace(TINY, out=str(tmp_path)))
+def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
+    with interrupted(SingleTrainer, epoch=1), pytest.raises(KeyboardInterrupt, match="no checkpoint"):
+        train(replace(TINY, out=str(tmp_path)))
     train(replace(TINY, out=str(tmp_path), resume=True))
     assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3]
 

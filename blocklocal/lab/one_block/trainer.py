@@ -13,7 +13,7 @@ from blocklocal.graph import mode
 from blocklocal.lab.one_block.source import Source
 from blocklocal.lab.runs.block_state import block_state, load_block_state, load_random_state, random_state
 from blocklocal.lab.runs.checkpoint_part import State
-from blocklocal.lab.training.evaluation import Exits
+from blocklocal.lab.training.evaluation import Exits, on_cpu
 from blocklocal.lab.training.experiment import Experiment
 from blocklocal.lab.training.optim import averaged, set_rate
 
@@ -78,6 +78,6 @@ class BlockTrainer:
         with mode(self.learner, training=False), self.experiment.autocast():
             for h, y in self.source.ordered(name):
                 scores = grading.scores(self.learner.exit(self.k, h)[0])
-                grades = {name: part.cpu() for name, part in grading.grade(scores, y).items()}
+                grades = on_cpu(grading.grade(scores, y))
                 batches.append(({name: part[None] for name, part in grades.items()}, grades))
         return Exits.joined(grading, batches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,16 +111,15 @@ def weigh(learner: BlockLocal, scores: Tensor, y: Tensor, *, grading: Grading) -
 def _graded(learner: BlockLocal, scores: Tensor, y: Tensor, *, grading: Grading) -> tuple[Grades, Grades]:
     """The grades of a batch, of each exit and of all combined."""
     combined = grading.scores(learner.pool(scores))
-    return _moved(grading.grade(scores, y)), _moved(grading.grade(combined, y))
+    return on_cpu(grading.grade(scores, y)), on_cpu(grading.grade(combined, y))
 
 
-def _moved(grades: Grades) -> Grades:
+def on_cpu(grades: Grades) -> Grades:
     return {name: part.cpu() for name, part in grades.items()}
 
 
-def _joined(batches: Iterable[Mapping[str, Tensor]]) -> Grades:
-    parts = list(batches)
-    return {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+def _joined(batches: Sequence[Grades]) -> Grades:
+    return {name: torch.cat([part[name] for part in batches], -1) for name in batches[0]}
 
 
 @torch.no_grad()
