@@ -8,6 +8,10 @@ process may make one, else by RLIMIT_DATA. One line of JSON per way is printed, 
 
 "files" and "backprop" run under the limit, "files-free", "host" and "memory" without it: blocks from files, from host
 memory, and never offloaded, for the time of a step.
+
+    python benchmarks/offload.py ../shared/data/tinyshakespeare.txt --device cuda --ways host,memory,backprop
+
+With --device cuda the blocks at work are on the GPU, --limit is one of its memory, and "host" is under it too.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,12 +61,13 @@ class Text:
         letters = sorted(set(text))
         self.ids, self.tokens = torch.tensor([letters.index(letter) for letter in text]), len(letters)
         self._shape, self._draws = (options.batch_size, options.context), torch.Generator().manual_seed(0)
+        self._device = options.device
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         count, context = self._shape
         first = torch.randint(len(self.ids) - context - 1, (count, 1), generator=self._draws)
         places = first + torch.arange(context)
-        return self.ids[places], self.ids[places + 1]
+        return self.ids[places].to(self._device), self.ids[places + 1].to(self._device)
 
 
 def built(text: Text, options: argparse.Namespace, *, device: str) -> bll.BlockLocal:
@@ -80,7 +85,7 @@ def steps(way: str, text: Text, options: argparse.Namespace, *, folder: Path) ->
     if way == "backprop":
         model = GPT(
             tokens=text.tokens, context=options.context, width=options.width, depth=options.depth, heads=options.heads
-        )
+        ).to(options.device)
         optimizer = OPTIMIZER(model.parameters())
         while True:
             x, y = text.batch()
@@ -89,12 +94,12 @@ def steps(way: str, text: Text, options: argparse.Namespace, *, folder: Path) ->
             optimizer.step()
             optimizer.zero_grad()
             yield [loss.item()]
-    learner = built(text, options, device="cpu" if way == "memory" else "meta")
+    learner = built(text, options, device=options.device if way == "memory" else "meta")
     if way == "memory":
         optimizers = [OPTIMIZER(learner.block_parameters(k)) for k in range(options.blocks)]
     else:
         store = bll.HostStore() if way == "host" else bll.FileStore(folder)
-        optimizers = learner.offload(store, optimizer=OPTIMIZER).optimizers
+        optimizers = learner.offload(store, optimizer=OPTIMIZER, device=options.device).optimizers
     while True:
         yield learner.backward(*text.batch(), optimizers=optimizers).tolist()
 
@@ -124,8 +129,14 @@ def run(way: str, options: argparse.Namespace) -> None:
     found = sizes(text, options)
     own = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    if options.device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if options.limit:
-        if options.group:
+        if options.device != "cpu":
+            total = torch.cuda.get_device_properties(options.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(options.limit * MIB / total)
+        elif options.group:
             (options.group / "cgroup.procs").write_text(str(os.getpid()))
         else:
             limit = int((status("VmData") + options.limit) * MIB)
@@ -155,6 +166,7 @@ def run(way: str, options: argparse.Namespace) -> None:
                 "interpreter_mib": own,
                 "peak_beyond_mib": status("VmHWM") - own,
                 "disk_per_step_mib": {name: (now - before[name]) / MIB / len(losses) for name, now in moved().items()},
+                "device_peak_mib": torch.cuda.max_memory_allocated() / MIB if options.device != "cpu" else None,
             }
         )
     )
@@ -182,10 +194,11 @@ def group(limit: int):
 
 def started(way: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run one way in a process of its own; the facts of it."""
-    limited = way in ("files", "backprop")
+    on_cpu = options.device == "cpu"
+    limited = way in ("files", "backprop") or (way == "host" and not on_cpu)
     folder = options.folder / f"offload-{os.getpid()}"
     number = options.steps if limited else options.few
-    with group(options.limit) as (path, seen):
+    with group(options.limit) if on_cpu else nullcontext((None, dict)) as (path, seen):
         command = [
             sys.executable,
             __file__,
@@ -197,7 +210,7 @@ def started(way: str, options: argparse.Namespace) -> dict[str, Any]:
             "--steps",
             str(number),
         ]
-        for name in ("width", "depth", "heads", "blocks", "context", "batch_size", "threads"):
+        for name in ("width", "depth", "heads", "blocks", "context", "batch_size", "threads", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
         command += ["--limit", str(options.limit if limited else 0)]
         command += ["--group", str(path)] if path and limited else []
@@ -212,7 +225,8 @@ def started(way: str, options: argparse.Namespace) -> dict[str, Any]:
             "exit": ended.returncode,
         }
         if limited:
-            facts["limited_by"] = "a control group" if path else "RLIMIT_DATA"
+            own = "a control group" if path else "RLIMIT_DATA"
+            facts["limited_by"] = own if on_cpu else "the allocator of the device"
             facts |= seen()
     return facts | (json.loads(ended.stdout) if ended.returncode == 0 else {})
 
@@ -229,8 +243,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=24, help="under the limit")
     parser.add_argument("--few", type=int, default=3, help="steps without it")
-    parser.add_argument("--limit", type=int, default=400, help="MiB beyond the interpreter")
+    parser.add_argument("--limit", type=int, default=400, help="MiB beyond the interpreter, or of the device")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="where a block is at work")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the blocks live meanwhile")
     parser.add_argument("--out", type=Path, help="a file of JSON lines to append to")
     parser.add_argument("--way", help=argparse.SUPPRESS)
