@@ -43,10 +43,14 @@ class BorderFactory:
         return Border(spec, loss=self.loss, feedback=self.feedback, statistic=self.statistic).to(h)
 
     def trial(self, h: Tensor, prediction: Tensor, found: Layout | None) -> Callable[[Tensor], Tensor]:
-        """The local loss h -> scalar of a border at h, to measure what it costs; see `balance.BorderLoss`."""
+        """The local loss h -> scalar of a border at h, to measure what it costs; see `balance.BorderLoss`.
+
+        ValueError: no border can stand there, for example since the statistic cannot be taken of these features.
+        """
         (chosen,) = given_layouts(self.layout, borders=1)
         y = prediction[..., 0].long().zero_() if self.targets.labels else prediction
         border = self.build(h, prediction, chosen or found)
+        _ = border.message(h).statistics
         return lambda h: border(border.message(h), y)
 
     def check_side_inputs(self, names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import blocklocal as bll
 from blocklocal.families import Family
 from blocklocal.heads import NormalisedHead, PooledResidualHead
+from blocklocal.lab.models import build
 from blocklocal.losses import Term, similarity
 from blocklocal.messages import BorderInput
 
@@ -325,6 +326,18 @@ def test_a_chain_learns_from_richer_statistics(statistic, per_channel: int, head
     assert_close(feedback(torch.arange(CLASSES)), means.detach(), rtol=1e-3, atol=1e-3)
     if head != "pooled":
         assert learner._border(1).message(torch.randn(4, 6)).alpha.shape == (4, 6)
+
+
+@pytest.mark.parametrize("learner", [bll.BlockLocal, bll.Hooked])
+def test_chosen_borders_stand_where_the_statistic_can_be_taken(learner) -> None:
+    """ResNet-8 can be cut after its average pooling, where a map of one pixel has no grid of 2x2 cells."""
+    model = build("resnet8", channels=3, size=(8, 8), classes=CLASSES)
+    x, y = torch.randn(4, 3, 8, 8), torch.arange(4) % CLASSES
+    ours = learner(model, blocks=4, classes=CLASSES, example=x, statistic=bll.SpatialGrid(2))
+    assert "avgpool" not in ours.cuts
+    assert ours.backward(x, y).isfinite().all()
+    with pytest.raises(ValueError, match="at least 9 pixels per side"):
+        learner(model, blocks=2, classes=CLASSES, example=x, statistic=bll.SpatialGrid(9))
 
 
 def test_a_grid_needs_a_map() -> None:
