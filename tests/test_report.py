@@ -194,6 +194,30 @@ def test_a_rule_has_the_same_colour_everywhere(runs):
     assert ten.get_color() == hundred.get_color()
 
 
+def test_names_cover_neither_the_title_nor_the_panel(tmp_path):
+    for blocks in (2, 3, 4, 5, 6):
+        write_run(
+            tmp_path / str(blocks),
+            head="residual",
+            at=[f"layer{k}" for k in range(1, blocks)],
+            blocks=blocks,
+            accuracies=[0.5, 0.6],
+        )
+    write_run(tmp_path / "mean", head=None, at=[], accuracies=[0.5, 0.6])
+    plots = {plot.name: plot.figure for plot in compose([read(path) for path in find(tmp_path)]).plots}
+    names = [line.get_label() for line in plots["accuracy-cifar10-resnet20"].axes[0].get_lines()]
+    assert "bll" in names
+    assert "bll, at layer1 layer2, head residual" in names
+    for figure in [*plots.values()][:7]:  # of all groups, and of the first
+        figure.draw_without_rendering()
+        panel, title = figure.axes[0].get_window_extent(), figure.get_suptitle()
+        others = [legend.get_window_extent() for legend in figure.legends]
+        (shown,) = (text.get_window_extent() for text in figure.texts if text.get_text() == title)
+        assert not any(shown.overlaps(box) or panel.overlaps(box) for box in others), title
+        assert shown.x1 < figure.bbox.x1
+        assert panel.width > figure.bbox.width / 2
+
+
 def test_same_runs_give_the_same_picture(runs):
     first, second = (compose([read(runs / "bll0")]).plots[0] for _ in range(2))
     assert (first.svg, first.png) == (second.svg, second.png)

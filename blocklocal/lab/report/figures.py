@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -14,14 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from blocklocal.lab.names import plain, short
+from blocklocal.lab.names import NAME, plain, short
 from blocklocal.lab.report.seed_groups import Group
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
+    "figure.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -36,7 +36,8 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "blocklocal",
 }
 WIDTH, HEIGHT = 4.8, 3.4  # inches
-INSIDE, NAMED = 4, 12  # up to 4 lines are named inside the panel; of more, up to 12 are named next to it
+INSIDE, NAMED = 4, 12  # up to 4 lines are named inside the panel; of more, up to 12 are named outside it
+BESIDE, TITLE = 16, 56  # characters of a name beside the panel, longer ones stand below it; of a line of the title
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def over_epochs(
     mark: float | None = None,
 ) -> Figure:
     """The vertical axis. low, high: values that it must include. mark: a value marked by a line."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.add_subplot(title=_shown(title), xlabel="epoch", ylabel=y)
+    figure = _titled(title)
+    axes = figure.add_subplot(xlabel="epoch", ylabel=y)
     for line in lines:
         _draw(axes, line)
     bottom, top = axes.get_ylim()
@@ -77,8 +78,8 @@ def over_epochs(
 @matplotlib.rc_context(STYLE)
 def against_time(lines: Sequence[Line], *, title: str, y: str) -> Figure:
     """A panel over the seconds of training, with a line for each run."""
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    axes = figure.add_subplot(title=_shown(title), xlabel="seconds of training", ylabel=y)
+    figure = _titled(title)
+    axes = figure.add_subplot(xlabel="seconds of training", ylabel=y)
     for line in lines:
         for k, run in enumerate(line.group.counted):
             seconds = list(accumulate(float(record["seconds"]) for record in run.records))
@@ -91,9 +92,8 @@ def against_time(lines: Sequence[Line], *, title: str, y: str) -> Figure:
 @matplotlib.rc_context(STYLE)
 def stacked(lines: Sequence[Line], *, title: str) -> Figure:
     """A panel for each line, one below another."""
-    figure = Figure(figsize=(WIDTH, max(HEIGHT, 0.9 + 0.7 * len(lines))), layout="constrained")
+    figure = _titled(title, height=max(HEIGHT, 0.9 + 0.7 * len(lines)))
     panels = figure.subplots(len(lines), 1, sharex=True, squeeze=False)[:, 0]
-    panels[0].set_title(_shown(title))
     for axes, line in zip(panels, lines, strict=True):
         _draw(axes, line)
         axes.set_ylabel(_shown(line.label))
@@ -101,6 +101,13 @@ def stacked(lines: Sequence[Line], *, title: str) -> Figure:
         axes.ticklabel_format(axis="y", useOffset=False)
     panels[-1].set_xlabel("epoch")
     _count_epochs(panels[-1])
+    return figure
+
+
+def _titled(title: str, *, height: float = HEIGHT) -> Figure:
+    """A figure whose title may take several lines: a legend beside the panels leaves room for it."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.suptitle(fill(_shown(title, longest=2 * TITLE), TITLE), x=0.01, ha="left")
     return figure
 
 
@@ -117,9 +124,9 @@ def _draw(axes: Axes, line: Line) -> None:
         axes.fill_between(epochs, low, high, color=line.colour, alpha=0.15, linewidth=0)
 
 
-def _shown(name: str) -> str:
+def _shown(name: str, *, longest: int = NAME) -> str:
     """A label that is safe in a legend, which leaves out those that begin with an underscore."""
-    return plain(short(name)).replace("\n", " ").lstrip("_")
+    return plain(short(name, longest=longest)).replace("\n", " ").lstrip("_")
 
 
 def _count_epochs(axes: Axes) -> None:
@@ -136,10 +143,13 @@ def _name(axes: Axes, figure: Figure) -> None:
         return
     count = min(len(handles), NAMED)
     chosen = [round(k * (len(handles) - 1) / (count - 1)) for k in range(count)]
+    below = max(len(labels[k]) for k in chosen) > BESIDE
+    if below:
+        figure.set_figheight(HEIGHT + 0.2 * count)
     figure.legend(
         [handles[k] for k in chosen],
         [labels[k] for k in chosen],
-        loc="outside right upper",
+        loc="outside lower left" if below else "outside right upper",
         fontsize="x-small",
         handlelength=1.4,
     )

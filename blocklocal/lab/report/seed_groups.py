@@ -108,7 +108,13 @@ def _variant(group: Group, groups: Sequence[Group]) -> str:
     own = _without(group.settings, ("seed",))
     differing = [name for name in own if any(getattr(rival, name) != own[name] for rival in rivals)]
     in_turn = ["one block at a time"] if "merged" in group.runs[0].facts else []
-    return ", ".join([*in_turn, *(f"{name.replace('_', ' ')} {own[name]}" for name in differing)])
+    chosen = [name for name in differing if own[name] not in (None, ())]
+    return ", ".join([*in_turn, *(f"{name.replace('_', ' ')} {_written(own[name])}" for name in chosen)])
+
+
+def _written(value: Any) -> str:
+    """As on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _without(settings: Settings, left_out: Sequence[str]) -> Mapping[str, Any]:
