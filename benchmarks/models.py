@@ -434,7 +434,8 @@ on {datetime.date.today():%d %B %Y}, at commit {commit}, on a CPU in float32; ba
 Parameters that begin as zeros were drawn from N(0, 0.02²), so that what is before them has a gradient.
 
 - *path*: "traced" where `bll.BlockLocal(model, blocks=4)` takes the model too, with the same inputs, and its blocks
-  predict the same to the bit, also with one sample more.
+  predict the same to the bit, also with one sample more. T5 and BART are not traced since they count the tokens that
+  end a text, CrossViT since it has two branches.
 - *cuts*: the submodules after which the borders stand, as found.
 - *difference*: the largest difference of the model's output in the learner's forward pass, with borders, from that
   before there was a learner; in training and in evaluation mode.
