@@ -8,7 +8,7 @@
 - a 1-d signal: a digit's 64 pixels one after another; accuracy.
 
 The labels per pixel show `output=`, which brings a model's (B, n, H, W) to (B, H, W, n), and `ignore_index=`: dim
-pixels are left out.
+pixels are left out. They are learnt once more with heads that look through a copy of the layers that follow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ UNSURE, BACKGROUND = -100, 10
 
 @dataclass(frozen=True)
 class Task:
-    """grade: from predictions and targets of the test samples. settings: those of the learner."""
+    """grade: from predictions and targets of the test samples. settings: those of the learner, a `Hooked` or other."""
 
     name: str
     x: Tensor
@@ -39,6 +39,7 @@ class Task:
     model: Callable[[], nn.Sequential]
     grade: Callable[[Tensor, Tensor], float]
     settings: dict[str, Any] = field(default_factory=dict)
+    learner: Callable[..., bll.BlockLocal | bll.Hooked] = bll.Hooked
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -101,6 +102,26 @@ def label_per_pixel() -> Task:
     return Task("a label per pixel, right by class", x, y, model, grade, settings)
 
 
+class ClassesLast(nn.Module):
+    """(B, n, H, W) to (B, H, W, n)."""
+
+    def forward(self, prediction: Tensor) -> Tensor:
+        return prediction.movedim(1, -1)
+
+
+def looking_ahead(task: Task) -> Task:
+    """The same labels per pixel, with heads that look through a copy of the layers that follow, as `BlockLocal` has."""
+    settings = {name: value for name, value in task.settings.items() if name != "output"}
+    settings["loss"] = 0.1 * bll.Variational() + bll.Predictive(bll.Lookahead(refresh=None))
+    return replace(
+        task,
+        name=f"{task.name}, looking ahead",
+        model=lambda: nn.Sequential(*task.model(), ClassesLast()),
+        settings=settings,
+        learner=bll.BlockLocal,
+    )
+
+
 def signal() -> Task:
     images, labels = digits()
 
@@ -128,7 +149,7 @@ def score(task: Task, *, blocks: bool, seed: int, epochs: int) -> list[float]:
     order = torch.randperm(len(task.x), generator=torch.Generator().manual_seed(0))
     test, training = order.split([len(order) // 5, len(order) - len(order) // 5])
     settings = task.settings if blocks else {**task.settings, "at": []}
-    learner = bll.Hooked(task.model(), example=task.x[:8], **settings)
+    learner = task.learner(task.model(), example=task.x[:8], **settings)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
     steps = epochs * (len(training) // 32)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -149,7 +170,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for task in (regression(), several_labels(), label_per_pixel(), signal()):
+    for task in (regression(), several_labels(), label_per_pixel(), looking_ahead(label_per_pixel()), signal()):
         for blocks in (False, True):
             scores = [score(task, blocks=blocks, seed=s, epochs=options.epochs) for s in range(options.seeds)]
             columns = list(zip(*scores, strict=True))
