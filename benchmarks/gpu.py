@@ -50,8 +50,8 @@ def benches() -> Iterator[Row]:
 
 
 def checks() -> Iterator[Row]:
-    """The tests that need a GPU: no step waits for it, and NCCL changes nothing."""
-    yield Row("tests", "pytest -q -k gpu tests/test_step.py tests/test_launch.py")
+    """The tests that need a GPU: no step waits for it, and neither NCCL nor blocks in host memory change anything."""
+    yield Row("tests", "pytest -q -k gpu tests/test_step.py tests/test_launch.py tests/test_offload.py")
 
 
 def runs() -> Iterator[Row]:
@@ -63,8 +63,8 @@ def runs() -> Iterator[Row]:
     rows = {
         "bp": "--rule bp",
         "bll-k4": "--rule bll --blocks 4",
+        "bll-k4-trained": "--rule bll --blocks 4 --lookahead trained",
         "bll-k9": f"--rule bll --at {NINE}",
-        "bll-k9-beliefs": f"--rule bll --add-beliefs --at {NINE}",
     }
     for data in ("cifar10", "cifar100"):
         for seed in range(3):
