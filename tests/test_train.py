@@ -235,6 +235,23 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
     assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("epochs", "said"), [(2, None), (3, "no whole checkpoint, though the run has done epochs")])
+def test_a_run_killed_while_its_first_checkpoint_was_written(tmp_path, epochs, said, monkeypatch):
+    """It is written while the second epoch trains, which is recorded before it is whole; the third is not."""
+    settings = replace(TINY, out=str(tmp_path), epochs=4)
+    with monkeypatch.context() as slow, interrupted(SingleTrainer, epoch=epochs + 1):
+        slow.setattr(Checkpoints, "save", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings)
+    assert len(lines(tmp_path)) == epochs
+    if said is None:
+        train(replace(settings, resume=True))
+        assert [record["epoch"] for record in lines(tmp_path)] == [1, 2, 3, 4]
+    else:
+        with pytest.raises(UserError, match=said):
+            train(replace(settings, resume=True))
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path, capsys):
     settings = replace(TINY, out=str(tmp_path))
     summary = train(settings)

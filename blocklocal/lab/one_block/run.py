@@ -57,7 +57,7 @@ def _train(run: BlockRun, request: Request) -> dict[str, Any]:
     if resume:
         if request.cache is None:
             check_data(experiment.task, run.facts())
-        if checkpoints.latest() is None and len(run.records()) > 1:
+        if checkpoints.lost(epochs=len(run.records())):
             raise UserError(f"{str(run.checkpoints)!r} has no whole checkpoint: put it back, or train in another --out")
     else:
         run.create(settings, facts=_facts(experiment, request))

@@ -76,6 +76,13 @@ class Checkpoints:
         """The last complete cut, or None."""
         return max((step for step in self._steps() if self._whole(step)), default=None)
 
+    def lost(self, *, epochs: int) -> bool:
+        """Whether none is whole, though this number of epochs was recorded, so that the first one's must be.
+
+        The checkpoint of an epoch is written while the next one trains, and is waited for only when that was recorded.
+        """
+        return epochs > 2 and self.latest() is None
+
     def load(self, step: int, k: int) -> State:
         """The state of block k. UserError: the part is damaged, of another block, or of an older version."""
         return self._part(step, k).read()

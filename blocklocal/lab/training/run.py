@@ -173,7 +173,7 @@ def _save(run: Run, experiment: Experiment, checkpoints: Checkpoints, *, own: Se
 
 def _refuse_anew(run: Run, checkpoints: Checkpoints) -> None:
     """UserError: a run that has come too far to begin again, without a checkpoint to go on from."""
-    if checkpoints.latest() is None and (len(run.records()) > 1 or run.model.exists()):
+    if checkpoints.lost(epochs=len(run.records())) or (run.model.exists() and checkpoints.latest() is None):
         raise UserError(
             f"{str(run.checkpoints)!r} has no whole checkpoint, though the run has done epochs: "
             "put it back, or train anew with another --out"
