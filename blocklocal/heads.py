@@ -143,6 +143,18 @@ class ResidualUnit(nn.Module):
         return torch.relu(self.branch(h) + self.shortcut(coarse))
 
 
+class StridedConv2d(nn.Conv2d):
+    """`Conv2d` with strides no larger than the map, beyond which they change nothing.
+
+    In bfloat16 on a CPU, the weight gradient of a convolution whose stride is larger than the width of the map is
+    memory that was never written (torch 2.13.0 with its oneDNN, on processors with AVX512-BF16).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        strides = [min(stride, size) for stride, size in zip(self.stride, input.shape[2:], strict=True)]
+        return F.conv2d(input, self.weight, self.bias, strides, self.padding)
+
+
 def halved(h: Tensor) -> Tensor:
     """The mean of h (B, C, H, W) over squares of 2x2 pixels; at an odd edge over the pixels left."""
     if h.is_cpu and h.is_contiguous() and h.shape[2] % 2 == h.shape[3] % 2 == 0 and not torch.compiler.is_compiling():
@@ -241,7 +253,7 @@ HEADS: dict[str, Head] = {
 
 
 def _conv(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    convolution = StridedConv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 

@@ -24,6 +24,7 @@ from blocklocal.heads import (
     PooledResidualHead,
     ResidualHead,
     ResidualUnit,
+    StridedConv2d,
     halved,
 )
 from blocklocal.memory import MemoryTracker
@@ -115,6 +116,39 @@ def test_heads_in_other_precisions(head: str, dtype: torch.dtype) -> None:
     at = spec(CHANNELS, 4, 4)
     given = message(torch.randn(BATCH, CHANNELS, 4, 4, dtype=dtype), at, bll.ClosedFormFeedback())
     assert HEADS[head](at).to(dtype)(given).shape == (BATCH, CLASSES)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 5), (2, 2), (3, 4)], ids=str)
+def test_strides_beyond_the_map_change_nothing(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    ours, h = StridedConv2d(CHANNELS, 8, 3, stride=2, padding=1, bias=False), torch.randn(BATCH, CHANNELS, *size)
+    theirs = nn.Conv2d(CHANNELS, 8, 3, stride=2, padding=1, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    outputs = [ours(h), theirs(h)]
+    assert_close(*outputs)
+    upstream = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(upstream)
+    assert_close(ours.weight.grad, theirs.weight.grad)
+
+
+@pytest.mark.parametrize("head", ["conv", "residual", "pooled", "patches", "depthwise"])
+@pytest.mark.parametrize("size", [(1, 1), (4, 1), (2, 2), (2, 3)], ids=str)
+def test_gradients_on_small_maps_are_computed_in_autocast(head: str, size: tuple[int, int]) -> None:
+    """PyTorch returned memory that was never written, for convolutions with strides beyond the map: freed memory is not
+    a number here."""
+    torch.manual_seed(0)
+    at = spec(32, *size)
+    module, h = HEADS[head](at), torch.randn(64, 32, *size)
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(module(message(h, at)).float(), torch.arange(64) % CLASSES)
+        freed = [torch.full((2**k,), math.nan) for k in range(4, 18) for _ in range(10)]
+        del freed
+        found.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, [*module.parameters()])]))
+    assert found[1].isfinite().all()
+    assert torch.cosine_similarity(*found, dim=0) > 0.98
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 1)], ids=str)
