@@ -5,12 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from interruption import interrupted
 from safetensors.torch import load_file
 
 from blocklocal.lab.cli import main
+from blocklocal.lab.data.batches import Normalisation
+from blocklocal.lab.data.dataset import Dataset, Split
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.find import load_task
 from blocklocal.lab.training import file_memory
 from blocklocal.lab.training.offloaded_trainer import OffloadedTrainer
 from blocklocal.lab.training.run import train
@@ -80,6 +84,41 @@ def test_an_interrupted_run_goes_on_the_same(tmp_path: Path, undisturbed: tuple,
     (tmp_path / "away").rename(part)
     train(replace(settings, resume=True, offload=then))
     assert results(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_on_a_gpu_the_model_is_never_there_whole(tmp_path: Path, offload: str) -> None:
+    """Perceptrons, since the gradients of convolutions are not the same twice on a GPU."""
+    settings = replace(TINY, model="mlp", blocks=4, device="cuda")
+    peaks = []
+    for chosen in ("none", offload):
+        torch.cuda.reset_peak_memory_stats()
+        train(replace(settings, out=str(tmp_path / chosen), offload=chosen))
+        peaks.append(torch.cuda.max_memory_allocated())
+    with interrupted(OffloadedTrainer, epoch=2, step=2), pytest.raises(KeyboardInterrupt):
+        train(replace(settings, out=str(tmp_path / "resumed"), offload=offload))
+    train(replace(settings, out=str(tmp_path / "resumed"), offload=offload, resume=True))
+    assert results(tmp_path / offload) == results(tmp_path / "resumed") == results(tmp_path / "none")
+    assert peaks[1] < peaks[0]
+
+
+def on(device: torch.device, owner: object) -> bool:
+    """Whether all tensors that an object has, or objects that it has, are there."""
+    found = [
+        value for value in vars(owner).values() if isinstance(value, (torch.Tensor, Dataset, Split, Normalisation))
+    ]
+    return all(value.device == device if isinstance(value, torch.Tensor) else on(device, value) for value in found)
+
+
+@pytest.mark.parametrize("data", ["digits", "text", "table:iris", "table:diabetes"])
+def test_the_data_go_to_another_device_than_the_model(tmp_path: Path, data: str) -> None:
+    (tmp_path / "text").write_text("to be or not to be " * 200)
+    settings = Settings(data=data.replace("text", f"text:{tmp_path}/text"), context=8, validation=4)
+    here, there = torch.device("cpu"), torch.device("meta")
+    task = load_task(settings, device=here)
+    assert on(there, task.to(there))
+    assert on(here, task)
 
 
 def test_blocks_over_processes_are_not_offloaded(capsys: pytest.CaptureFixture) -> None:

@@ -65,7 +65,7 @@ class HostStore:
         return fresh
 
     def _to_host(self, tensor: Tensor, host: Tensor | None) -> Tensor:
-        if host is None or (host.shape, host.dtype, host.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
+        if host is None or not _same_layout(host, tensor) or (tensor.is_cuda and not host.is_pinned()):
             host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         self._copy(host, tensor)
         return host
@@ -86,3 +86,7 @@ class HostStore:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
+
+
+def _same_layout(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,13 @@ class Images(Task):
             raise UserError(f"--crop {settings.crop} is not less than the {side} pixels of an image's side")
         if settings.cutout > side:
             raise UserError(f"--cutout {settings.cutout} is more than the {side} pixels of an image's side")
-        normalisation = Normalisation.of(dataset.train.inputs).to(device)  # the same numbers for every device
-        return Images(dataset.to(device), settings, normalisation=normalisation)
+        normalisation = Normalisation.of(dataset.train.inputs)  # the same numbers for every device
+        return Images(dataset, settings, normalisation=normalisation).to(device)
+
+    def to(self, device: torch.device) -> Self:
+        moved = super().to(device)
+        moved.normalisation = self.normalisation.to(device)
+        return moved
 
     @property
     def shape(self) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,12 @@ class Task(ABC):
 
     def __init__(self, dataset: Dataset, settings: Settings) -> None:
         self.dataset, self.settings = dataset, settings
+
+    def to(self, device: torch.device) -> Self:
+        """The same task with its data on another device."""
+        moved = copy.copy(self)
+        moved.dataset = self.dataset.to(device)
+        return moved
 
     @property
     @abstractmethod

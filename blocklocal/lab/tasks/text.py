@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,13 @@ class LanguageModelling(Task):
         test = test.of(torch.arange(settings.test_size or len(test)))
         read = digest(tokens, test.labels)
         dataset = Dataset(settings.data, content.vocabulary.tokens, train, test, held_out, digest=read)
-        return LanguageModelling(dataset.to(device), settings, vocabulary=content.vocabulary, tokens=tokens.to(device))
+        task = LanguageModelling(dataset, settings, vocabulary=content.vocabulary, tokens=tokens)
+        return task.to(device)
+
+    def to(self, device: torch.device) -> Self:
+        moved = super().to(device)
+        moved.tokens = self.tokens.to(device)
+        return moved
 
     @property
     def shape(self) -> str:

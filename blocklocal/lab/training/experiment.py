@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -46,6 +46,10 @@ class Experiment:
     @property
     def learner(self) -> BlockLocal:
         return self.learning.learner
+
+    def to(self, device: torch.device) -> Experiment:
+        """The same with its data on another device, for a trainer that brings the blocks there."""
+        return replace(self, device=device, task=self.task.to(device))
 
     def optimizer(self, parameters: list[nn.Parameter]) -> Optimizer:
         """The optimizer of a block."""

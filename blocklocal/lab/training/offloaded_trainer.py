@@ -40,8 +40,9 @@ def memory_of(settings: Settings, *, run: Run) -> AbstractContextManager[object]
 class OffloadedTrainer(SingleTrainer):
     """Trains as `SingleTrainer` does, to the bit. The blocks leave when training begins, after a checkpoint was loaded.
 
-    folder: where they live with --offload disk; it is removed in the end. memory: where they are until they leave, see
-    `memory_of`. UserError: the folder is in use, or holds something else.
+    experiment: its model is in host memory, its data on the device where blocks are trained. folder: where blocks live
+    with --offload disk; it is removed in the end. memory: where they are until they leave, see `memory_of`. UserError:
+    the folder is in use, or holds something else.
     """
 
     def __init__(self, experiment: Experiment, *, folder: Path, memory: AbstractContextManager[object]) -> None:

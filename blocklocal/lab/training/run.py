@@ -74,9 +74,8 @@ def _train(run: Run, settings: Settings, processes: Processes) -> dict[str, Any]
     if processes.rank == 0:
         _open(run, resume=resume)
     memory = memory_of(settings, run=run)
-    experiment = prepare(
-        settings, device=torch.device("cpu") if processes.distributed else processes.device, memory=memory
-    )
+    elsewhere = processes.distributed or settings.offload != "none"  # its trainer brings each block to the device
+    experiment = prepare(settings, device=torch.device("cpu") if elsewhere else processes.device, memory=memory)
     if resume:
         check_facts(experiment, run.facts())
     with _blamed(settings, processes):
@@ -203,7 +202,8 @@ def _trainer(
 
         return PipelineTrainer(experiment, processes, trace=run.traces if settings.trace else None)
     if settings.offload != "none":
-        return OffloadedTrainer(experiment, folder=folder_of(settings, run=run), memory=memory)
+        there = experiment.to(processes.device)
+        return OffloadedTrainer(there, folder=folder_of(settings, run=run), memory=memory)
     return SingleTrainer(experiment)
 
 
