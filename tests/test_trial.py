@@ -14,7 +14,10 @@ from torch import nn
 
 from blocklocal.lab.cli import main
 from blocklocal.lab.errors import UserError
+from blocklocal.lab.one_block.alone import prepare_alone
 from blocklocal.lab.settings import Settings
+from blocklocal.lab.tasks.find import load_task
+from blocklocal.lab.tasks.outline import task_without_data
 from blocklocal.lab.training.experiment import prepare
 from blocklocal.lab.training.rules import RULES, Learning, Problem, apply
 from blocklocal.lab.training.trial import try_learning, try_model
@@ -406,3 +409,21 @@ def test_the_trial_is_under_the_settings_of_the_run(sick):
     assert prepare(settings)
     with pytest.raises(UserError, match="sick:net"):
         prepare(replace(settings, dtype="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "wrong"), [("3, stride=2, padding=1", True), ("1, stride=2", False), ("3, padding=1", False)]
+)
+def test_convolutions_that_bf16_computes_wrongly_are_refused(sick, layer: str, wrong: bool) -> None:
+    layers = f"nn.Conv2d(channels, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, {layer}), nn.Flatten()"
+    sick(HEAD + function(f"return nn.Sequential({layers}, nn.Linear(8, classes))"))
+    settings = Settings(model="sick:net", at=("0", "1"), train_size=64, test_size=20, batch_size=8)
+    half = replace(settings, dtype="bf16")
+    task = task_without_data(settings, load_task(settings, device=torch.device("cpu")).facts)
+    prepare(settings)
+    prepare_alone(settings, 2, task=task, device=torch.device("cpu"))
+    prepare_alone(half, 0, task=task, device=torch.device("cpu"))
+    for begin in (lambda: prepare(half), lambda: prepare_alone(half, 2, task=task, device=torch.device("cpu"))):
+        refused = pytest.raises(UserError, match=r"has a stride of 2 on a map 1 wide, .* choose --dtype fp32")
+        with refused if wrong else nullcontext():
+            begin()

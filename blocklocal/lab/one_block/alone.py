@@ -19,6 +19,7 @@ from blocklocal.lab.tasks.outline import task_without_data
 from blocklocal.lab.tasks.task import Task
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.experiment import EXAMPLE, Experiment, check_size, learning_of, prepare
+from blocklocal.lab.training.narrow_maps import computed_wrongly, strides_checked
 
 UNCHECKED = (
     *("weights", "tensorboard", "lookahead", "add_beliefs", "compile", "channels_last", "shard", "replicas"),
@@ -70,6 +71,9 @@ def prepare_alone(settings: Settings, k: int, *, task: Task, device: torch.devic
         learning = _begin_alone(task, k, device=device)
     except Exception:  # whatever is wrong with the model itself is wrong there too, and said there
         learning = _begin_whole(task, k, device=device)
+    if computed_wrongly(settings, device=device):
+        with strides_checked(learning.learner.blocks[k], name=settings.model):
+            _try(learning.learner, k, example=task.few(EXAMPLE)[0], device=device)
     return Experiment(settings, device, task, learning)
 
 

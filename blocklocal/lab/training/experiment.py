@@ -23,6 +23,7 @@ from blocklocal.lab.tasks.find import load_task
 from blocklocal.lab.tasks.task import Batch, Task
 from blocklocal.lab.training import rules
 from blocklocal.lab.training.evaluation import Exits, evaluate, validate
+from blocklocal.lab.training.narrow_maps import computed_wrongly, strides_checked
 from blocklocal.lab.training.optim import SCHEDULES, make_optimizer
 from blocklocal.lab.training.trial import FEW, try_checkpoint, try_learning, try_model
 
@@ -168,15 +169,17 @@ def _begin(task: Task, *, device: torch.device) -> rules.Learning:
         model.to(device)
     x, y = task.few(min(FEW, settings.batch_size // settings.replicas))
     context, grading = autocast(settings, device=device), task.grading
-    try_model(
-        model,
-        x,
-        name=settings.model,
-        shape=grading.shape(y),
-        targets=grading.targets,
-        unit=task.unit,
-        context=context,
-    )
+    wrong = computed_wrongly(settings, device=find_device(settings.device))
+    with strides_checked(model, name=settings.model) if wrong else nullcontext():
+        try_model(
+            model,
+            x,
+            name=settings.model,
+            shape=grading.shape(y),
+            targets=grading.targets,
+            unit=task.unit,
+            context=context,
+        )
     learning = learning_of(task, model, example=task.prepared(task.dataset.train.inputs[:EXAMPLE]))
     if settings.channels_last:  # the heads at the borders too
         learning.learner.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
