@@ -51,7 +51,8 @@ def benches() -> Iterator[Row]:
 
 def checks() -> Iterator[Row]:
     """The tests that need a GPU: no step waits for it, and neither NCCL nor blocks in host memory change anything."""
-    yield Row("tests", "pytest -q -k gpu tests/test_step.py tests/test_launch.py tests/test_offload.py")
+    files = (f"tests/test_{name}.py" for name in ("step", "launch", "offload", "offload_train"))
+    yield Row("tests", f"pytest -q -k gpu {' '.join(files)}")
 
 
 def runs() -> Iterator[Row]:

@@ -148,7 +148,7 @@ def test_gradients_on_small_maps_are_computed_in_autocast(head: str, size: tuple
         del freed
         found.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, [*module.parameters()])]))
     assert found[1].isfinite().all()
-    assert torch.cosine_similarity(*found, dim=0) > 0.98
+    assert torch.cosine_similarity(*found, dim=0) > 0.95
 
 
 @pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 1)], ids=str)
