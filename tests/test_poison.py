@@ -215,12 +215,6 @@ def test_no_warning_of_collapse_without_one() -> None:
         learner().diagnose(*data())
 
 
-def leave_behind(value: float) -> None:
-    """Free memory that holds this value everywhere."""
-    freed = [torch.full((2**size,), value) for size in range(4, 17) for _ in range(8)]
-    del freed
-
-
 @pytest.mark.parametrize("make", zoo.MODELS)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_step_reads_no_memory_that_was_never_written(make, autocast: bool) -> None:
@@ -229,13 +223,13 @@ def test_a_step_reads_no_memory_that_was_never_written(make, autocast: bool) -> 
     for value in (math.nan, 0.0):
         torch.manual_seed(0)
         model, x = make()
-        at, loss = candidates(model, example=x), bll.Variational() + bll.Predictive()
-        learner = bll.BlockLocal(model, at=at, classes=4, example=x, loss=loss)
+        at, terms = candidates(model, example=x), bll.Variational() + bll.Predictive()
+        learner = bll.BlockLocal(model, at=at, classes=4, example=x, loss=terms)
         y, h = model(x)[..., 0].long().zero_(), x
         for k in range(len(learner.blocks)):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss, h = learner.local(k, h, y)
-            leave_behind(value)
+            zoo.leave_behind(value)
             loss.backward()
         gradients.append([p.grad for p in learner.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

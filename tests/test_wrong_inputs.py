@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from run_folders import write_run
 
 from blocklocal.lab import ranges
@@ -489,7 +488,7 @@ CASES = {each.args: each for each in (*wrong_numbers(), *no_text(), *BY_HAND)}
 @functools.cache
 def facts() -> dict[str, object]:
     """Of the digits, which are read once."""
-    return Images.load(Settings(), device=torch.device("cpu")).facts
+    return Images.load(Settings()).facts
 
 
 @pytest.fixture

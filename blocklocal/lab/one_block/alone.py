@@ -71,7 +71,7 @@ def prepare_alone(settings: Settings, k: int, *, task: Task, device: torch.devic
         learning = _begin_alone(task, k, device=device)
     except Exception:  # whatever is wrong with the model itself is wrong there too, and said there
         learning = _begin_whole(task, k, device=device)
-    if computed_wrongly(settings, device=device):
+    if computed_wrongly(settings):
         with strides_checked(learning.learner.blocks[k], name=settings.model):
             _try(learning.learner, k, example=task.few(EXAMPLE)[0], device=device)
     return Experiment(settings, device, task, learning)

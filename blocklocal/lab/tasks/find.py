@@ -13,10 +13,10 @@ from blocklocal.lab.tasks.task import Task
 
 def load_task(settings: Settings, *, device: torch.device) -> Task:
     """Load the data of a run onto a device. UserError: data that cannot be used."""
-    return _loader(settings.kind)(settings, device=device)
+    return _loader(settings.kind)(settings).to(device)
 
 
-def _loader(kind: str) -> Callable[..., Task]:
+def _loader(kind: str) -> Callable[[Settings], Task]:
     if kind == "text":
         from blocklocal.lab.tasks.text import LanguageModelling
 
@@ -26,9 +26,9 @@ def _loader(kind: str) -> Callable[..., Task]:
     return Images.load
 
 
-def _load_table(settings: Settings, *, device: torch.device) -> Task:
+def _load_table(settings: Settings) -> Task:
     from blocklocal.lab.tasks.regression import Regression  # pandas takes a second to import
     from blocklocal.lab.tasks.table import Table, read
 
-    dataset = read(settings).to(device)
+    dataset = read(settings)
     return Table(dataset, settings) if dataset.classes else Regression.of(dataset, settings)

@@ -26,7 +26,7 @@ class Images(Task):
         self.normalisation = normalisation
 
     @staticmethod
-    def load(settings: Settings, *, device: torch.device) -> Images:
+    def load(settings: Settings) -> Images:
         """UserError: no such data set, images that do not fit together, or an augmentation that does not fit them."""
         dataset = load(
             settings.data,
@@ -40,7 +40,7 @@ class Images(Task):
         if settings.cutout > side:
             raise UserError(f"--cutout {settings.cutout} is more than the {side} pixels of an image's side")
         normalisation = Normalisation.of(dataset.train.inputs)  # the same numbers for every device
-        return Images(dataset, settings, normalisation=normalisation).to(device)
+        return Images(dataset, settings, normalisation=normalisation)
 
     def to(self, device: torch.device) -> Self:
         moved = super().to(device)

@@ -41,7 +41,7 @@ class LanguageModelling(Task):
         return self._vocabulary
 
     @staticmethod
-    def load(settings: Settings, *, device: torch.device) -> LanguageModelling:
+    def load(settings: Settings) -> LanguageModelling:
         """UserError: a file that is no text, or too short for its windows."""
         content = read_text(Path(settings.data.partition(":")[2]), vocabulary=settings.vocabulary)
         context = settings.context
@@ -63,8 +63,7 @@ class LanguageModelling(Task):
         test = test.of(torch.arange(settings.test_size or len(test)))
         read = digest(tokens, test.labels)
         dataset = Dataset(settings.data, content.vocabulary.tokens, train, test, held_out, digest=read)
-        task = LanguageModelling(dataset, settings, vocabulary=content.vocabulary, tokens=tokens)
-        return task.to(device)
+        return LanguageModelling(dataset, settings, vocabulary=content.vocabulary, tokens=tokens)
 
     def to(self, device: torch.device) -> Self:
         moved = super().to(device)

@@ -169,8 +169,7 @@ def _begin(task: Task, *, device: torch.device) -> rules.Learning:
         model.to(device)
     x, y = task.few(min(FEW, settings.batch_size // settings.replicas))
     context, grading = autocast(settings, device=device), task.grading
-    wrong = computed_wrongly(settings, device=find_device(settings.device))
-    with strides_checked(model, name=settings.model) if wrong else nullcontext():
+    with strides_checked(model, name=settings.model) if computed_wrongly(settings) else nullcontext():
         try_model(
             model,
             x,

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
+from blocklocal.lab.environment import find_device
 from blocklocal.lab.errors import UserError
 from blocklocal.lab.settings import Settings
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def computed_wrongly(settings: Settings, *, device: torch.device) -> bool:
+def computed_wrongly(settings: Settings) -> bool:
     """Whether a run trains where such convolutions have wrong gradients."""
-    return settings.dtype == "bf16" and device.type == "cpu"
+    return settings.dtype == "bf16" and find_device(settings.device).type == "cpu"
 
 
 @contextmanager
